@@ -1,0 +1,10 @@
+"""The backends, fastest first. Adding one is a module (or folder) here and a line in ``BACKENDS``."""
+
+from __future__ import annotations
+
+from gpsa_kernels.backends import eager, sdpa
+from gpsa_kernels.backends.base import Backend
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (sdpa.BACKEND, eager.BACKEND)}
+
+__all__ = ["BACKENDS", "Backend"]

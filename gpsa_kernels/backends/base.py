@@ -1,0 +1,136 @@
+"""The interface that every backend fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Forward(NamedTuple):
+    """What a kernel's forward pass returns: the result, and what its backward pass needs beside the inputs.
+
+    Attributes:
+        out: (B, H, N, D), strides of a (B, N, H, D) contiguous tensor transposed.
+        content: the content branch's own output, laid out as ``out``, or an empty tensor from a kernel that does
+            without it. Saved for the backward
+            pass instead of ``out``: as the gate closes (g near 1) ``out`` holds almost nothing of the content branch,
+            and what a 16-bit ``out`` still holds is rounding error.
+        logsumexp: (B, H, N) float32 (float64 for float64), log of the content softmax's normaliser.
+
+    Both are empty where the call has no backward pass (``save`` is false).
+    """
+
+    out: Tensor
+    content: Tensor
+    logsumexp: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients in the order, shapes and dtypes of the operator's tensors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pos_weight: Tensor
+    gate: Tensor
+
+
+class Compose(Protocol):
+    """GPSA in plain, differentiable PyTorch."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos_weight: Tensor,
+        gate: Tensor,
+        grid_size: tuple[int, int],
+        scale: float,
+        dropout_p: float,
+    ) -> Tensor: ...
+
+
+class KernelForward(Protocol):
+    """The forward pass behind ``torch.ops.gpsa.attention_forward``.
+
+    ``seed`` is (1,) int64 on q's device, from which the dropout mask is drawn; None without dropout.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos_weight: Tensor,
+        gate: Tensor,
+        seed: Tensor | None,
+        grid_size: tuple[int, int],
+        scale: float,
+        dropout_p: float,
+        save: bool,
+    ) -> Forward: ...
+
+
+class KernelBackward(Protocol):
+    """The backward pass behind ``torch.ops.gpsa.attention_backward``."""
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos_weight: Tensor,
+        gate: Tensor,
+        seed: Tensor | None,
+        content: Tensor,
+        logsumexp: Tensor,
+        grid_size: tuple[int, int],
+        scale: float,
+        dropout_p: float,
+    ) -> Gradients: ...
+
+
+class Unsupported(Protocol):
+    """Why a backend cannot run these tensors, as a clause to follow "backend 'x' cannot run this call: "; or None."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None: ...
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """An uninitialised (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view."""
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute GPSA.
+
+    A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or a ``forward`` and
+    ``backward`` pair (kernels, reached through the registered operator), or both: then the kernels serve eager mode on
+    ``kernel_devices`` and ``compose`` serves everything else.
+
+    Attributes:
+        name: what ``backend=`` is given.
+        unavailable: why this machine cannot run it at all, or None.
+        unsupported: why it cannot run these tensors, or None.
+        compose: differentiable PyTorch.
+        forward: kernel forward pass.
+        backward: kernel backward pass.
+        kernel_devices: the device types on which ``forward`` and ``backward`` run.
+        saves_content: whether ``forward`` fills :attr:`Forward.content`.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    unsupported: Unsupported
+    compose: Compose | None = None
+    forward: KernelForward | None = None
+    backward: KernelBackward | None = None
+    kernel_devices: frozenset[str] = field(default_factory=frozenset)
+    saves_content: bool = True

@@ -1,0 +1,211 @@
+"""torch's scaled_dot_product_attention for the content, the separable product for the position.
+
+Runs on any device and compiles nothing. Plain PyTorch (:func:`compose`) where it is traced or where no CPU is
+involved; on the CPU in eager mode :func:`forward` and :func:`backward` call torch's flash attention directly and write
+the gradients in closed form, which saves the passes over memory that autograd would spend on the blend.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpsa_kernels.backends.base import Backend, Forward, Gradients, empty_output
+from gpsa_kernels.positional import (
+    accumulation_dtype,
+    axis_factors,
+    axis_factors_backward,
+    per_grid_row,
+    separable_product,
+)
+
+_WORKSPACE_ELEMENTS = 2**18  # 1 MiB of float32 a buffer: in the cache of any CPU made for this
+
+
+def _factors_and_gate(
+    pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    ax, ay = axis_factors(pos_weight.to(dtype), grid_size)
+    return ax, ay, torch.sigmoid(gate.to(dtype))
+
+
+def compose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    dtype = accumulation_dtype(q.dtype)
+    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
+    content = F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
+    position = separable_product(ax, ay, v.to(dtype), grid_size)
+    out = torch.lerp(content, position, g.view(-1, 1, 1)).to(q.dtype)
+    return _as_output(out)
+
+
+def _as_output(t: Tensor) -> Tensor:
+    """``t`` in the memory layout of (B, N, H, D): a copy only where torch chose another, after q's."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class _Buffer(NamedTuple):
+    """Three views of one (H, N, n, D) buffer that holds n batch elements."""
+
+    tokens: Tensor  # (n, H, N, D)
+    rows: Tensor  # (H, R, C*n*D), to contract along the grid's rows
+    columns: Tensor  # (H*R, C, n*D), to contract along the grid's columns
+
+
+class _Workspace:
+    """Buffers for a slice of the batch, used again for every slice.
+
+    Small enough to stay in cache, and no fresh page is touched after the first slice, which on the CPU costs more
+    than the arithmetic done on it.
+    """
+
+    def __init__(self, q: Tensor, grid_size: tuple[int, int], count: int) -> None:
+        batch, self.heads, self.tokens, self.dim = q.shape
+        self.grid_size = grid_size
+        per_element = self.heads * self.tokens * self.dim
+        step = max(1, min(batch, _WORKSPACE_ELEMENTS // per_element))
+        self.batches = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+        self._flat = q.new_empty((count, step * per_element), dtype=accumulation_dtype(q.dtype)).unbind()
+
+    def buffers(self, part: slice) -> list[_Buffer]:
+        (rows, columns), size = self.grid_size, part.stop - part.start
+        views = []
+        for flat in self._flat:
+            flat = flat[: self.heads * self.tokens * size * self.dim]
+            views.append(
+                _Buffer(
+                    flat.view(self.heads, self.tokens, size, self.dim).permute(2, 0, 1, 3),
+                    flat.view(self.heads, rows, columns * size * self.dim),
+                    flat.view(self.heads * rows, columns, size * self.dim),
+                )
+            )
+        return views
+
+
+def _blend(content: Tensor, position: Tensor, share: Tensor, out: Tensor) -> None:
+    """out = content + share * (position - content), in position's dtype; ``out`` may be ``content``."""
+    if content.dtype == position.dtype:
+        torch.lerp(content, position, share, out=out)
+    else:
+        out.copy_(torch.lerp(content.to(position.dtype), position, share))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    seed: Tensor | None,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+    save: bool,
+) -> Forward:
+    dtype = accumulation_dtype(q.dtype)
+    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
+    content, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    content = _as_output(content)
+    out = empty_output(q) if save else content  # with no backward pass to come, blend in place
+    share = g.view(-1, 1, 1)
+    ax = per_grid_row(ax, grid_size[0])
+    workspace = _Workspace(q, grid_size, count=2)
+    for part in workspace.batches:
+        x, y = workspace.buffers(part)
+        x.tokens.copy_(v[part])
+        torch.bmm(ay, x.rows, out=y.rows)
+        torch.bmm(ax, y.columns, out=x.columns)
+        _blend(content[part], x.tokens, share, out=out[part])
+    if not save:
+        return Forward(out, out.new_empty(0), logsumexp.new_empty(0))
+    return Forward(out, content, logsumexp.contiguous())
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    seed: Tensor | None,
+    content: Tensor,
+    logsumexp: Tensor,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Gradients:
+    dtype = accumulation_dtype(q.dtype)
+    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
+    share = g.view(-1, 1, 1)
+
+    # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
+    # in place, where a scaled copy of dO would be a new tensor.
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, content, logsumexp, 0.0, False, scale=scale
+    )
+    grad_q, grad_k, grad_v = _as_output(grad_q), _as_output(grad_k), _as_output(grad_v)
+    grad_q.mul_((1 - share).to(q.dtype))
+    grad_k.mul_((1 - share).to(q.dtype))
+
+    # O_pos = Ax (Ay V), and back along the same two contractions, unscaled
+    rows = grid_size[0]
+    ax_backward, ay_backward = per_grid_row(ax.transpose(1, 2), rows), ay.transpose(1, 2)
+    grad_ax, grad_ay = torch.zeros_like(ax_backward), torch.zeros_like(ay)
+    along_content = torch.zeros_like(g)
+    workspace = _Workspace(q, grid_size, count=3)
+    for part in workspace.batches:
+        x, y, z = workspace.buffers(part)
+        x.tokens.copy_(v[part])
+        z.tokens.copy_(grad_out[part])
+        torch.bmm(ay, x.rows, out=y.rows)
+        grad_ax.baddbmm_(z.columns, y.columns.transpose(1, 2))
+        torch.bmm(ax_backward, z.columns, out=y.columns)
+        grad_ay.baddbmm_(y.rows, x.rows.transpose(1, 2))
+        torch.bmm(ay_backward, y.rows, out=x.rows)
+        _blend(grad_v[part], x.tokens, share, out=grad_v[part])
+        z.tokens.mul_(content[part])
+        along_content += z.rows.sum((1, 2))
+
+    # gate: sum of dO . (O_pos - O_content), the first half of it read off Ax and its gradient
+    grad_ax = grad_ax.view(-1, rows, *ax.shape[1:]).sum(1)
+    along_position = (ax * grad_ax).sum((1, 2))
+    grad_gate = g * (1 - g) * (along_position - along_content)
+    grad_pos_weight = axis_factors_backward(ax, ay, share * grad_ax, share * grad_ay)
+    return Gradients(grad_q, grad_k, grad_v, grad_pos_weight.to(pos_weight.dtype), grad_gate.to(gate.dtype))
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
+    if dropout_p > 0:
+        return (
+            f"attention dropout (dropout_p={dropout_p}) needs one mask over both branches, "
+            "and scaled_dot_product_attention keeps its mask to itself"
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(-1) != 1 and t.size(-1) > 1:
+            return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
+    return None
+
+
+BACKEND = Backend(
+    name="sdpa",
+    unavailable=lambda: None,
+    unsupported=unsupported,
+    compose=compose,
+    forward=forward,
+    backward=backward,
+    kernel_devices=frozenset({"cpu"}),
+)

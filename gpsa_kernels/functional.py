@@ -1,0 +1,146 @@
+"""The public function: checks its arguments, picks a backend, calls it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpsa_kernels import autograd
+from gpsa_kernels.backends import BACKENDS, Backend
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def gpsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Gated positional self-attention (ConViT, arXiv 2103.10697, section 3).
+
+    For every batch element and head, with g = sigmoid(gate), d the offset key minus query on the grid::
+
+        out_i = sum_j [ (1-g) softmax_j(scale * q_i.k_j) + g softmax_j(w0*dx + w1*dy + w2*(dx^2+dy^2)) ] v_j
+
+    Softmax statistics, the positional factors, the gate and all sums are kept in float32 (float64 for float64 inputs).
+
+    Args:
+        q: (B, H, N, D) queries; float32, float64, float16 or bfloat16. Any strides, last dimension contiguous.
+        k: (B, H, N, D) keys, like q.
+        v: (B, H, N, D) values, like q.
+        pos_weight: (H, 3) weights of dx, dy and dx^2 + dy^2 in grid steps, i.e. ``pos_proj.weight``; any
+            floating dtype.
+        gate: (H,) gate logits, any floating dtype.
+        grid_size: (rows, columns) of the token grid, numbered row by row; rows * columns = N.
+        scale: factor of the content scores, D ** -0.5 if None.
+        dropout_p: probability with which entries of the mixed attention map are dropped, one mask for both branches.
+            As in ``scaled_dot_product_attention`` it acts whenever it is not 0.
+        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``.
+
+    Returns:
+        (B, H, N, D) in q's dtype (the autocast dtype under autocast), laid out so that
+        ``out.transpose(1, 2).reshape(B, N, H * D)`` is a view.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above.
+        ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit.
+        RuntimeError: the backend asked for by name cannot run this call; the message says why. Also when a gradient of
+            the result is differentiated again.
+    """
+    _check_tensors(q, k, v, pos_weight, gate)
+    rows, columns = _check_grid(grid_size, q.shape[2])
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
+
+    chosen = select_backend(q, k, v, (rows, columns), dropout_p, backend)
+    if q.device.type in chosen.kernel_devices and not _traced(chosen, q.dtype):
+        seed = None
+        if dropout_p > 0:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        out, _, _ = torch.ops.gpsa.attention_forward(
+            q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p, chosen.name
+        )
+        return out
+    assert chosen.compose is not None, f"backend {chosen.name!r} has no kernels for {q.device.type}"
+    q, k, v = autograd.autocast_inputs(q, k, v)
+    q, k, v, pos_weight, gate = autograd.first_order(q, k, v, pos_weight, gate)
+    with torch.autocast(q.device.type, enabled=False):
+        return chosen.compose(q, k, v, pos_weight, gate, (rows, columns), scale, dropout_p)
+
+
+def _traced(backend: Backend, dtype: torch.dtype) -> bool:
+    """Whether a compiler is at work that does better with plain PyTorch than with an opaque operator."""
+    # torch 2.11 compiles its float64 CPU flash attention to a call whose dtypes do not match
+    return torch.compiler.is_compiling() and backend.compose is not None and dtype != torch.float64
+
+
+def select_backend(
+    q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float, name: str = "auto"
+) -> Backend:
+    """The backend that :func:`gpsa_attention` uses for these tensors.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend asked for by name cannot run these tensors; the message says why.
+    """
+    if name == "auto":
+        for candidate in BACKENDS.values():
+            if candidate.unavailable() is None and candidate.unsupported(q, k, v, grid_size, dropout_p) is None:
+                return candidate
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    chosen = BACKENDS[name]
+    reason = chosen.unavailable() or chosen.unsupported(q, k, v, grid_size, dropout_p)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
+    return chosen
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if len(shape) != 4:
+        raise ValueError(f"q must have 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(shape)}")
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"q must have at least one head, token and channel, got shape {tuple(shape)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != shape:
+            raise ValueError(f"{name} must have q's shape {tuple(shape)}, got {tuple(t.shape)}")
+        # under autocast q, k and v are cast to one dtype before any work, as SDPA's are
+        if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
+    for name, t, expected in (("pos_weight", pos_weight, (shape[1], 3)), ("gate", gate, (shape[1],))):
+        if t.shape != expected:
+            raise ValueError(f"{name} must have shape {tuple(expected)} for {shape[1]} heads, got {tuple(t.shape)}")
+    for name, t in (("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
+        if t.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {t.device}")
+
+
+def _check_grid(grid_size: tuple[int, int], tokens: int) -> tuple[int, int]:
+    try:
+        rows, columns = grid_size
+    except (TypeError, ValueError):
+        raise ValueError(f"grid_size must be a pair (rows, columns), got {grid_size!r}") from None
+    if isinstance(rows, float) or isinstance(columns, float):
+        raise TypeError(f"grid_size must hold two integers, got {grid_size!r}")
+    if rows < 1 or columns < 1 or rows * columns != tokens:
+        raise ValueError(f"grid_size must be (rows, columns) with rows * columns = {tokens} tokens, got {grid_size!r}")
+    return rows, columns

@@ -1,0 +1,87 @@
+"""The positional softmax of GPSA as a product of two small tables, one per grid axis.
+
+On a full grid of R rows and C columns the positional softmax is separable:
+
+    softmax_j(w0*dx + w1*dy + w2*(dx^2 + dy^2)) = Ay[y_i, y_j] * Ax[x_i, x_j]
+
+    Ax[x, x'] = softmax over x' of w0*(x' - x) + w2*(x' - x)^2      (C x C, per head)
+    Ay[y, y'] = softmax over y' of w1*(y' - y) + w2*(y' - y)^2      (R x R, per head)
+
+because the exponential of the sum factors and so does its normaliser. Multiplying V by the N x N
+positional map is therefore two short contractions along the grid axes: 2*N*(R+C)*D multiply-adds
+instead of N^2*D, and no N x N matrix.
+
+The contractions run on V reordered to (H, N, B, D): seen as (H, R, C*B*D) it is a batch of matrices with grid rows on
+the rows, seen as (H*R, C, B*D) one with grid columns, so both are plain batched products on the same memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, softmax statistics and sums: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _axis_offsets(size: int, like: Tensor) -> Tensor:
+    """(size, size) table of key coordinate minus query coordinate."""
+    coordinate = torch.arange(size, device=like.device, dtype=like.dtype)
+    return coordinate - coordinate.unsqueeze(1)
+
+
+def axis_factors(pos_weight: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The two factors of the positional softmax.
+
+    Args:
+        pos_weight: (H, 3) weights of dx, dy and dx^2 + dy^2, key minus query.
+        grid_size: (rows, columns) of the token grid.
+
+    Returns:
+        ``ax`` (H, C, C) and ``ay`` (H, R, R), float32 (float64 for float64 weights); every row sums to 1.
+    """
+    rows, columns = grid_size
+    weight = pos_weight.to(accumulation_dtype(pos_weight.dtype))
+    wx, wy, wd = weight.view(-1, 3, 1, 1).unbind(1)
+    dx = _axis_offsets(columns, weight)
+    dy = dx if rows == columns else _axis_offsets(rows, weight)
+    # w*d + wd*d^2 as d*(w + wd*d): one pass less, and exact at d = 0
+    ax = torch.softmax(dx * (wx + wd * dx), dim=-1)
+    ay = torch.softmax(dy * (wy + wd * dy), dim=-1)
+    return ax, ay
+
+
+def axis_factors_backward(ax: Tensor, ay: Tensor, grad_ax: Tensor, grad_ay: Tensor) -> Tensor:
+    """The gradient of :func:`axis_factors`: (H, 3), from the gradients of the two factors."""
+    dx, dy = _axis_offsets(ax.size(-1), ax), _axis_offsets(ay.size(-1), ay)
+    grad_x = ax * (grad_ax - (ax * grad_ax).sum(-1, keepdim=True)) * dx
+    grad_y = ay * (grad_ay - (ay * grad_ay).sum(-1, keepdim=True)) * dy
+    wx, wy = grad_x.sum((1, 2)), grad_y.sum((1, 2))
+    wd = (grad_x * dx).sum((1, 2)) + (grad_y * dy).sum((1, 2))
+    return torch.stack((wx, wy, wd), dim=1)
+
+
+def separable_product(ax: Tensor, ay: Tensor, v: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """The positional map times V, without the map.
+
+    Args:
+        ax: (H, C, C) factor along the grid's columns.
+        ay: (H, R, R) factor along the grid's rows.
+        v: (B, H, N, D), N = R*C, in the factors' dtype.
+        grid_size: (R, C).
+
+    Returns:
+        (B, H, N, D), a view of memory ordered (H, N, B, D).
+    """
+    (batch, heads, tokens, dim), (rows, columns) = v.shape, grid_size
+    mixed = torch.bmm(ay, v.permute(1, 2, 0, 3).reshape(heads, rows, columns * batch * dim))
+    mixed = torch.bmm(per_grid_row(ax, rows), mixed.view(heads * rows, columns, batch * dim))
+    return mixed.view(heads, tokens, batch, dim).permute(2, 0, 1, 3)
+
+
+def per_grid_row(ax: Tensor, rows: int) -> Tensor:
+    """``ax`` (H, C, C) repeated for every grid row of every head: (H*R, C, C)."""
+    heads, columns, _ = ax.shape
+    return ax.unsqueeze(1).expand(heads, rows, columns, columns).reshape(heads * rows, columns, columns)
