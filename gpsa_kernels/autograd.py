@@ -122,11 +122,14 @@ def _backward_fake(
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity on gradients, whose own backward raises instead of leaving a term out in silence."""
+    """The identity on gradients, whose own backward raises instead of leaving a term out in silence.
+
+    The inputs go in, too: a second derivative with respect to any of them then comes by here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, inputs: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[inputs:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,12 +139,11 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _first_order(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _first_order(inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Marks ``grads`` as not differentiable where a graph of the backward pass is being built."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
-    anchor = torch.empty(0, requires_grad=True)  # gives the result a graph even if no gradient came with one
-    return _NoSecondDerivative.apply(anchor, *grads)
+    return _NoSecondDerivative.apply(len(inputs), *inputs, *grads)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -149,12 +151,13 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _first_order(grads)
+        return _first_order(ctx.saved_tensors, grads)
 
 
 def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -195,7 +198,7 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad():
             grads = torch.ops.gpsa.attention_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
         needed = tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return _first_order(needed) + frozen
+        return _first_order(ctx.saved_tensors[:5], needed) + frozen
 
 
 def _forward_autograd(

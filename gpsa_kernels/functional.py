@@ -60,7 +60,9 @@ def gpsa_attention(
     rows, columns = _check_grid(grid_size, q.shape[2])
     if scale is None:
         scale = q.shape[3] ** -0.5
-    elif not math.isfinite(scale):
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a finite number, got {scale!r}")
+    elif not abs(scale) < math.inf:  # false for nan, too; math.isfinite breaks the graph of torch.compile
         raise ValueError(f"scale must be a finite number, got {scale}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")

@@ -10,9 +10,6 @@ On a full grid of R rows and C columns the positional softmax is separable:
 because the exponential of the sum factors and so does its normaliser. Multiplying V by the N x N
 positional map is therefore two short contractions along the grid axes: 2*N*(R+C)*D multiply-adds
 instead of N^2*D, and no N x N matrix.
-
-The contractions run on V reordered to (H, N, B, D): seen as (H, R, C*B*D) it is a batch of matrices with grid rows on
-the rows, seen as (H*R, C, B*D) one with grid columns, so both are plain batched products on the same memory.
 """
 
 from __future__ import annotations
@@ -73,15 +70,7 @@ def separable_product(ax: Tensor, ay: Tensor, v: Tensor, grid_size: tuple[int, i
         grid_size: (R, C).
 
     Returns:
-        (B, H, N, D), a view of memory ordered (H, N, B, D).
+        (B, H, N, D), contiguous.
     """
-    (batch, heads, tokens, dim), (rows, columns) = v.shape, grid_size
-    mixed = torch.bmm(ay, v.permute(1, 2, 0, 3).reshape(heads, rows, columns * batch * dim))
-    mixed = torch.bmm(per_grid_row(ax, rows), mixed.view(heads * rows, columns, batch * dim))
-    return mixed.view(heads, tokens, batch, dim).permute(2, 0, 1, 3)
-
-
-def per_grid_row(ax: Tensor, rows: int) -> Tensor:
-    """``ax`` (H, C, C) repeated for every grid row of every head: (H*R, C, C)."""
-    heads, columns, _ = ax.shape
-    return ax.unsqueeze(1).expand(heads, rows, columns, columns).reshape(heads * rows, columns, columns)
+    mixed = torch.matmul(ay, v.unflatten(2, grid_size).flatten(3))
+    return torch.matmul(ax.unsqueeze(1), mixed.unflatten(3, (grid_size[1], -1))).flatten(2, 3)

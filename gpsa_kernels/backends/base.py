@@ -107,6 +107,11 @@ def empty_output(q: Tensor) -> Tensor:
     return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
 
+def as_output(t: Tensor) -> Tensor:
+    """``t`` in the memory layout of :func:`empty_output`: a copy only where it has another."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute GPSA.

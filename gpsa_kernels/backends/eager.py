@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Backend
+from gpsa_kernels.backends.base import Backend, as_output
 from gpsa_kernels.positional import accumulation_dtype
 
 
@@ -62,7 +62,7 @@ def compose(
     dtype = accumulation_dtype(q.dtype)
     attention = attention_map(q.to(dtype), k.to(dtype), pos_weight, gate, grid_size, scale)
     out = F.dropout(attention, dropout_p) @ v.to(dtype)
-    return out.to(q.dtype)
+    return as_output(out.to(q.dtype))
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:

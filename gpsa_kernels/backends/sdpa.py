@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Backend, Forward, Gradients, empty_output
+from gpsa_kernels.backends.base import Backend, Forward, Gradients, as_output, empty_output
 from gpsa_kernels.positional import (
     accumulation_dtype,
     axis_factors,
     axis_factors_backward,
-    per_grid_row,
     separable_product,
 )
 
@@ -46,17 +45,14 @@ def compose(
     ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
     content = F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
     position = separable_product(ax, ay, v.to(dtype), grid_size)
-    out = torch.lerp(content, position, g.view(-1, 1, 1)).to(q.dtype)
-    return _as_output(out)
-
-
-def _as_output(t: Tensor) -> Tensor:
-    """``t`` in the memory layout of (B, N, H, D): a copy only where torch chose another, after q's."""
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return as_output(torch.lerp(content, position, g.view(-1, 1, 1)).to(q.dtype))
 
 
 class _Buffer(NamedTuple):
-    """Three views of one (H, N, n, D) buffer that holds n batch elements."""
+    """Three views of one (H, N, n, D) buffer that holds n batch elements.
+
+    In this order grid rows and grid columns are both the rows of a batch of matrices, with no copy between the two.
+    """
 
     tokens: Tensor  # (n, H, N, D)
     rows: Tensor  # (H, R, C*n*D), to contract along the grid's rows
@@ -116,10 +112,10 @@ def forward(
     dtype = accumulation_dtype(q.dtype)
     ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
     content, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-    content = _as_output(content)
+    content = as_output(content)
     out = empty_output(q) if save else content  # with no backward pass to come, blend in place
     share = g.view(-1, 1, 1)
-    ax = per_grid_row(ax, grid_size[0])
+    ax = ax.repeat_interleave(grid_size[0], dim=0)
     workspace = _Workspace(q, grid_size, count=2)
     for part in workspace.batches:
         x, y = workspace.buffers(part)
@@ -157,13 +153,13 @@ def backward(
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, content, logsumexp, 0.0, False, scale=scale
     )
-    grad_q, grad_k, grad_v = _as_output(grad_q), _as_output(grad_k), _as_output(grad_v)
+    grad_q, grad_k, grad_v = as_output(grad_q), as_output(grad_k), as_output(grad_v)
     grad_q.mul_((1 - share).to(q.dtype))
     grad_k.mul_((1 - share).to(q.dtype))
 
     # O_pos = Ax (Ay V), and back along the same two contractions, unscaled
     rows = grid_size[0]
-    ax_backward, ay_backward = per_grid_row(ax.transpose(1, 2), rows), ay.transpose(1, 2)
+    ax_backward, ay_backward = ax.transpose(1, 2).repeat_interleave(rows, dim=0), ay.transpose(1, 2)
     grad_ax, grad_ay = torch.zeros_like(ax_backward), torch.zeros_like(ay)
     along_content = torch.zeros_like(g)
     workspace = _Workspace(q, grid_size, count=3)
@@ -191,7 +187,7 @@ def backward(
 def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
     if dropout_p > 0:
         return (
-            f"attention dropout (dropout_p={dropout_p}) needs one mask over both branches, "
+            "attention dropout needs one mask over both branches, "
             "and scaled_dot_product_attention keeps its mask to itself"
         )
     for name, t in (("q", q), ("k", k), ("v", v)):

@@ -1,0 +1,153 @@
+"""Inputs, oracles and the tolerance rule that the tests share. Nothing here calls gpsa_kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMES = ("out", "q", "k", "v", "pos_weight", "gate")
+
+
+def inputs(
+    batch: int,
+    heads: int,
+    grid_size: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Random q, k, v, pos_weight and gate, all of ``dtype``, requiring gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid_size[0] * grid_size[1]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [normal(batch, heads, tokens, head_dim) for _ in range(3)]
+    tensors += [(0.5 * normal(heads, 3)).to(dtype), normal(heads)]
+    return [t.requires_grad_() for t in tensors]
+
+
+def literal(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
+) -> Tensor:
+    """The formula as models spell it out, every step in the dtype of the inputs."""
+    rows, columns = grid_size
+    index = torch.arange(rows * columns)
+    y, x = index // columns, index % columns
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    offsets = torch.stack((dx, dy, dx**2 + dy**2), dim=-1).to(q.dtype)
+    content = ((q @ k.transpose(-2, -1)) * scale).softmax(-1)
+    position = (offsets @ pos_weight.t()).permute(2, 0, 1).softmax(-1)
+    g = torch.sigmoid(gate).view(-1, 1, 1)
+    mixed = (1 - g) * content + g * position
+    return (mixed / mixed.sum(-1, keepdim=True)) @ v
+
+
+def loops(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
+) -> Tensor:
+    """The formula one number at a time, in Python floats: slow, and hard to get wrong."""
+    rows, columns = grid_size
+    tokens = rows * columns
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(q.size(0)):
+        for h in range(q.size(1)):
+            w0, w1, w2 = pos_weight[h].tolist()
+            g = 1 / (1 + math.exp(-gate[h].item()))
+            for i in range(tokens):
+                content, position = [], []
+                for j in range(tokens):
+                    dx, dy = j % columns - i % columns, j // columns - i // columns
+                    content.append(math.exp(scale * (q[b, h, i] @ k[b, h, j]).item()))
+                    position.append(math.exp(w0 * dx + w1 * dy + w2 * (dx * dx + dy * dy)))
+                for j in range(tokens):
+                    weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
+                    out[b, h, i] += weight * v[b, h, j]
+    return out
+
+
+def with_gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], grad_out: Tensor, *args: object, **kwargs: object
+) -> list[Tensor]:
+    """The result of ``function(*tensors, *args, **kwargs)`` and its gradients, in the order of NAMES."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    out = function(*leaves, *args, **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def rounding_walks(
+    tensors: Sequence[Tensor], grad_out: Tensor, grid_size: tuple[int, int], scale: float
+) -> dict[str, float]:
+    """For every result, how far one rounding of each term of each sum on the way moves it, in units of eps.
+
+    To first order and in float64: the root sum of squares of the terms that the result sums, each of which carries
+    the rounding of its score, exp(s) moving by eps times the root sum of squares of the terms of s.
+    """
+    q, k, v, pos_weight, gate = (t.detach().double() for t in tensors)
+    tokens = q.size(2)
+    eye = torch.eye(tokens, dtype=torch.float64)
+    closed, open_ = torch.full_like(gate, -math.inf), torch.full_like(gate, math.inf)
+    maps = [literal(q, k, eye.expand(*q.shape[:2], -1, -1), pos_weight, g, grid_size, scale) for g in (closed, open_)]
+    index = torch.arange(tokens)
+    y, x = index // grid_size[1], index % grid_size[1]
+    dx, dy = (x[None, :] - x[:, None]).double(), (y[None, :] - y[:, None]).double()
+    content_score = scale**2 * q**2 @ k.mT**2
+    position_score = (torch.stack((dx, dy, dx**2 + dy**2), dim=-1) ** 2 @ pos_weight.t() ** 2).permute(2, 0, 1)
+    g = torch.sigmoid(gate).view(-1, 1, 1)
+    content = (1 - g) * maps[0] * (1 + content_score).sqrt()
+    position = g * maps[1] * (1 + position_score).sqrt()
+    along = grad_out.double() @ v.mT
+    own = [((grad_out.double() * (m @ v)) ** 2).sum(-1, keepdim=True) for m in maps]  # of rowsum(dO * O), squared
+    score = content**2 * (along**2 + own[0])
+    place = position**2 * (along**2 + own[1])
+    squares = {
+        "out": (content + position) ** 2 @ v**2,
+        "q": scale**2 * score @ k**2,
+        "k": scale**2 * score.mT @ q**2,
+        "v": (content + position).mT ** 2 @ grad_out.double() ** 2,
+        "pos_weight": torch.stack([(place * d**2).sum((0, 2, 3)) for d in (dx, dy, dx**2 + dy**2)]),
+        "gate": (g * (1 - g)).flatten() ** 2 * (own[0] + own[1]).sum((0, 2, 3)),
+    }
+    return {name: t.max().sqrt().item() if t.numel() else 0.0 for name, t in squares.items()}
+
+
+def assert_as_exact_as_eager(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    scale: float | None = None,
+    **kwargs: object,
+) -> None:
+    """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
+
+    To eager's error is added what rounding alone explains, since eager is sometimes luckier than anybody has to be (a
+    softmax over one token has an exact gradient; float64 eager is the truth itself): one rounding of the result and of
+    each term summed on the way, in the tensors' dtype, and one of each of the n partial sums, in the dtype that sums,
+    which walk sqrt(n / 2) as far as one (Higham and Mary, A new approach to probabilistic rounding error analysis).
+    """
+    q = tensors[0]
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(q.dtype)
+    truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale)
+    eager = with_gradients(literal, tensors, grad_out, grid_size, scale)
+    ours = with_gradients(function, tensors, grad_out, grid_size, scale=scale, **kwargs)
+    walks = rounding_walks(tensors, grad_out, grid_size, scale)
+    stored = torch.finfo(q.dtype).eps
+    summed = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
+    batch, _, tokens, head_dim = q.shape
+    terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
+    for name, expected, low, got in zip(NAMES, truth, eager, ours, strict=True):
+        assert got.dtype == q.dtype
+        assert got.shape == expected.shape
+        assert got.isfinite().all(), name
+        if got.numel() == 0:
+            continue
+        error = (got.double() - expected).abs().max().item()
+        allowed = (low.double() - expected).abs().nan_to_num(nan=math.inf).max().item()
+        allowed += stored * expected.abs().max().item()
+        allowed += (stored + summed * math.sqrt(terms.get(name, max(tokens, head_dim)) / 2)) * walks[name]
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

@@ -1,0 +1,181 @@
+"""gpsa_attention as a torch function: compiled, exported, under autocast, behind its registered operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_as_exact_as_eager, inputs
+
+from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
+from gpsa_kernels.autograd import _forward_fake
+
+backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+KERNELS_ON_CPU = [name for name, backend in BACKENDS.items() if "cpu" in backend.kernel_devices]
+SETTINGS = (3, 4, 0.3, 0.0)
+
+
+# ---- the registered operator ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_opcheck(backend, dtype, requires_grad):
+    tensors = [t.detach().requires_grad_(requires_grad) for t in inputs(2, 2, (3, 4), 8, dtype)]
+    results = torch.library.opcheck(torch.ops.gpsa.attention_forward.default, (*tensors, None, *SETTINGS, backend))
+    assert set(results.values()) == {"SUCCESS"}
+    tensors = [t.detach() for t in tensors]
+    out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend, True)
+    arguments = (out, *tensors, None, content, logsumexp, *SETTINGS, backend)
+    results = torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_fake_tensors_have_the_real_strides(backend, save, packed):
+    """opcheck compares shapes; compiled code relies on strides, too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v, pos_weight, gate = (t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32))
+    if packed:
+        q, k, v = torch.randn(2, 12, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
+    forward = (q, k, v, pos_weight, gate, None)
+    real = torch.ops.gpsa.attention_forward(*forward, *SETTINGS, backend, save)
+    assert [t.stride() for t in real] == [t.stride() for t in _forward_fake(*forward, *SETTINGS, backend, save)]
+    if not save:
+        return
+    backward = (torch.randn(2, 2, 12, 8), *forward, *real[1:])
+    real = torch.ops.gpsa.attention_backward(*backward, *SETTINGS, backend)
+    with FakeTensorMode() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in backward]
+        fake = torch.ops.gpsa.attention_backward(*fakes, *SETTINGS, backend)
+    assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in fake]
+
+
+@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+def test_operator_is_differentiable_and_casts_by_itself(backend):
+    tensors = inputs(2, 2, (3, 4), 8, torch.float32)
+    out = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)[0]
+    expected = gpsa_attention(*tensors, (3, 4), scale=0.3, backend=backend)
+    assert torch.equal(out, expected)
+    grad_out = torch.randn_like(out)
+    for a, b in zip(
+        torch.autograd.grad(out, tensors, grad_out), torch.autograd.grad(expected, tensors, grad_out), strict=True
+    ):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)[0]
+    assert low.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+def test_nothing_is_saved_where_nothing_is_differentiated(backend):
+    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32)]
+    _, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)
+    assert content.numel() == logsumexp.numel() == 0
+
+
+# ---- torch.compile and torch.export --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)], ids=str
+)
+def test_compile_gives_the_same_numbers(backend, dtype):
+    compiled = torch.compile(gpsa_attention, fullgraph=True)
+    assert_as_exact_as_eager(compiled, inputs(2, 2, (3, 4), 8, dtype), (3, 4), backend=backend)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@backends
+def test_a_second_batch_size_does_not_recompile(backend):
+    compiled = torch.compile(gpsa_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        tensors = inputs(batch, 4, (3, 7), 8, torch.float32)  # no two sizes alike, which would make a guard
+        with torch._dynamo.config.patch(error_on_recompile=batch != 2):
+            assert_as_exact_as_eager(compiled, tensors, (3, 7), backend=backend)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_dropout_is_seeded():
+    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32)]
+    compiled = torch.compile(gpsa_attention, fullgraph=True)
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(compiled(*tensors, (3, 4), dropout_p=0.5))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+@backends
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(backend, strict):
+    layer = FusedGPSA(16, 2, grid_size=(3, 4), backend=backend).eval()
+    x = torch.randn(2, 12, 16)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    x = torch.randn(5, 12, 16)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# ---- autocast ------------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_does_what_it_does_to_sdpa(backend, dtype):
+    q, k, v, pos_weight, gate = inputs(2, 2, (3, 4), 8, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = gpsa_attention(q, k, v, pos_weight, gate, (3, 4), backend=backend)
+        mixed = gpsa_attention(q.to(dtype), k, v, pos_weight, gate, (3, 4), backend=backend)
+        peer = F.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == mixed.dtype == peer.dtype == dtype
+    expected = gpsa_attention(q.to(dtype), k.to(dtype), v.to(dtype), pos_weight, gate, (3, 4), backend=backend)
+    assert torch.equal(out, expected)
+    assert torch.equal(mixed, expected)
+    for grad in torch.autograd.grad(out.float().sum(), (q, k, v, pos_weight, gate)):
+        assert grad.dtype == torch.float32
+        assert grad.isfinite().all()
+
+
+@backends
+def test_autocast_leaves_float64_alone(backend):
+    tensors = inputs(2, 2, (3, 4), 8)
+    expected = gpsa_attention(*tensors, (3, 4), backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gpsa_attention(*tensors, (3, 4), backend=backend), expected)
+
+
+@backends
+def test_inference_mode(backend):
+    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8)]
+    expected = gpsa_attention(*tensors, (3, 4), backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(gpsa_attention(*tensors, (3, 4), backend=backend), expected)
+
+
+@backends
+def test_meta_tensors_have_the_right_shape(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(t.detach()) for t in inputs(2, 2, (3, 4), 8, torch.float32)]
+        out = gpsa_attention(*tensors, (3, 4), backend=backend)
+    assert out.shape == (2, 2, 12, 8)
+    assert out.stride() == (192, 8, 16, 1)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_says_why_it_is_unavailable(name):
+    reason = BACKENDS[name].unavailable()
+    assert reason is None or reason
