@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpsa_kernels.analysis import non_locality
+from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.backends.eager import attention_map, relative_offsets
 from gpsa_kernels.functional import gpsa_attention
 from gpsa_kernels.positional import accumulation_dtype
@@ -20,11 +21,20 @@ def _head_dim(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Initialises an nn.Linear as ConViT does: truncated normal weights, zero biases. For ``Module.apply``."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def check_settings(backend: str, grid_size: tuple[int, int] | None) -> None:
+    """Raises ValueError where a GPSA layer cannot be made with these, naming the argument."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if grid_size is not None and not (len(grid_size) == 2 and all(isinstance(n, int) and n > 0 for n in grid_size)):
+        raise ValueError(f"grid_size must be a pair (rows, columns) of positive integers or None, got {grid_size!r}")
 
 
 def _check_tokens(x: Tensor, dim: int) -> None:
@@ -52,7 +62,8 @@ class FusedGPSA(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``.
+        ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers, or
+            ``backend`` unknown.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class FusedGPSA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_settings(backend, grid_size)
         self.dim = dim
         self.num_heads = num_heads
         self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
@@ -87,9 +99,12 @@ class FusedGPSA(nn.Module):
         self.pos_proj = nn.Linear(3, num_heads, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.gating_param = nn.Parameter(torch.ones(num_heads, device=device, dtype=dtype))
-        self.apply(_init_linear)
+        self.apply(init_linear)
         if use_local_init:
             self.local_init()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError("torch.jit.script cannot compile FusedGPSA: script unfuse(model), or use torch.export")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, backend={self.backend!r}"
@@ -173,13 +188,12 @@ class FusedGPSA(nn.Module):
         return self._rel_indices(self._last_grid)
 
     def _rel_indices(self, grid_size: tuple[int, int]) -> Tensor:
-        weight = self.qk.weight
-        return relative_offsets(grid_size, weight.device, weight.dtype).unsqueeze(0)
+        return relative_offsets(grid_size, self.gating_param.device, self.gating_param.dtype).unsqueeze(0)
 
     def _grid(self, tokens: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
         grid_size = grid_size or self.grid_size
         if grid_size is None:
-            side = round(tokens**0.5)
+            side = int(tokens**0.5 + 0.5)
             if side * side != tokens:
                 raise ValueError(f"x has {tokens} tokens, which make no square grid: pass grid_size=(rows, columns)")
             grid_size = (side, side)
@@ -241,7 +255,7 @@ class SelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}"

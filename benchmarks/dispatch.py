@@ -1,0 +1,82 @@
+"""What a call costs before any kernel starts: a backend that computes nothing, reached in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gpsa_kernels
+from gpsa_kernels.backends.base import Backend, Forward, Gradients
+
+Q = torch.randn(1, 1, 4, 8)
+POS_WEIGHT, GATE = torch.randn(1, 3), torch.randn(1)
+SETTINGS = (2, 2, 1.0, 0.0)
+
+
+def kernel_forward(*_: Any) -> Forward:
+    """Allocates what a kernel would fill."""
+    return Forward(torch.empty_like(Q), torch.empty_like(Q), Q.new_empty(1, 1, 4))
+
+
+def kernel_backward(*_: Any) -> Gradients:
+    """Allocates what a kernel would fill."""
+    return Gradients(*(torch.empty_like(t) for t in (Q, Q, Q, POS_WEIGHT, GATE)))
+
+
+class Bare(torch.autograd.Function):
+    """The thinnest Function around the same kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        out, content, logsumexp = kernel_forward()
+        ctx.save_for_backward(*tensors, content, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Gradients:
+        return kernel_backward(*ctx.saved_tensors)
+
+
+def peers() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """The forward calls without a graph, and the forward and backward calls with one."""
+    null = Backend(
+        name="null",
+        unavailable=lambda: None,
+        unsupported=lambda *_: None,
+        forward=kernel_forward,
+        backward=kernel_backward,
+        kernel_devices=frozenset({"cpu"}),
+    )
+    gpsa_kernels.BACKENDS["null"] = null
+    tensors = [t.clone().requires_grad_() for t in (Q, Q, Q, POS_WEIGHT, GATE)]
+    operator = torch.ops.gpsa.attention_forward
+
+    @torch.library.custom_op("gpsa_bench::forward", mutates_args=())
+    def custom_op(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(kernel_forward())
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    custom_op.register_autograd(lambda ctx, *_: tuple(kernel_backward(*ctx.saved_tensors)), setup_context=setup_context)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "bare autograd.Function": lambda: Bare.apply(*tensors),
+        "torch.ops.gpsa.attention_forward": lambda: operator(*tensors, None, *SETTINGS, "null")[0],
+        "gpsa_attention": lambda: gpsa_kernels.gpsa_attention(*tensors, (2, 2), scale=1.0, backend="null"),
+        "torch.library.custom_op": lambda: custom_op(*tensors)[0],
+    }
+
+    def without_grad(call: Callable[[], Any]) -> Callable[[], Any]:
+        return torch.no_grad()(call)
+
+    def with_backward(call: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(call(), tensors, Q)
+
+    return (
+        {name: without_grad(call) for name, call in calls.items()},
+        {name: with_backward(call) for name, call in calls.items()},
+    )

@@ -1,0 +1,253 @@
+"""fuse and unfuse: the attention layers of an existing model, switched to the fused ones and back.
+
+A layer is switched by changing its class, as ``torch.nn.utils.parametrize`` does. It stays the same object, with the
+same parameters, submodules, hooks and place in the model, so optimizers, EMA copies, LoRA adapters and whoever else
+holds a reference to it stay valid, and the way back is to change the class back.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gpsa_kernels.modules import FusedGPSA, SelfAttention, check_settings
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def fuse(
+    model: _Model, *, backend: str = "auto", self_attention: bool = True, grid_size: tuple[int, int] | None = None
+) -> _Model:
+    """Switches every GPSA layer of ``model`` to :class:`FusedGPSA`, in place.
+
+    A GPSA layer is recognised by its structure, wherever it comes from (timm, the original code, a copy of either):
+    ``gating_param`` (H,), linear ``qk`` (C to 2C), ``v`` and ``proj`` (C to C), ``pos_proj`` (3 to H), ``num_heads``.
+    It is switched if it also computes what FusedGPSA computes, which is tried out on a copy of it with random
+    parameters. If not, for example because its forward returns a tuple, it is left alone, with a warning that names it
+    and says why. Layers that are fused already stay as they are.
+
+    Args:
+        model: any module, a GPSA layer itself included.
+        backend: of the fused layers, see :func:`gpsa_kernels.gpsa_attention`.
+        self_attention: whether the plain self-attention layers of a model with GPSA layers (linear ``qkv``, C to 3C,
+            ``proj``, ``num_heads``, nothing else) become :class:`SelfAttention`, which computes the same.
+        grid_size: (rows, columns) of the token grid for every fused layer; a square inferred from the token count if
+            None.
+
+    Returns:
+        ``model``. Parameters, submodules, hooks, training flags and the state_dict are untouched.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or ``grid_size`` is not a pair of positive integers.
+    """
+    check_settings(backend, grid_size)
+    layers = dict(model.named_modules())
+    if not any(isinstance(layer, FusedGPSA) or _is_gpsa(layer) for layer in layers.values()):
+        warnings.warn(f"{type(model).__name__} has no GPSA layer: nothing is fused", stacklevel=2)
+        return model
+    for name, layer in layers.items():
+        if isinstance(layer, FusedGPSA | SelfAttention):
+            continue
+        if _is_gpsa(layer):
+            kind, settings = _GPSA, {"backend": backend, "grid_size": grid_size}
+        elif self_attention and _is_self_attention(layer):
+            kind, settings = _SELF_ATTENTION, {}
+        else:
+            continue
+        reason = _obstacle(layer, kind)
+        if reason is None:
+            _switch(layer, kind, settings)
+        else:
+            warnings.warn(f"{name or type(layer).__name__} is left as it is: {reason}", stacklevel=2)
+    return model
+
+
+def unfuse(model: _Model) -> _Model:
+    """Switches the layers that :func:`fuse` has switched back to their own classes, in place, and returns ``model``.
+
+    They keep the parameters and submodules they hold now, whatever was loaded into, moved or wrapped meanwhile.
+    """
+    for layer in model.modules():
+        if "_unfused" in vars(layer):
+            _switch_back(layer)
+    return model
+
+
+# ---- which layers ---------------------------------------------------------------------------------------------------
+
+
+def _maps(layer: nn.Module, name: str, inputs: int, outputs: int) -> bool:
+    """Whether ``layer`` has a linear submodule of that size: an nn.Linear, or an adapter that wraps one."""
+    child = getattr(layer, name, None)
+    size = getattr(child, "in_features", None), getattr(child, "out_features", None)
+    return isinstance(child, nn.Module) and size == (inputs, outputs)
+
+
+def _dim(layer: nn.Module) -> int:
+    return getattr(getattr(layer, "proj", None), "in_features", 0)
+
+
+def _is_gpsa(layer: nn.Module) -> bool:
+    dim, num_heads = _dim(layer), getattr(layer, "num_heads", 0)
+    gate = dict(layer.named_parameters(recurse=False)).get("gating_param")
+    return (
+        gate is not None
+        and gate.shape == (num_heads,)
+        and _maps(layer, "qk", dim, 2 * dim)
+        and _maps(layer, "v", dim, dim)
+        and _maps(layer, "proj", dim, dim)
+        and _maps(layer, "pos_proj", 3, num_heads)
+    )
+
+
+def _is_self_attention(layer: nn.Module) -> bool:
+    dim = _dim(layer)
+    return (
+        hasattr(layer, "num_heads")
+        and _maps(layer, "qkv", dim, 3 * dim)
+        and _maps(layer, "proj", dim, dim)
+        and {name for name, _ in layer.named_children()} <= {"qkv", "attn_drop", "proj", "proj_drop"}
+        and not dict(layer.named_parameters(recurse=False))
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of attention layer.
+
+    Attributes:
+        fused: called with (dim, num_heads, qk_scale=, device=, ...), makes a fused layer.
+        bypassed: submodules that the fused layer reads the settings or weights of, but does not call, and the class
+            whose forward it takes the place of.
+    """
+
+    fused: Callable[..., nn.Module]
+    bypassed: dict[str, type[nn.Module]]
+
+
+_GPSA = _Kind(FusedGPSA, bypassed={"attn_drop": nn.Dropout, "pos_proj": nn.Linear})
+_SELF_ATTENTION = _Kind(SelfAttention, bypassed={"attn_drop": nn.Dropout})
+
+
+# ---- the switch -----------------------------------------------------------------------------------------------------
+
+
+def _template(layer: nn.Module, kind: _Kind, settings: dict[str, Any]) -> nn.Module:
+    """A fused layer for the sizes and scale of ``layer``, without data."""
+    scale = getattr(layer, "scale", None)
+    return kind.fused(_dim(layer), layer.num_heads, qk_scale=scale, device="meta", **settings)
+
+
+def _switch(layer: nn.Module, kind: _Kind, settings: dict[str, Any]) -> None:
+    # The constructor knows which attributes the fused class needs; the layer's own win, but for those asked for.
+    template = _template(layer, kind, settings)
+    names = vars(template).keys() - vars(nn.Module()).keys()
+    added = {name: vars(template)[name] for name in names if name in settings or name not in vars(layer)}
+    replaced = {name: vars(layer)[name] for name in added if name in vars(layer)}
+    vars(layer).update(added, _unfused=(type(layer), tuple(added), replaced))
+    layer.__class__ = type(template)
+
+
+def _switch_back(layer: nn.Module) -> None:
+    layer_type, added, replaced = vars(layer).pop("_unfused")
+    for name in added:
+        del vars(layer)[name]
+    vars(layer).update(replaced)
+    layer.__class__ = layer_type
+    _refresh_offsets(layer)
+
+
+def _refresh_offsets(layer: nn.Module) -> None:
+    """Brings the table of offsets that the original code caches as a plain attribute to where the parameters are.
+
+    ``.to()`` misses it there; timm's is a buffer, which stays registered in the fused layer so that EMA copies find it.
+    """
+    table = vars(layer).get("rel_indices")
+    if isinstance(table, Tensor):
+        vars(layer)["rel_indices"] = table.to(next(layer.parameters()))
+
+
+# ---- the trial ------------------------------------------------------------------------------------------------------
+
+
+def _is_plain(child: Any, expected: type[nn.Module]) -> bool:
+    """Whether calling ``child`` does what its class does, and nothing else."""
+    return (
+        isinstance(child, expected)
+        and type(child).forward is expected.forward
+        and not child._forward_hooks
+        and not child._forward_pre_hooks
+    )
+
+
+def _obstacle(layer: nn.Module, kind: _Kind) -> str | None:
+    """Why ``layer`` cannot be switched, or None."""
+    if "forward" in vars(layer):
+        return "its forward method was replaced on the instance"
+    for name, expected in kind.bypassed.items():
+        if not _is_plain(getattr(layer, name, None), expected):
+            return f"the fused layer does the work of {name} itself, which must be a plain nn.{expected.__name__}"
+    try:
+        template = _template(layer, kind, {})
+        own = [name for name, _ in [*layer.named_parameters(recurse=False), *layer.named_children()]]
+        unknown = [name for name in own if name not in {**template._parameters, **template._modules}]
+        if unknown:
+            return f"the fused layer does not know its {', '.join(unknown)}"
+        return _difference(layer, kind)
+    except Exception as error:  # whatever a foreign layer raises is a reason to leave it alone
+        return f"a trial raised {type(error).__name__}: {error}"
+
+
+@torch.no_grad()
+def _difference(layer: nn.Module, kind: _Kind) -> str | None:
+    """How the fused layer's output differs from the layer's, or None; both are run on a copy."""
+    dim = _dim(layer)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        trial = _trial_copy(layer, generator)
+        inputs = [
+            torch.randn(1, tokens, dim, generator=generator, device="cpu", dtype=torch.float32) for tokens in (4, 9)
+        ]
+        outputs = [trial(x) for x in inputs]
+        _switch(trial, kind, {"backend": "eager"} if kind is _GPSA else {})
+        for x, expected in zip(inputs, outputs, strict=True):
+            if not isinstance(expected, Tensor):
+                return f"its forward returns a {type(expected).__name__}, not a tensor"
+            if expected.shape != x.shape:
+                return f"its output has shape {tuple(expected.shape)} instead of {tuple(x.shape)}"
+            # Three sums in a row, over a head's channels, the tokens and all channels, round once a term. So do the
+            # positional logits, whose error grows with their size: at most 2 + 2 + 8 on a 3x3 grid, weights in [-1, 1].
+            roundings = dim + x.shape[1] + dim + 12
+            tolerance = roundings * torch.finfo(torch.float32).eps * expected.abs().max().item()
+            difference = (trial(x) - expected).abs().max().item()
+            if not difference <= tolerance:
+                return f"the fused layer's output differs by {difference:.1e}, rounding explains {tolerance:.1e}"
+    return None
+
+
+def _trial_copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in float32 on the CPU, in eval mode, without hooks and with random parameters.
+
+    Random, because those of a new layer hide differences (a bias of 0, a v that is the identity), and those on the meta
+    device have no values.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    memo: dict[int, Any] = {id(getattr(m, hook)): OrderedDict() for m in layer.modules() for hook in hooks}
+    trial = copy.deepcopy(layer, memo).eval()
+    if any(t.is_meta for t in (*trial.parameters(), *trial.buffers())):
+        trial.to_empty(device="cpu")
+    trial.to(device="cpu", dtype=torch.float32)
+    _refresh_offsets(trial)
+    for parameter in trial.parameters():
+        if parameter.is_floating_point():
+            # variance 1 / inputs, so that scores, gates and outputs are all of the order of 1
+            bound = (3 / parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 3**0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+    return trial

@@ -1,0 +1,295 @@
+"""ConViT, the vision transformer that starts as a convolution (d'Ascoli et al., arXiv 2103.10697).
+
+The first layers are gated positional self-attention on the patch tokens; then the class token joins in, and the last
+layers are plain self-attention. Parameter names are those of the original code and of timm, so checkpoints pass either
+way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
+from gpsa_kernels.positional import accumulation_dtype
+
+
+def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings of one grid interpolated to another, bicubic with antialiasing.
+
+    Args:
+        pos_embed: (1, rows * columns, C) of ``old_grid``.
+        old_grid: (rows, columns).
+        new_grid: (rows, columns).
+
+    Returns:
+        (1, rows * columns, C) of ``new_grid``, in pos_embed's dtype.
+    """
+    image = pos_embed.unflatten(1, old_grid).permute(0, 3, 1, 2).to(accumulation_dtype(pos_embed.dtype))
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    return image.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts images into patches and maps each to a token: (B, in_chans, height, width) to (B, C, rows, columns)."""
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
+            expected = f"(batch, {self.proj.in_channels}, height, width)"
+            raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}")
+        grid_of((images.shape[2], images.shape[3]), self.proj.kernel_size[0])
+        return self.proj(images)
+
+
+def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches in an image of (height, width).
+
+    Raises:
+        ValueError: the image does not divide into patches.
+    """
+    height, width = image_size
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(f"height and width must be multiples of the patch size {patch_size}, got {height} x {width}")
+    return height // patch_size, width // patch_size
+
+
+class DropPath(nn.Dropout):
+    """Stochastic depth: drops the whole residual branch of a sample, with probability p, in training."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * super().forward(input.new_ones(input.shape[0], 1, 1)) if self.training else input
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU in between, applied to every token."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop)
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """A transformer block, normalising first: attention, then an MLP, each around a residual connection."""
+
+    def __init__(self, attn: FusedGPSA | SelfAttention, mlp: Mlp, drop_path: float, **factory: Any) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(attn.dim, eps=1e-6, **factory)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(attn.dim, eps=1e-6, **factory)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, *grid_size: tuple[int, int]) -> Tensor:
+        """(B, N, C) to (B, N, C); GPSA blocks are given the ``grid_size`` (rows, columns) of the tokens."""
+        x = x + self.drop_path(self.attn(self.norm1(x), *grid_size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ConViT(nn.Module):
+    """ConViT (arXiv 2103.10697) on :class:`FusedGPSA`, for images of any size that divides into patches.
+
+    A grid of patches other than the constructor's resamples the position embedding on the fly, as does
+    ``load_state_dict`` with the position embedding of another, square, grid.
+
+    Args:
+        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares.
+        patch_size: side of a patch.
+        in_chans: channels of the images.
+        num_classes: outputs of the head; 0 for none, an identity.
+        embed_dim: channels C of the tokens, a multiple of ``num_heads``.
+        depth: number of blocks.
+        num_heads: attention heads of every block.
+        mlp_ratio: hidden width of the MLPs, in units of ``embed_dim``.
+        qkv_bias: whether the q, k and v projections have a bias.
+        drop_rate: dropout of the embedded tokens, the attention outputs and the MLPs, in training.
+        attn_drop_rate: dropout of the attention maps, in training.
+        drop_path_rate: stochastic depth of the last block; from 0 at the first it grows linearly.
+        local_up_to_layer: the number of GPSA blocks, which come first. The class token joins after them.
+        locality_strength: alpha of the convolutional initialisation, see :meth:`FusedGPSA.local_init`.
+        use_pos_embed: whether to add a learned position embedding to the patch tokens.
+        backend: of the GPSA layers, see :func:`gpsa_kernels.gpsa_attention`.
+        device: where the parameters are created.
+        dtype: of the parameters.
+
+    Attributes:
+        num_features: ``embed_dim``.
+        grid_size: (rows, columns) that ``pos_embed`` belongs to.
+
+    Raises:
+        ValueError: sizes that do not divide, or a negative ``local_up_to_layer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int,
+        depth: int = 12,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        local_up_to_layer: int = 10,
+        locality_strength: float = 1.0,
+        use_pos_embed: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if local_up_to_layer < 0:
+            raise ValueError(f"local_up_to_layer must be a number of layers, got {local_up_to_layer}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_features = self.embed_dim = embed_dim
+        self.num_classes = num_classes
+        self.patch_size = patch_size
+        self.grid_size = grid_of((image_size, image_size) if isinstance(image_size, int) else image_size, patch_size)
+        self.local_up_to_layer = local_up_to_layer
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, **factory)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.pos_embed: nn.Parameter | None = None
+        if use_pos_embed:
+            rows, columns = self.grid_size
+            self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, embed_dim, **factory))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        def block(index: int) -> Block:
+            shared: dict[str, Any] = {
+                "dim": embed_dim,
+                "num_heads": num_heads,
+                "qkv_bias": qkv_bias,
+                "attn_drop": attn_drop_rate,
+                "proj_drop": drop_rate,
+                **factory,
+            }
+            attn: FusedGPSA | SelfAttention
+            if index < local_up_to_layer:
+                attn = FusedGPSA(locality_strength=locality_strength, backend=backend, **shared)
+            else:
+                attn = SelfAttention(**shared)
+            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate, **factory)
+            return Block(attn, mlp, drop_path_rate * index / max(1, depth - 1), **factory)
+
+        self.blocks = nn.ModuleList(block(index) for index in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.head.apply(init_linear)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimizer should not decay."""
+        return {"pos_embed", "cls_token"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the blocks' inputs and computes the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) to normalised tokens (B, 1 + N, C), the class token first.
+
+        Raises:
+            ValueError: ``x`` is no batch of images, or does not divide into patches.
+        """
+        x = self.patch_embed(x)
+        grid_size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        if self.pos_embed is not None:
+            same = grid_size == self.grid_size
+            x = x + (self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size))
+        x = self.pos_drop(x)
+        blocks = list(self.blocks)
+        for block in blocks[: self.local_up_to_layer]:
+            x = self._run(block, x, grid_size)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        for block in blocks[self.local_up_to_layer :]:
+            x = self._run(block, x)
+        return self.norm(x)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens (B, 1 + N, C) to the head's (B, num_classes), read off the class token."""
+        return self.head(x[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) to (B, num_classes); see :meth:`forward_features`."""
+        return self.forward_head(self.forward_features(x))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "pos_embed"
+        loaded = state_dict.get(key)
+        if self.pos_embed is not None and loaded is not None and loaded.dim() == 3:
+            side = round(loaded.shape[1] ** 0.5)
+            # a length that is no square cannot be resampled, and torch reports the mismatch
+            if loaded.shape[1] != self.pos_embed.shape[1] and side * side == loaded.shape[1]:
+                state_dict[key] = resample_pos_embed(loaded, (side, side), self.grid_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def convit_tiny(**kwargs: Any) -> ConViT:
+    """ConViT-Ti (arXiv 2103.10697, table 1): 4 heads of 48, C = 192, 6 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 192, "num_heads": 4, **kwargs})
+
+
+def convit_small(**kwargs: Any) -> ConViT:
+    """ConViT-S (arXiv 2103.10697, table 1): 9 heads of 48, C = 432, 28 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 432, "num_heads": 9, **kwargs})
+
+
+def convit_base(**kwargs: Any) -> ConViT:
+    """ConViT-B (arXiv 2103.10697, table 1): 16 heads of 48, C = 768, 86 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 768, "num_heads": 16, **kwargs})
+
+
+def convit_tiny_plus(**kwargs: Any) -> ConViT:
+    """ConViT-Ti+ (arXiv 2103.10697, table 1): 4 heads of 64, C = 256, 10 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 256, "num_heads": 4, **kwargs})
+
+
+def convit_small_plus(**kwargs: Any) -> ConViT:
+    """ConViT-S+ (arXiv 2103.10697, table 1): 9 heads of 64, C = 576, 48 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 576, "num_heads": 9, **kwargs})
+
+
+def convit_base_plus(**kwargs: Any) -> ConViT:
+    """ConViT-B+ (arXiv 2103.10697, table 1): 16 heads of 64, C = 1024, 152 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 1024, "num_heads": 16, **kwargs})

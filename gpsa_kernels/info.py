@@ -1,0 +1,65 @@
+"""What this installation can do: versions, the device, and each backend with what it serves or why it cannot."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from gpsa_kernels._version import __version__
+from gpsa_kernels.backends import BACKENDS, Backend
+
+_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def report() -> str:
+    """The text of ``python -m gpsa_kernels info``."""
+    facts = [
+        ("gpsa_kernels", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("device", _device()),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    header = [("backend", "runs", "serves here, or why not")]
+    backends = header + [(name, *_status(backend)) for name, backend in BACKENDS.items()]
+    return f"{_aligned(facts)}\n\n{_aligned(backends)}"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu only"
+    return "\n".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _status(backend: Backend) -> tuple[str, str]:
+    reason = backend.unavailable()
+    if reason is not None:
+        return "no", reason
+    served = (_served(backend, device) for device in ("cuda", "cpu") if device == "cpu" or torch.cuda.is_available())
+    return "yes", "\n".join(filter(None, served))
+
+
+def _served(backend: Backend, device: str) -> str:
+    """The dtypes that ``backend`` takes on ``device``, asked of the backend itself; empty if none."""
+
+    def runs(dtype: torch.dtype, dropout_p: float) -> bool:
+        q = torch.empty(1, 1, 4, 64, dtype=dtype, device=device)
+        return backend.unsupported(q, q, q, (2, 2), dropout_p) is None
+
+    names = [name for name, dtype in _DTYPES.items() if runs(dtype, 0.0)]
+    if not names:
+        return ""
+    with_dropout = all(runs(_DTYPES[name], 0.5) for name in names)
+    return f"{device}: {', '.join(names)}" + ("" if with_dropout else "; no attention dropout")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """``rows`` in columns; a last cell of several lines stays in its column."""
+    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
+    lines = []
+    for *cells, last in rows:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
+        lines += [(start if i == 0 else " " * len(start)) + part for i, part in enumerate(last.split("\n"))]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,42 @@
+"""Models and the comparison rule that the tests of layers and models share."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """``model`` in float64 with noise on every parameter, so that none is at a value that hides a mistake."""
+    model = model.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def timm_convit(size: str = "tiny", image_size: int = 64, **kwargs) -> nn.Module:
+    return randomized(timm.create_model(f"convit_{size}", img_size=image_size, **kwargs))
+
+
+def assert_rounded(actual: Tensor, expected: Tensor, model: nn.Module, name: str = "") -> None:
+    """Both are the same up to rounding, on the scale of the largest element of ``expected``.
+
+    The longest chain of roundings from end to end, forward or backward: every block's longest sum, the MLP's 4C terms.
+    """
+    assert actual.shape == expected.shape, name
+    assert actual.dtype == expected.dtype, name
+    roundings = len(model.blocks) * 4 * model.num_features
+    tolerance = roundings * torch.finfo(expected.dtype).eps * expected.abs().max()
+    difference = (actual - expected).abs().max()
+    assert difference <= tolerance, f"{name} differs by {difference:.1e}, allowed {tolerance:.1e}"
+
+
+def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None]:
+    """The gradient of a loss that weighs every output differently, by parameter name."""
+    model.zero_grad(set_to_none=True)
+    out = model(images)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

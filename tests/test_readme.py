@@ -1,0 +1,58 @@
+"""What the README shows is true: its code runs, its commands exist, its figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpsa_kernels import BACKENDS, gpsa_attention
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"(?s)```python\n(.*?)```", README)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[str(i) for i in range(len(BLOCKS))])
+def test_python_blocks_run(block):
+    exec(block, {})
+
+
+def test_the_formula_shown_is_the_operator():
+    names: dict = {}
+    exec(next(block for block in BLOCKS if "def gpsa(" in block), names)
+    q, k, v = torch.randn(3, 2, 3, 20, 8, dtype=torch.float64).unbind()
+    pos_weight, gate = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    expected = names["gpsa"](q, k, v, pos_weight, gate, 4, 5)
+    torch.testing.assert_close(gpsa_attention(q, k, v, pos_weight, gate, (4, 5)), expected)
+
+
+def test_usages_are_short():
+    assert all(len(block.strip().splitlines()) <= 10 for block in BLOCKS if "def gpsa(" not in block)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make_commands_exist(target):
+    assert f"make {target} " in README
+    plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"demo": "python -m gpsa_kernels demo", "test": "python -m pytest"}[target] in plan
+
+
+def test_every_backend_is_in_the_table():
+    table = README.split("## What runs where")[1]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", table.split("\n\n")[1]) == list(reversed(BACKENDS))
+
+
+def test_figures_are_the_measured_ones():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+
+    expected = report.tables(json.loads(report.newest().read_text()))
+    assert report.MARKERS.search(README)[0].split("-->\n", 1)[1].rsplit("<!--", 1)[0] == expected
