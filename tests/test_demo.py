@@ -1,0 +1,102 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from gpsa_kernels import demo
+
+
+def test_the_test_digits_are_held_out():
+    digits = demo.load_digits(seed=0)
+    assert len(digits.images) == len(digits.labels) == 1797
+    train, test = set(digits.train.tolist()), set(digits.test.tolist())
+    assert not train & test
+    assert train | test == set(range(1797))
+    assert len(test) == 360
+    shares = digits.labels[digits.test].bincount() / digits.labels.bincount()
+    assert shares.sub(0.2).abs().max() < 0.01
+
+    def pictures(index):
+        return {image.numpy().tobytes() for image in digits.images[index]}
+
+    assert not pictures(digits.train) & pictures(digits.test)
+
+    drawn = {image.numpy().tobytes() for image in demo.draw(digits.images[digits.test])}
+    random = torch.Generator().manual_seed(0)
+    for images, _ in demo.epoch(digits, random):
+        assert not {image.numpy().tobytes() for image in images} & drawn
+
+
+def test_both_runs_see_the_same_weights_and_batches():
+    eager, fused = demo.build_model("eager", seed=3), demo.build_model("auto", seed=3)
+    for a, b in zip(eager.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(a, b)
+    digits = demo.load_digits(seed=3)
+    first, second = (list(demo.epoch(digits, torch.Generator().manual_seed(3))) for _ in range(2))
+    for (images, labels), (images_again, labels_again) in zip(first, second, strict=True):
+        assert torch.equal(images, images_again)
+        assert torch.equal(labels, labels_again)
+
+
+def test_drawing_a_digit():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 3, 4] = 1.0
+    assert (demo.draw(image) + 0.5).sum().item() == pytest.approx(4.0)  # twice as large, so four times the ink
+    right = demo.draw(image, torch.tensor([[[0.0, 0.0, -2 / 8], [0.0, 0.0, 0.0]]]))
+    assert torch.allclose(right, demo.draw(image.roll(1, dims=3)), atol=1e-6)
+
+
+def test_fused_saves_less_for_the_backward_pass():
+    images, labels = next(demo.epoch(demo.load_digits(seed=0), torch.Generator()))
+
+    def saved(backend):
+        model = demo.build_model(backend, seed=0)
+        return demo.saved_for_backward(model, lambda: torch.nn.functional.cross_entropy(model(images), labels))
+
+    assert saved("sdpa") < saved("eager") / 1.5
+
+
+@pytest.mark.parametrize(("accuracies", "failed"), [((0.97, 0.99), 0), ((0.9699, 0.99), 1), ((0.5, float("nan")), 2)])
+def test_the_accuracy_bar(accuracies, failed):
+    empty = dict.fromkeys(demo.Run.__dataclass_fields__, 0)
+    runs = [demo.Run(**{**empty, "backend": "x", "accuracy": accuracy}) for accuracy in accuracies]
+    assert len(demo.failures(runs)) == failed
+
+
+def test_one_epoch_through_the_command_line(tmp_path):
+    output = tmp_path / "pictures"
+    done = subprocess.run(
+        [sys.executable, "-m", "gpsa_kernels", "demo", "--epochs", "1", "--output", str(output)],
+        capture_output=True,
+        text=True,
+    )
+    # one epoch is too short, and the exit code has to say so
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("FAILED: ") == 2
+    for words in ("test accuracy", "peak memory", "time in training steps", "Largest difference of the loss curves"):
+        assert words in done.stdout
+    assert sorted(path.name for path in output.iterdir()) == ["attention.png", "gates.png", "losses.png"]
+    for path in output.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("epochs", ["0", "-1", "many"])
+def test_a_senseless_number_of_epochs_is_refused(epochs):
+    from gpsa_kernels.__main__ import main
+
+    with pytest.raises(SystemExit) as refusal:
+        main(["demo", "--epochs", epochs])
+    assert refusal.value.code == 2
+
+
+def test_missing_dependencies_are_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "tqdm" else object())
+    assert demo.main(1, tmp_path, 0) == 2
+    assert "tqdm" in (message := capsys.readouterr().err)
+    assert "gpsa-kernels[demo]" in message
