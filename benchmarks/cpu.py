@@ -18,7 +18,7 @@ import dispatch
 import timm
 import torch
 import torch.nn.functional as F
-from timing import interleaved, summary
+from timing import in_own_processes, interleaved, summary
 from timm.models.convit import GPSA
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ import gpsa_kernels
 from gpsa_kernels import FusedGPSA, fuse
 
 RESULTS = Path(__file__).parent / "results"
+PLAIN, FUSED, DEIT = "plain SDPA, no position", "gpsa_kernels, fused", "DeiT tiny, no position"
 Call = Callable[[], Any]
 
 
@@ -66,7 +67,7 @@ def attention_layers(batch: int, heads: int, side: int, head_dim: int) -> tuple[
         return out.transpose(1, 2).reshape(batch, tokens, dim)
 
     calls: dict[str, Call] = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
-    calls["plain SDPA, no position"] = plain
+    calls[PLAIN] = plain
     return calls, [qk, v, reference.pos_proj.weight, reference.gating_param]
 
 
@@ -75,7 +76,7 @@ def proved(calls: dict[str, Call], tensors: list[Tensor]) -> dict[str, float]:
     deviations: dict[str, float] = {}
     expected: list[Tensor] = []
     for name, call in calls.items():
-        if name.startswith("plain"):
+        if name == PLAIN:
             continue
         out = call()
         got = [out, *torch.autograd.grad(out.square().sum(), tensors)]
@@ -105,57 +106,57 @@ def operator_rows(rounds: int) -> list[dict[str, Any]]:
     deviations = proved(calls, tensors)
     grad_out = torch.randn(8, 196, 432)
 
-    def forward(call: Call) -> Call:
-        return torch.no_grad()(call)
-
     def both(call: Call) -> Call:
         return lambda: torch.autograd.grad(call(), tensors, grad_out, allow_unused=True)
 
     rows = []
-    for name, kind in (("operator forward", forward), ("operator forward and backward", both)):
-        seconds = interleaved({peer: kind(call) for peer, call in calls.items()}, rounds)
-        rows += [
-            {"workload": name, "peer": peer, "deviation": deviations.get(peer), **summary(s)}
-            for peer, s in seconds.items()
-        ]
+    for workload, kind in (("operator forward", torch.no_grad()), ("operator forward and backward", both)):
+        for peer, seconds in interleaved({peer: kind(call) for peer, call in calls.items()}, rounds).items():
+            rows.append({"workload": workload, "peer": peer, "deviation": deviations.get(peer), **summary(seconds)})
     return rows
 
 
-def model_rows(rounds: int) -> list[dict[str, Any]]:
-    reference = timm.create_model("convit_tiny")
-    models = {
-        "timm": reference,
-        "gpsa_kernels, fused": fuse(copy.deepcopy(reference)),
-        "DeiT tiny, no position": timm.create_model("deit_tiny_patch16_224"),
-    }
+def model(peer: str) -> nn.Module:
+    """timm's convit_tiny, the same fused, or the DeiT of its size, with random weights."""
+    made = timm.create_model("deit_tiny_patch16_224" if peer == DEIT else "convit_tiny")
+    return fuse(made) if peer == FUSED else made
+
+
+def model_call(peer: str, training: bool) -> Call:
+    network = model(peer).train(training)
     images, labels = torch.randn(4, 3, 224, 224), torch.randint(1000, (4,))
+
+    @torch.inference_mode()
+    def inference() -> Tensor:
+        return network(images)
+
+    def training_step() -> None:
+        network.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+
+    return training_step if training else inference
+
+
+def model_deviation() -> float:
+    """How far the fused model's result is from timm's, relative to its largest."""
+    network = model("timm").eval()
+    images = torch.randn(4, 3, 224, 224)
     with torch.no_grad():
-        expected = reference.eval()(images)
-        got = models["gpsa_kernels, fused"].eval()(images)
+        expected = network(images)
+        got = fuse(copy.deepcopy(network))(images)
     deviation = ((got - expected).abs().max() / expected.abs().max()).item()
     assert deviation < 1e-3, f"the fused model computes something else: {deviation}"
+    return deviation
 
-    def inference(model: nn.Module) -> Call:
-        @torch.inference_mode()
-        def call() -> Tensor:
-            return model.eval()(images)
 
-        return call
-
-    def training_step(model: nn.Module) -> Call:
-        def call() -> None:
-            model.train().zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-
-        return call
-
+def model_rows(rounds: int, threads: int) -> list[dict[str, Any]]:
+    deviation = model_deviation()
     rows = []
-    for name, kind in (("convit_tiny inference", inference), ("convit_tiny training step", training_step)):
-        seconds = interleaved({peer: kind(model) for peer, model in models.items()}, rounds)
-        rows += [
-            {"workload": name, "peer": peer, "deviation": deviation if "fused" in peer else None, **summary(s)}
-            for peer, s in seconds.items()
-        ]
+    for workload, training in (("convit_tiny inference", False), ("convit_tiny training step", True)):
+        peers = {peer: (peer, training) for peer in ("timm", FUSED, DEIT)}
+        for peer, seconds in in_own_processes(peers, model_call, rounds, threads).items():
+            own = deviation if peer == FUSED else None
+            rows.append({"workload": workload, "peer": peer, "deviation": own, **summary(seconds)})
     return rows
 
 
@@ -184,13 +185,15 @@ def cpu_name() -> str:
 def main() -> None:
     today = datetime.date.today().isoformat()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="numbers to take of every operator; a quarter of models")
+    parser.add_argument("--rounds", type=int, default=40, help="numbers to take of every operator; half of models")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / f"cpu-{today}.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
-    rows = operator_rows(arguments.rounds) + model_rows(max(3, arguments.rounds // 4)) + memory_rows()
+    rows = operator_rows(arguments.rounds)
+    rows += model_rows(max(3, arguments.rounds // 2), arguments.threads)
+    rows += memory_rows()
     torch.set_num_threads(1)
     rows += dispatch_rows(max(3, arguments.rounds // 4))
     report = {

@@ -35,7 +35,8 @@ def tables(report: dict[str, Any]) -> str:
 
     lines = [
         f"Measured on {report['date']}: {report['cpu']}, {report['threads']} threads, torch {report['torch']}, "
-        f"timm {report['timm']}, float32; medians of interleaved rounds; times faster than timm's own layer.",
+        f"timm {report['timm']}, float32; medians of {report['rounds']} interleaved rounds "
+        "(models: half as many, each model in a process of its own). How many times faster than timm's own code:",
         "",
         "| | gpsa_kernels | without a position (SDPA, DeiT) |",
         "|---|---|---|",

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="show versions, the device, and which backends run here")
     demo = commands.add_parser("demo", help="train a small ConViT on handwritten digits, eager and fused, and compare")
-    demo.add_argument("--epochs", type=_positive, default=11, help="passes over the training digits (%(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=15, help="passes over the training digits (%(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)")
     options = parser.parse_args(arguments)

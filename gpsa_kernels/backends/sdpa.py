@@ -21,7 +21,7 @@ from gpsa_kernels.positional import (
     separable_product,
 )
 
-_WORKSPACE_ELEMENTS = 2**18  # 1 MiB of float32 a buffer: in the cache of any CPU made for this
+_WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
 
 
 def _factors_and_gate(
@@ -62,8 +62,8 @@ class _Buffer(NamedTuple):
 class _Workspace:
     """Buffers for a slice of the batch, used again for every slice.
 
-    Small enough to stay in cache, and no fresh page is touched after the first slice, which on the CPU costs more
-    than the arithmetic done on it.
+    However large the batch, no fresh page is touched after the first slice, which on the CPU costs more than the
+    arithmetic done on it.
     """
 
     def __init__(self, q: Tensor, grid_size: tuple[int, int], count: int) -> None:

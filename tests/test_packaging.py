@@ -1,0 +1,43 @@
+"""The wheel: pure Python, typed, and nothing in it or behind it that is not needed at run time."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import gpsa_kernels
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_torch_is_the_only_requirement():
+    needed = [r for r in requires("gpsa-kernels") or [] if "extra ==" not in r]
+    assert needed == ["torch>=2.10"]
+    assert version("gpsa-kernels") == gpsa_kernels.__version__
+
+
+def test_the_wheel_is_pure_python_and_typed(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "gpsa_kernels", source / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(source)], check=True, env={"PATH": "", "CUDA_HOME": ""})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "gpsa_kernels/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"gpsa_kernels"}
+
+
+def test_importing_loads_nothing_of_the_extras():
+    script = (
+        "import sys, gpsa_kernels; print(*{'timm', 'sklearn', 'matplotlib', 'tqdm', 'pytest'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
