@@ -130,7 +130,7 @@ def build_model(backend: str, seed: int) -> ConViT:
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only, and moves the gates in a minute as far as ImageNet does in 300 epochs."""
+    """AdamW that decays matrices only; the gates take larger steps, so that a minute of training moves them."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "gates": [], "others": []}
     for name, parameter in model.named_parameters():
         is_matrix = name.endswith("weight") and parameter.dim() > 1
