@@ -100,7 +100,9 @@ def select_backend(
     """
     if name == "auto":
         for candidate in BACKENDS.values():
-            if candidate.unavailable() is None and candidate.unsupported(q, k, v, grid_size, dropout_p) is None:
+            if candidate.by_name_only or candidate.unavailable() is not None:
+                continue
+            if candidate.unsupported(q, k, v, grid_size, dropout_p) is None:
                 return candidate
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gpsa_kernels._version import __version__
-from gpsa_kernels.backends import BACKENDS, Backend
+from gpsa_kernels.backends import BACKENDS, Backend, cuda
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -21,6 +21,7 @@ def report() -> str:
         ("torch", torch.__version__),
         ("device", _device()),
         ("threads", str(torch.get_num_threads())),
+        ("library", _library()),
     ]
     header = [("backend", "runs", "serves here, or why not")]
     backends = header + [(name, *_status(backend)) for name, backend in BACKENDS.items()]
@@ -31,6 +32,20 @@ def _device() -> str:
     if not torch.cuda.is_available():
         return "cpu only"
     return "\n".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _library() -> str:
+    """How the CUDA library of this installation was built."""
+    try:
+        built = cuda.build()
+    except (OSError, ValueError, TypeError) as error:
+        return f"build.json cannot be read: {error}"
+    if built is None:
+        return "none"
+    return (
+        f"gpsa_kernels {built.version} for CUDA {built.cuda}, torch >= {built.oldest_torch} "
+        f"({', '.join(built.architectures)}); built by nvcc {built.nvcc} with torch {built.torch}"
+    )
 
 
 def _status(backend: Backend) -> tuple[str, str]:

@@ -120,9 +120,12 @@ def assert_as_exact_as_eager(
     tensors: Sequence[Tensor],
     grid_size: tuple[int, int],
     scale: float | None = None,
+    device: str = "cpu",
     **kwargs: object,
 ) -> None:
     """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
+
+    ``function`` runs on ``device``, what it is compared with on the CPU.
 
     To eager's error is added what rounding alone explains, since eager is sometimes luckier than anybody has to be (a
     softmax over one token has an exact gradient; float64 eager is the truth itself): one rounding of the result and of
@@ -134,7 +137,9 @@ def assert_as_exact_as_eager(
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(q.dtype)
     truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale)
     eager = with_gradients(literal, tensors, grad_out, grid_size, scale)
-    ours = with_gradients(function, tensors, grad_out, grid_size, scale=scale, **kwargs)
+    there = [t.detach().to(device) for t in tensors]
+    ours = with_gradients(function, there, grad_out.to(device), grid_size, scale=scale, **kwargs)
+    ours = [t.cpu() for t in ours]
     walks = rounding_walks(tensors, grad_out, grid_size, scale)
     stored = torch.finfo(q.dtype).eps
     summed = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps

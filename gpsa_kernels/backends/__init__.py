@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from gpsa_kernels.backends import eager, sdpa
+from gpsa_kernels.backends import cuda, eager, sdpa, triton
 from gpsa_kernels.backends.base import Backend
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (sdpa.BACKEND, eager.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, sdpa.BACKEND, eager.BACKEND)
+}
 
 __all__ = ["BACKENDS", "Backend"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -107,6 +108,23 @@ def empty_output(q: Tensor) -> Tensor:
     return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
 
+def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``pos_weight`` and ``gate`` from what each program of a backward kernel has summed.
+
+    Args:
+        sums: (B, H, slots, 4), float32 or float64: of <dO, (dR/dw) V> for the three weights, and of
+            dO * (O_pos - O_content), all without the gate.
+        pos_weight: (H, 3).
+        gate: (H,) logits.
+    """
+    sums = sums.sum((0, 2))
+    logit = gate.to(sums.dtype)
+    g = torch.sigmoid(logit)
+    grad_pos_weight = g.unsqueeze(1) * sums[:, :3]
+    grad_gate = g * torch.sigmoid(-logit) * sums[:, 3]
+    return grad_pos_weight.to(pos_weight.dtype), grad_gate.to(gate.dtype)
+
+
 def as_output(t: Tensor) -> Tensor:
     """``t`` in the memory layout of :func:`empty_output`: a copy only where it has another."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
@@ -128,7 +146,8 @@ class Backend:
         forward: kernel forward pass.
         backward: kernel backward pass.
         kernel_devices: the device types on which ``forward`` and ``backward`` run.
-        saves_content: whether ``forward`` fills :attr:`Forward.content`.
+        saves_content: whether ``forward`` fills :attr:`Forward.content` for so many tokens.
+        by_name_only: whether ``backend="auto"`` passes it over.
     """
 
     name: str
@@ -138,4 +157,5 @@ class Backend:
     forward: KernelForward | None = None
     backward: KernelBackward | None = None
     kernel_devices: frozenset[str] = field(default_factory=frozenset)
-    saves_content: bool = True
+    saves_content: Callable[[int], bool] = lambda tokens: True
+    by_name_only: bool = False

@@ -1,0 +1,242 @@
+"""The CUDA C++ kernels of ``csrc/``: finds, loads and calls the compiled library.
+
+Importing this loads nothing. The library lies in ``gpsa_kernels/_cuda`` if this installation was built with it, beside
+a file that says how, so that what does not fit is told before the dynamic loader is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpsa_kernels._version import __version__
+from gpsa_kernels.backends.base import Backend, Forward, Gradients, empty_output, parameter_gradients
+
+FOLDER = Path(__file__).parents[1] / "_cuda"
+_ALIGNMENT = 16  # bytes: the kernels read and write rows 16 bytes at a time
+_WHOLE_IMAGE_TOKENS = 256  # up to which one block holds whole rows of the attention map
+
+
+class Build(NamedTuple):
+    """How the library was built.
+
+    Attributes:
+        version: of gpsa_kernels.
+        cuda: "13.0".
+        nvcc: "13.0.88".
+        architectures: "sm_90" for machine code, "compute_120" for PTX.
+        torch: the version it was built with.
+        oldest_torch: the first that has all it needs.
+    """
+
+    version: str
+    cuda: str
+    nvcc: str
+    architectures: list[str]
+    torch: str
+    oldest_torch: str
+
+
+def build() -> Build | None:
+    """How the library of this installation was built, or None where there is none.
+
+    Raises:
+        OSError, ValueError, TypeError: the file that says so cannot be read.
+    """
+    path = FOLDER / "build.json"
+    return Build(**json.loads(path.read_text())) if path.exists() else None
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads the library; or why it cannot be used here."""
+    try:
+        built = build()
+    except (OSError, ValueError, TypeError) as error:
+        return f"its library's build.json cannot be read: {error}"
+    if built is None:
+        return (
+            "this installation was built without the CUDA library (GPSA_BUILD_CUDA=1 pip install --no-build-isolation "
+            "from source builds it, or says what is missing)"
+        )
+    if built.version != __version__:
+        return f"its library is of gpsa_kernels {built.version}, and this is {__version__}: build it again"
+    if torch.version.cuda is None:
+        return f"its library was built for CUDA {built.cuda}, and torch {torch.__version__} has no CUDA"
+    if torch.version.cuda.split(".")[0] != built.cuda.split(".")[0]:
+        return f"its library was built for CUDA {built.cuda}, and torch {torch.__version__} for {torch.version.cuda}"
+    if torch.__version__ < built.oldest_torch:
+        return f"its library needs torch >= {built.oldest_torch}, and this is {torch.__version__}"
+    try:
+        torch.ops.load_library(str(FOLDER / "gpsa_cuda.so"))
+    except OSError as error:
+        return f"its library cannot be loaded: {error.__cause__ or error}"
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    return None
+
+
+def unavailable() -> str | None:
+    return _load()
+
+
+@functools.cache
+def _code_for(device: int | None) -> str | None:
+    """Why a device cannot run the library's code; None also where there is no device, for fake tensors."""
+    built = build()
+    if built is None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    for name in built.architectures:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        assert match is not None, name
+        kind, suffix, code = match[1], match[4], (int(match[2]), int(match[3]))
+        if suffix == "a":
+            runs = (major, minor) == code
+        elif kind == "compute" and not suffix:
+            runs = (major, minor) >= code
+        else:
+            runs = major == code[0] and minor >= code[1]
+        if runs:
+            return None
+    return (
+        f"its library was built for {', '.join(built.architectures)}, and the device has compute capability "
+        f"{major}.{minor}"
+    )
+
+
+def _unsupported_device(device: int | None) -> str | None:
+    return _code_for(device)
+
+
+# What torch.compiler.assume_constant_result does, which would load the whole compiler: both are asked while a call is
+# traced, and neither can be.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_unsupported_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
+    if q.device.type != "cuda":
+        return f"its kernels run on CUDA tensors, and q is on {q.device}"
+    dtype = q.dtype
+    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")  # as autograd.autocast_inputs will
+    if dtype != torch.float16 and dtype != torch.bfloat16:
+        return f"its kernels take float16 and bfloat16, and q is {dtype}"
+    if q.size(-1) % 8 or q.size(-1) > 128:
+        return f"head_dim must be a multiple of 8 from 8 to 128, got {q.size(-1)}"
+    if q.size(2) > _WHOLE_IMAGE_TOKENS:
+        return f"its kernels take up to {_WHOLE_IMAGE_TOKENS} tokens, got {q.size(2)}"
+    if dropout_p > 0:
+        return "its kernels have no attention dropout"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(-1) != 1:
+            return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
+    return _unsupported_device(q.device.index)
+
+
+def saves_content(tokens: int) -> bool:
+    """Whole-image kernels hold whole rows of the attention map in backward, too, and need no output of the content."""
+    return tokens > _WHOLE_IMAGE_TOKENS
+
+
+class _Sizes(NamedTuple):
+    slots: int  # rows of `sums` that a batch element and head writes
+    forward_workspace: int  # bytes
+    backward_workspace: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(batch: int, heads: int, rows: int, columns: int, head_dim: int, bfloat16: bool, dropout_p: float) -> _Sizes:
+    return _Sizes(*torch.ops.gpsa_cuda.sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p))
+
+
+def _sizes_for(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> _Sizes:
+    return _sizes(q.size(0), q.size(1), *grid_size, q.size(3), q.dtype == torch.bfloat16, dropout_p)
+
+
+def _workspace(q: Tensor, size: int) -> Tensor | None:
+    return q.new_empty(size, dtype=torch.uint8) if size else None
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """``t``, copied if its rows do not start where the kernels can read them, or its channels are not contiguous."""
+    batch, head, token, channel = t.stride()
+    elements = _ALIGNMENT // t.element_size()
+    if channel == 1 and not (batch % elements or head % elements or token % elements or t.data_ptr() % _ALIGNMENT):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _float32(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    seed: Tensor | None,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+    save: bool,
+) -> Forward:
+    sizes = _sizes_for(q, grid_size, dropout_p)
+    out = empty_output(q)
+    content = empty_output(q) if save and saves_content(q.size(2)) else None
+    logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32) if save else None
+    torch.ops.gpsa_cuda.forward(
+        *(_aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed, out, content, logsumexp),
+        *(_workspace(q, sizes.forward_workspace), *grid_size, scale, dropout_p),
+    )
+    return Forward(
+        out,
+        q.new_empty(0) if content is None else content,
+        q.new_empty(0, dtype=torch.float32) if logsumexp is None else logsumexp,
+    )
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    seed: Tensor | None,
+    content: Tensor,
+    logsumexp: Tensor,
+    grid_size: tuple[int, int],
+    scale: float,
+    dropout_p: float,
+) -> Gradients:
+    sizes = _sizes_for(q, grid_size, dropout_p)
+    grad_q, grad_k, grad_v = empty_output(q), empty_output(q), empty_output(q)
+    sums = q.new_empty((q.size(0), q.size(1), sizes.slots, 4), dtype=torch.float32)
+    torch.ops.gpsa_cuda.backward(
+        *(_aligned(grad_out), _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed),
+        *(content if saves_content(q.size(2)) else None, logsumexp, grad_q, grad_k, grad_v, sums),
+        *(_workspace(q, sizes.backward_workspace), *grid_size, scale, dropout_p),
+    )
+    return Gradients(grad_q, grad_k, grad_v, *parameter_gradients(sums, pos_weight, gate))
+
+
+BACKEND = Backend(
+    name="cuda",
+    unavailable=unavailable,
+    unsupported=unsupported,
+    forward=forward,
+    backward=backward,
+    kernel_devices=frozenset({"cuda"}),
+    saves_content=saves_content,
+    by_name_only=True,  # until its times have been measured on a GPU
+)

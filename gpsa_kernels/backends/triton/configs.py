@@ -1,0 +1,60 @@
+"""Which form and which launch a call gets: rules over the table in ``launches.py``, no search at run time."""
+
+from __future__ import annotations
+
+from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch, PositionalLaunch
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16 for a matrix product, that holds ``size``."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def head_parts(head_dim: int) -> tuple[int, int]:
+    """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16)."""
+    first = padded(head_dim)
+    if first == head_dim or first == 16:
+        return first, 0
+    rest = padded(head_dim - first // 2)
+    return (first // 2, rest) if rest < first // 2 else (first, 0)
+
+
+def _width(element_size: int) -> str:
+    return "half" if element_size == 2 else "float32"
+
+
+def position_form(grid_size: tuple[int, int], dropout_p: float, element_size: int) -> str:
+    """How the positional branch is computed.
+
+    "rows": inside the attention kernels, a grid row at a time: whole images of at most 256 tokens.
+    "slabs": as the separable product, by a kernel of its own: every larger grid.
+    "tiles": the positional map formed entry by entry beside the content's: dropout, whose mask breaks the product, and
+    very long grids (a slab holds all columns; squared offsets along the rows must fit 16 bits).
+    """
+    rows, columns = grid_size
+    if dropout_p > 0 or columns > max(POSITIONAL[_width(element_size)]) or rows > 256:
+        return "tiles"
+    return "rows" if columns <= 16 and rows * columns <= 256 else "slabs"
+
+
+def launch_class(element_size: int, form: str, capability: int) -> str:
+    """The row of the launch table: by matrix instruction; one for all architectures where other work decides.
+
+    The positional map formed in the tile, with its gathers and random numbers, wants more registers for an entry;
+    float32 products ("ieee") run without tensor cores.
+    """
+    if element_size > 2:
+        return "float32"
+    if form == "tiles":
+        return "tiles"
+    return {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
+
+
+def attention_launch(kernel: str, head_dim: int, element_size: int, form: str, capability: int) -> Launch:
+    """The launch of "forward", "backward_query" or "backward_key"; ``capability`` is 80 for sm_80."""
+    return ATTENTION[launch_class(element_size, form, capability), kernel][max(32, padded(head_dim))]
+
+
+def positional_launch(columns: int, element_size: int) -> PositionalLaunch:
+    """The launch of the separable product and its gradient on a grid of ``columns`` columns."""
+    return POSITIONAL[_width(element_size)][padded(columns)]

@@ -1,0 +1,183 @@
+"""What the attention kernels share: tiles of rows, the dropout mask, the positional map in registers.
+
+A tile of rows of one head is a tuple of one or two parts, whose widths are powers of two as Triton wants them: 48
+channels are 32 + 16 and not 64 with a quarter of every load, product and register wasted.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: SIM108
+# The bodies are in Triton's language, not in Python's: an `if` on a constant picks code there, `a if c else b` a value.
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_part(pointers, valid, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    channel = START + tl.arange(0, WIDTH)[None, :]
+    if START + WIDTH > HEAD_DIM:
+        valid = valid & (channel < HEAD_DIM)
+    return tl.load(pointers + channel, mask=valid, other=0.0)
+
+
+@triton.jit
+def load_rows(x, row, stride, count, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+    """Rows of one head, zeros where row >= count. Offsets in 64 bits, whatever the stride."""
+    pointers = x + row[:, None].to(tl.int64) * stride
+    valid = (row < count)[:, None]
+    first = _load_part(pointers, valid, 0, FIRST, HEAD_DIM)
+    if REST == 0:
+        parts = (first,)
+    else:
+        parts = (first, _load_part(pointers, valid, FIRST, REST, HEAD_DIM))
+    return parts
+
+
+@triton.jit
+def _store_part(pointers, valid, part, START: tl.constexpr, HEAD_DIM: tl.constexpr):
+    channel = START + tl.arange(0, part.shape[1])[None, :]
+    if START + part.shape[1] > HEAD_DIM:
+        valid = valid & (channel < HEAD_DIM)
+    tl.store(pointers + channel, part.to(pointers.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def store_rows(x, row, stride, count, parts, HEAD_DIM: tl.constexpr):
+    """The inverse of load_rows, rounding to the memory's dtype."""
+    pointers = x + row[:, None].to(tl.int64) * stride
+    valid = (row < count)[:, None]
+    _store_part(pointers, valid, parts[0], 0, HEAD_DIM)
+    if len(parts) == 2:
+        _store_part(pointers, valid, parts[1], parts[0].shape[1], HEAD_DIM)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SUM: tl.constexpr):
+    if REST == 0:
+        parts = (tl.zeros((ROWS, FIRST), SUM),)
+    else:
+        parts = (tl.zeros((ROWS, FIRST), SUM), tl.zeros((ROWS, REST), SUM))
+    return parts
+
+
+@triton.jit
+def products(a, b, PRECISION: tl.constexpr, SUM: tl.constexpr):
+    """a b^T: the inner products of two tiles' rows."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=SUM)
+    if len(a) == 2:
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION, out_dtype=SUM)
+    return total
+
+
+@triton.jit
+def add_weighted(total, weights, x, PRECISION: tl.constexpr, SUM: tl.constexpr):
+    """total + weights x, the weights rounded to x's dtype."""
+    weights = weights.to(x[0].dtype)
+    first = tl.dot(weights, x[0], total[0], input_precision=PRECISION, out_dtype=SUM)
+    if len(x) == 1:
+        parts = (first,)
+    else:
+        parts = (first, tl.dot(weights, x[1], total[1], input_precision=PRECISION, out_dtype=SUM))
+    return parts
+
+
+@triton.jit
+def scale_rows(x, factor):
+    """Every row of a tile times its own factor (or all times one)."""
+    if len(x) == 1:
+        parts = (x[0] * factor,)
+    else:
+        parts = (x[0] * factor, x[1] * factor)
+    return parts
+
+
+@triton.jit
+def add_rows(a, b):
+    if len(a) == 1:
+        parts = (a[0] + b[0],)
+    else:
+        parts = (a[0] + b[0], a[1] + b[1])
+    return parts
+
+
+@triton.jit
+def row_products(a, b, SUM: tl.constexpr):
+    """The inner product of each row of a with the same row of b."""
+    total = tl.sum(a[0].to(SUM) * b[0].to(SUM), axis=1)
+    if len(a) == 2:
+        total += tl.sum(a[1].to(SUM) * b[1].to(SUM), axis=1)
+    return total
+
+
+@triton.jit
+def output_base(pointer, image, heads, tokens, HEAD_DIM: tl.constexpr):
+    """The first element of one (batch element, head) in the memory layout (B, N, H, D)."""
+    return pointer + (image // heads) * tokens * heads * HEAD_DIM + (image % heads) * HEAD_DIM
+
+
+@triton.jit
+def dropout_factors(seed, image, query, key, dropout_p, keep_scale, SUM: tl.constexpr):
+    """0 where an attention entry is dropped, else keep_scale = 1/(1-p): one draw for each (image, query, key).
+
+    Factors and not a mask: Triton 3.6 fails to bring a tile of booleans into the layout of a matrix operand.
+    """
+    query, key = tl.broadcast(query, key)
+    image_low, image_high = image.to(tl.int32), (image >> 32).to(tl.int32)
+    bits, _, _, _ = tl.philox(tl.load(seed), query, key, image_low, image_high)
+    return (tl.uint_to_uniform_float(bits) >= dropout_p).to(SUM) * keep_scale
+
+
+@triton.jit
+def position_tile(ax, ay, query, key, tokens, columns):
+    """The positional map of a tile, Ay[y_i, y_j] * Ax[x_i, x_j], from one head's two tables."""
+    rows = tokens // columns
+    valid = (query < tokens) & (key < tokens)
+    along_y = (query // columns).to(tl.int64) * rows + key // columns
+    along_x = (query % columns).to(tl.int64) * columns + key % columns
+    return tl.load(ay + along_y, mask=valid, other=0.0) * tl.load(ax + along_x, mask=valid, other=0.0)
+
+
+@triton.jit
+def position_product(
+    x,
+    x_token,
+    ax,
+    ay,
+    token,
+    tokens,
+    columns,
+    TRANSPOSED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMN_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """A tile of rows of the positional map (or of its transpose) times one image's x, a grid row of x at a time.
+
+    The factor along x is the same for every grid row, so a row of the map costs one multiplication an entry.
+    """
+    rows = tokens // columns
+    valid = token < tokens
+    column = tl.arange(0, COLUMN_TILE)
+    if TRANSPOSED:
+        along_x, along_y, step = ax + token[:, None] % columns + column[None, :] * columns, ay + token // columns, rows
+    else:
+        along_x, along_y, step = (
+            ax + token[:, None] % columns * columns + column[None, :],
+            ay + token // columns * rows,
+            1,
+        )
+    weights_x = tl.load(along_x, mask=valid[:, None] & (column < columns)[None, :], other=0.0)
+    total = zero_rows(TILE, FIRST, REST, SUM)
+    for row in range(0, rows):
+        weights_y = tl.load(along_y + row * step, mask=valid, other=0.0)
+        x_row = x + tl.cast(row * columns, tl.int64) * x_token
+        x_tile = load_rows(x_row, column, x_token, columns, HEAD_DIM, FIRST, REST)
+        total = add_weighted(total, weights_x * weights_y[:, None], x_tile, PRECISION, SUM)
+    return total

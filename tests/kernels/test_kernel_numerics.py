@@ -1,0 +1,197 @@
+"""The kernels against the formula: awkward shapes, extreme values, any strides, nothing outside the tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import NAMES, assert_as_exact_as_eager, inputs
+
+from gpsa_kernels import gpsa_attention
+
+# (batch, heads, grid_size, head_dim): the tokens that tiles divide badly, then every form of the positional branch
+SHAPES = [
+    (1, 2, (1, 1), 8),
+    (2, 1, (3, 5), 16),
+    (1, 1, (1, 16), 40),
+    (1, 2, (17, 1), 8),
+    (1, 1, (9, 7), 48),
+    (1, 1, (8, 8), 128),
+    (1, 1, (5, 13), 64),
+    (1, 1, (14, 14), 48),
+    (1, 1, (197, 1), 32),
+    (1, 2, (2, 17), 48),
+    (1, 1, (17, 16), 24),
+    (1, 1, (1, 65), 8),
+    (1, 1, (1, 130), 16),
+    (1, 1, (258, 1), 8),
+]
+
+
+def check(tensors, grid_size, target, **kwargs):
+    assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, device=target.device, backend=target.backend, **kwargs)
+
+
+@pytest.mark.parametrize(("batch", "heads", "grid_size", "head_dim"), SHAPES, ids=str)
+def test_shapes(target, dtype, batch, heads, grid_size, head_dim):
+    check(inputs(batch, heads, grid_size, head_dim, dtype), grid_size, target)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+def test_head_dims(target, head_dim):
+    check(inputs(1, 1, (3, 4), head_dim, torch.float16), (3, 4), target)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 2.0])
+def test_scale(target, dtype, scale):
+    check(inputs(1, 2, (3, 6), 16, dtype), (3, 6), target, scale=scale)
+
+
+@pytest.mark.parametrize("logit", [100.0, 12.0, -12.0, -100.0])
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
+def test_open_and_closed_gates(target, dtype, grid_size, logit):
+    if dtype == torch.float64:
+        pytest.skip("the formula itself, which takes 1 - g, is the less exact one here")
+    *tensors, gate = inputs(1, 2, grid_size, 16, dtype)
+    check([*tensors, torch.full_like(gate, logit)], grid_size, target)
+
+
+@pytest.mark.parametrize("weight", [0.0, 30.0, -30.0])
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
+def test_flat_and_steep_positions(target, dtype, grid_size, weight):
+    q, k, v, pos_weight, gate = inputs(1, 2, grid_size, 16, dtype)
+    check([q, k, v, torch.full_like(pos_weight, weight), gate], grid_size, target)
+
+
+@pytest.mark.parametrize("factor", [30.0, 1e3])
+def test_large_scores(target, factor):
+    q, k, *rest = inputs(1, 2, (3, 5), 16, torch.float32 if torch.float32 in target.dtypes else torch.float16)
+    check([q * factor**0.5, k * factor**0.5, *rest], (3, 5), target)
+
+
+def _poisoned(t: torch.Tensor) -> torch.Tensor:
+    """The same values, surrounded by NaN in memory along tokens and channels."""
+    batch, heads, tokens, dim = t.shape
+    memory = t.new_full((batch, heads, tokens + 70, dim + 72), torch.nan)
+    view = memory[:, :, 2 : 2 + tokens, 8 : 8 + dim]
+    view.copy_(t)
+    return view
+
+
+def _run(target, tensors, grad_out, grid_size):
+    """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = gpsa_attention(*leaves, grid_size, backend=target.backend)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+
+def _on_device(target, batch, heads, grid_size, head_dim, dtype):
+    tensors = [t.detach().to(target.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
+    return tensors, torch.randn(tensors[0].shape, dtype=torch.float32).to(target.device, dtype)
+
+
+@pytest.mark.parametrize(
+    ("grid_size", "head_dim"), [((3, 5), 40), ((2, 17), 48), ((1, 130), 8), ((14, 14), 48)], ids=str
+)
+def test_nothing_outside_the_tensors_is_read_or_left_unwritten(target, widest, grid_size, head_dim):
+    tensors, grad_out = _on_device(target, 1, 2, grid_size, head_dim, widest)
+    clean = _run(target, tensors, grad_out, grid_size)
+    tensors[:3] = map(_poisoned, tensors[:3])
+    assert torch.empty(3, device=target.device).isnan().all(), "new memory is poisoned by a fixture of the whole suite"
+    for name, a, b in zip(NAMES, clean, _run(target, tensors, _poisoned(grad_out), grid_size), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
+def test_any_strides(target, widest, grid_size):
+    tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    packed = torch.stack([t.transpose(1, 2) for t in tensors[:3]], dim=2)  # (B, N, 3, H, D)
+    views = [*packed.permute(2, 0, 3, 1, 4).unbind(), *tensors[3:]]
+    token_first = grad_out.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    expected = _run(target, tensors, grad_out, grid_size)
+    for name, a, b in zip(NAMES, expected, _run(target, views, token_first, grid_size), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
+def test_expanded_inputs_and_gradient(target, widest, grid_size):
+    tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    tensors[2] = tensors[2][:1].expand_as(tensors[2])  # one image's values for the whole batch
+    ones = torch.ones((), dtype=widest, device=target.device).expand_as(grad_out)
+    dense = [t.contiguous() for t in tensors]
+    expected = _run(target, dense, ones.contiguous(), grid_size)
+    for name, a, b in zip(NAMES, expected, _run(target, tensors, ones, grid_size), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
+def test_runs_are_bitwise_equal(target, widest, grid_size):
+    tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    first = _run(target, tensors, grad_out, grid_size)
+    assert all(map(torch.equal, first, _run(target, tensors, grad_out, grid_size)))
+
+
+@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
+def test_nan_stays_in_its_batch_element(target, widest, grid_size):
+    tensors, grad_out = _on_device(target, 3, 2, grid_size, 16, widest)
+    clean = _run(target, tensors, grad_out, grid_size)
+    for t in tensors[:3]:
+        t[1] = torch.nan
+    for name, a, b in zip(NAMES[:4], clean, _run(target, tensors, grad_out, grid_size), strict=False):
+        assert b[1].isnan().all(), name
+        assert torch.equal(a[::2], b[::2]), name
+
+
+def test_empty_batch(target, widest):
+    tensors, grad_out = _on_device(target, 0, 2, (3, 5), 16, widest)
+    out, *_, grad_pos_weight, grad_gate = _run(target, tensors, grad_out, (3, 5))
+    assert out.shape == (0, 2, 15, 16)
+    assert grad_pos_weight.eq(0).all()
+    assert grad_gate.eq(0).all()
+
+
+def test_merging_the_heads_is_a_view(target, dtype):
+    tensors, _ = _on_device(target, 2, 3, (3, 5), 16, dtype)
+    assert gpsa_attention(*tensors, (3, 5), backend=target.backend).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("grid_size", "head_dim"), [((3, 2), 8), ((2, 17), 8), ((1, 130), 8)], ids=str)
+def test_gradcheck(target, grid_size, head_dim):
+    if torch.float64 not in target.dtypes:
+        pytest.skip("these kernels do not compute in float64")
+    tensors = inputs(1, 2, grid_size, head_dim)
+    assert torch.autograd.gradcheck(
+        lambda *t: gpsa_attention(*t, grid_size, backend=target.backend), tensors, fast_mode=True
+    )
+
+
+def test_every_gradient_in_float64(target):
+    if torch.float64 not in target.dtypes:
+        pytest.skip("these kernels do not compute in float64")
+    check(inputs(2, 3, (4, 6), 24), (4, 6), target)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_one_frozen_input_changes_no_other_gradient(target, widest, frozen):
+    tensors, grad_out = _on_device(target, 1, 2, (3, 5), 16, widest)
+    expected = _run(target, tensors, grad_out, (3, 5))[1:]
+    leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
+    gpsa_attention(*leaves, (3, 5), backend=target.backend).backward(grad_out)
+    for i, leaf in enumerate(leaves):
+        if i == frozen:
+            assert leaf.grad is None
+        else:
+            assert torch.equal(leaf.grad, expected[i]), NAMES[i + 1]
+
+
+def test_parameters_of_another_dtype_keep_theirs(target):
+    tensors, grad_out = _on_device(target, 1, 2, (3, 5), 16, torch.float16)
+    tensors[3:] = [t.float() for t in tensors[3:]]
+    results = _run(target, tensors, grad_out, (3, 5))
+    assert [t.dtype for t in results] == [torch.float16] * 4 + [torch.float32] * 2
+
+
+def test_inputs_are_left_alone(target, widest):
+    tensors, grad_out = _on_device(target, 1, 2, (3, 5), 16, widest)
+    copies = [t.clone() for t in (*tensors, grad_out)]
+    _run(target, tensors, grad_out, (3, 5))
+    assert all(map(torch.equal, copies, (*tensors, grad_out)))
