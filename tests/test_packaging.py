@@ -1,10 +1,11 @@
-"""The wheel: pure Python, typed, and nothing in it or behind it that is not needed at run time."""
+"""The wheel without the CUDA library: pure Python, typed, and nothing in it or behind it that is not needed."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -23,16 +24,34 @@ def test_torch_is_the_only_requirement():
 def test_the_wheel_is_pure_python_and_typed(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "gpsa_kernels", source / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc", source / "csrc")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*build, str(tmp_path), str(source)], check=True, env={"PATH": "", "CUDA_HOME": ""})
+    subprocess.run([*build, str(tmp_path), str(source)], check=True, env={"PATH": "", "GPSA_BUILD_CUDA": "0"})
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "gpsa_kernels/py.typed" in names
+    assert not [name for name in names if name.endswith((".so", ".cu", ".cpp", ".h"))]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gpsa_kernels"}
+
+
+def test_the_source_distribution_has_what_the_library_is_built_from(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "gpsa_kernels", source / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=source, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[1] for name in packed.getnames() if "/" in name}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= names
+    assert "setup.py" in names
 
 
 def test_importing_loads_nothing_of_the_extras():

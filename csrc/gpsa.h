@@ -1,0 +1,65 @@
+// What the kernels are given and how they are launched. No torch header: csrc/register.cpp fills these structs in.
+//
+// Nothing is allocated inside. Everything runs on the given stream of the current device, can be captured in a CUDA
+// graph, and repeats bit for bit: every element of a result is written by one thread, in a fixed order of sums.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#else
+using cudaStream_t = struct CUstream_st*;
+#endif
+
+namespace gpsa {
+
+enum class Dtype { float16, bfloat16 };
+
+/// A (B, H, N, D) tensor of 16-bit elements: strides in elements, channels contiguous, rows at multiples of 16 bytes.
+struct Tensor {
+    void* data;
+    int64_t batch, head, token;
+};
+
+struct Problem {
+    int64_t batch;
+    int heads, rows, columns, head_dim;  // the grid of rows x columns tokens, row by row
+    float scale;
+    float dropout_p;
+    const int64_t* seed;  // one number in device memory, null without dropout
+    Dtype dtype;
+};
+
+struct Forward {
+    Problem problem;
+    Tensor q, k, v;
+    const float* pos_weight;  // (H, 3)
+    const float* gate;        // (H,)
+    Tensor out;
+    Tensor content;    // the content branch alone, read by the tiled backward kernels; data null: not wanted
+    float* logsumexp;  // (B, H, N), of the scaled scores, natural logarithm; null: not wanted
+    void* workspace;
+};
+
+struct Backward {
+    Problem problem;
+    Tensor grad_out, q, k, v;
+    const float* pos_weight;
+    const float* gate;
+    Tensor content;
+    const float* logsumexp;
+    Tensor grad_q, grad_k, grad_v;
+    float* sums;  // (B*H, slots(problem), 4): <dO, (dR/dw) V> for w0, w1, w2, and the sum of dO * (O_pos - O_content)
+    void* workspace;
+};
+
+int slots(const Problem& problem);                   // rows of `sums` that a (batch, head) writes
+int64_t forward_workspace(const Problem& problem);   // bytes
+int64_t backward_workspace(const Problem& problem);  // bytes
+
+/// Null, or why nothing was launched.
+const char* launch_forward(const Forward& call, cudaStream_t stream);
+const char* launch_backward(const Backward& call, cudaStream_t stream);
+
+}  // namespace gpsa

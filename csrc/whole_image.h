@@ -1,0 +1,59 @@
+// Which whole-image kernel serves a problem, and with how many blocks and bytes. Plain C++.
+#pragma once
+
+#include "gpsa.h"
+#include "primitives.h"
+
+namespace gpsa {
+
+constexpr int whole_image_tokens = 256;  // the most that a row of scores in registers can have
+constexpr int whole_image_threads = 128;
+
+/// What a kernel is compiled for: element type, channels of a row in shared memory, tiles of 16 keys in a score row.
+template <typename E_, int channels_, int key_tiles_>
+struct WholeImage {
+    using E = E_;
+    static constexpr int channels = channels_;
+    static constexpr int key_tiles = key_tiles_;
+};
+
+namespace whole_image {
+
+template <typename E, int channels, typename Visit>
+const char* with_keys(const Problem& problem, Visit visit) {
+    const int tokens = problem.rows * problem.columns;
+    if (tokens <= 64) return visit(WholeImage<E, channels, 4>{});
+    if (tokens <= 208) return visit(WholeImage<E, channels, 13>{});  // 13 tiles: 14 x 14 tokens
+    return visit(WholeImage<E, channels, 16>{});
+}
+
+template <typename E, typename Visit>
+const char* with_channels(const Problem& problem, Visit visit) {
+    if (problem.head_dim <= 32) return with_keys<E, 32>(problem, visit);
+    if (problem.head_dim <= 48) return with_keys<E, 48>(problem, visit);
+    if (problem.head_dim <= 64) return with_keys<E, 64>(problem, visit);
+    return with_keys<E, 128>(problem, visit);
+}
+
+/// Calls `visit` with the WholeImage for a problem.
+template <typename Visit>
+const char* dispatch(const Problem& problem, Visit visit) {
+    return problem.dtype == Dtype::float16 ? with_channels<Half>(problem, visit)
+                                           : with_channels<Bfloat16>(problem, visit);
+}
+
+/// Into how many blocks the query rows of a (batch, head) are split: enough to give every multiprocessor one, and no
+/// more than there are tiles of 16 rows for all warps of a block.
+inline int parts(const Problem& problem, int multiprocessors) {
+    const int tiles = (problem.rows * problem.columns + 15) / 16;
+    const int most = (tiles + whole_image_threads / 32 - 1) / (whole_image_threads / 32);
+    const int64_t images = problem.batch * problem.heads;
+    const int64_t wanted = (multiprocessors + images - 1) / images;
+    return wanted < 1 ? 1 : static_cast<int>(wanted < most ? wanted : most);
+}
+
+/// Query rows of a part, but for the last one's.
+GPSA_HOST_DEVICE int part_rows(int tokens, int parts) { return ((tokens + 15) / 16 + parts - 1) / parts * 16; }
+
+}  // namespace whole_image
+}  // namespace gpsa

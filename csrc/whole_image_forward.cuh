@@ -1,0 +1,234 @@
+// Forward, N <= 256 tokens: one block per (batch, head), or per part of its query rows.
+//
+//   O = (1 - g) softmax(scale Q K^T) V + g (Ay (x) Ax) V,   g = sigmoid(gate)
+//
+// In shared memory, 16 bits: K, V (N, D), Q (rows of this part, D), and one buffer (N, D) that holds V mixed along one
+// axis, then the positional branch, then the output. In registers: for 16 query rows of a warp, all their scores.
+// Global traffic of a block: K, V, its rows of Q and of O, each once, 16 bytes at a time; 4 numbers of parameters.
+#pragma once
+
+#include <cfloat>
+
+#include "position.cuh"
+#include "whole_image.h"
+
+namespace gpsa {
+
+template <typename Config>
+struct WholeImageForward {
+    using E = typename Config::E;
+    static constexpr int channels = Config::channels;
+    static constexpr int key_tiles = Config::key_tiles;
+    static constexpr int keys = 16 * key_tiles;
+
+    /// Rows of the array that K and V share. A tile of keys that ends after the last one reads into V, and is masked;
+    /// a tile of values that does reads zeros, which its weights of zero need (0 * NaN is NaN).
+    GPSA_HOST_DEVICE static int key_value_rows(int tokens) { return tokens + keys; }
+
+    /// Bytes of shared memory, in the order of run()'s arrays.
+    static int shared_bytes(const Problem& problem, int parts) {
+        const int tokens = problem.rows * problem.columns, query_rows = whole_image::part_rows(tokens, parts);
+        const auto bytes = [](int elements, int size) { return (elements * size + 15) / 16 * 16; };
+        return bytes(key_value_rows(tokens) * channels, 2) +
+               bytes((query_rows < tokens ? query_rows : tokens) * channels, 2) +
+               bytes(GridRows<E, channels>::elements(problem.rows, problem.columns), 2) +
+               bytes(problem.rows + problem.columns, 4);
+    }
+
+    GPSA_DEVICE static void run(const Forward& call, int parts) {
+        const Problem& problem = call.problem;
+        const int tokens = problem.rows * problem.columns, head_dim = problem.head_dim;
+        const int batch = block_x() / problem.heads, head = block_x() % problem.heads;
+        const int part_rows = whole_image::part_rows(tokens, parts);
+        const int first_row = block_y() * part_rows;
+        const int row_count = smaller(part_rows, tokens - first_row);
+        if (row_count <= 0) return;
+
+        SharedMemory memory;
+        const Shared<E> keys_values = memory.array<E>(key_value_rows(tokens) * channels, "keys and values");
+        const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
+        const Rows<E, channels> q{memory.array<E>(smaller(part_rows, tokens) * channels, "queries")};
+        const int grid_elements = GridRows<E, channels>::elements(problem.rows, problem.columns);
+        const GridRows<E, channels> position{
+            memory.array<E>(grid_elements, "position"), static_cast<unsigned>(problem.columns)};
+        const Shared<float> normalisers = memory.array<float>(problem.rows + problem.columns, "normalisers");
+
+        copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, keys, head_dim);
+        copy_commit();
+        copy_rows(k, rows_of<const E>(call.k, batch, head, 0), call.k.token, tokens, tokens, head_dim);
+        copy_rows(q, rows_of<const E>(call.q, batch, head, first_row), call.q.token, row_count, row_count, head_dim);
+        copy_commit();
+
+        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
+        const float square = load(weights + 2);
+        const Axis along_x(problem.columns, load(weights), square, normalisers);
+        const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
+        along_x.prepare();
+        along_y.prepare();
+
+        copy_wait<1>();
+        sync_block();
+        mix_position<E>(along_x, along_y, v, position);
+        copy_wait<0>();
+        sync_block();
+
+        const Global<E> out = rows_of<E>(call.out, batch, head, 0);
+#pragma unroll 1
+        for (int row = 16 * warp(); row < row_count; row += 16 * (threads() / 32)) {
+            Sum scores[2 * key_tiles] = {};
+            score(scores, q, row, row_count, k);
+            const Softmax softmax = exponentiate(scores, problem.scale, tokens);
+            Sum content[channels / 8] = {};
+            weigh(content, scores, v);
+            const int token = first_row + row;
+            const float gate = load(Global<const float>(call.gate) + head);  // here, to spare a register above
+            blend(position, token, tokens, content, softmax.sum, gate);
+            sync_warp();
+            store_rows(out, call.out.token, token, tokens, head_dim, position);
+            if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+        }
+    }
+
+private:
+    /// Of rows g and g + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
+    struct Softmax {
+        float shift[2], sum[2];
+    };
+
+    /// The rows of one (batch, head) from `token` on.
+    template <typename T>
+    GPSA_DEVICE static Global<T> rows_of(const Tensor& t, int64_t batch, int head, int token) {
+        return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head + token * t.token);
+    }
+
+    /// scores = Q K^T for 16 rows of Q and all keys. K's fragments serve one tile of rows, Q's all tiles of keys.
+    GPSA_DEVICE static void score(
+        Sum* scores, const Rows<E, channels>& q, int row, int row_count, const Rows<E, channels>& k) {
+        Left a[channels / 16];
+#pragma unroll
+        for (int s = 0; s < channels / 16; ++s) {
+            a[s] = load_left<E>(
+                s, [&](int i, int chunk) { return q.chunk(smaller(row + i, row_count - 1), chunk); });
+        }
+#pragma unroll
+        for (int tile = 0; tile < key_tiles; ++tile) {
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                const Right b =
+                    load_right_over_channels<E>(s, [&](int j, int chunk) { return k.chunk(j, chunk, tile); });
+                multiply<E>(&scores[2 * tile], a[s], b);
+            }
+        }
+    }
+
+    /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist.
+    GPSA_DEVICE static Softmax exponentiate(Sum* scores, float scale, int tokens) {
+        if (scale < 0) {
+            scale = -scale;
+#pragma unroll
+            for (int n = 0; n < 2 * key_tiles; ++n) {
+                for (float& s : scores[n].values) s = -s;
+            }
+        }
+        // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
+        const float log2_scale = scale == 0 ? FLT_MIN : scale * log2_e;
+        if (tokens <= keys - 16) mask<0, key_tiles - 1>(scores, tokens);  // a branch that 14 x 14 tokens skip
+        mask<key_tiles - 1, key_tiles>(scores, tokens);
+        float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int n = 0; n < 2 * key_tiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) largest[i / 2] = maximum(largest[i / 2], scores[n].values[i]);
+        }
+        Softmax result;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            result.shift[part] = row_maximum(largest[part]) * log2_scale;
+            result.sum[part] = 0;
+        }
+#pragma unroll
+        for (int n = 0; n < 2 * key_tiles; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& s = scores[n].values[i];
+                s = exp2_approx(s * log2_scale - result.shift[i / 2]);
+                result.sum[i / 2] += s;
+            }
+        }
+        for (float& sum : result.sum) sum = row_sum(sum);
+        return result;
+    }
+
+    /// scores = -inf where there is no key, in some tiles of 16.
+    template <int first_tile, int last_tile>
+    GPSA_DEVICE static void mask(Sum* scores, int tokens) {
+#pragma unroll
+        for (int n = 2 * first_tile; n < 2 * last_tile; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (8 * n + fragment_column() + i % 2 >= tokens) scores[n].values[i] = -INFINITY;
+            }
+        }
+    }
+
+    /// content = P V, P rounded to 16 bits.
+    GPSA_DEVICE static void weigh(Sum* content, const Sum* weights, const Rows<E, channels>& v) {
+#pragma unroll
+        for (int tile = 0; tile < key_tiles; ++tile) {
+            const Left a = as_left<E>(&weights[2 * tile]);
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                const Right b =
+                    load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, tile); });
+                multiply<E>(&content[2 * s], a, b);
+            }
+        }
+    }
+
+    /// position = (1 - g) content / sum + g position, every element by the lane that holds it.
+    GPSA_DEVICE static void blend(
+        const GridRows<E, channels>& position, int first, int tokens, const Sum* content, const float* sum,
+        float gate) {
+        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const int token = first + fragment_row() + 8 * part;
+            if (token >= tokens) continue;
+            const float share = closed / sum[part];
+#pragma unroll
+            for (int n = 0; n < channels / 8; ++n) {
+                const Shared<E> at = position.chunk(token, n) + fragment_column();
+                const Pair p = unpack<E>(load_pair<E>(at));
+                const float* c = &content[n].values[2 * part];
+                store_pair<E>(at, pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
+            }
+        }
+    }
+
+    /// 16 rows of the output, 16 bytes a lane.
+    GPSA_DEVICE static void store_rows(
+        Global<E> out, int64_t stride, int first, int tokens, int head_dim,
+        const GridRows<E, channels>& position) {
+        constexpr int chunks = channels / 8;
+#pragma unroll 1  // unrolled, its addresses would be kept in registers beside the scores
+        for (int i = lane(); i < 16 * chunks; i += 32) {
+            const int token = first + i / chunks, chunk = i % chunks;
+            if (token < tokens && chunk * 8 < head_dim) {
+                store_chunk<E>(out + (token * stride + chunk * 8), load_chunk<E>(position.chunk(token, chunk)));
+            }
+        }
+    }
+
+    GPSA_DEVICE static void store_logsumexp(const Forward& call, int first, int tokens, const Softmax& softmax) {
+        const Global<float> to = Global<float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const int token = first + fragment_row() + 8 * part;
+            if (fragment_column() == 0 && token < tokens) {
+                store(to + token, (softmax.shift[part] + log2_approx(softmax.sum[part])) * ln_2);
+            }
+        }
+    }
+};
+
+}  // namespace gpsa

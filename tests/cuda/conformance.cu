@@ -1,0 +1,129 @@
+// What every primitive does, lane by lane, as words on stdout. One program for both sides of csrc/primitives.h:
+// compiled by nvcc it runs on a GPU, by g++ on the emulator; test_primitives.py checks both.
+//
+// Reads 256 elements of 16 bits from stdin: four 8x8 matrices. `conformance float16` or `conformance bfloat16`.
+#include <cstdio>
+#include <cstring>
+
+#include "primitives.h"
+
+using namespace gpsa;
+
+constexpr int elements = 256, lanes = 32, records = 12;
+
+/// Four words of every lane.
+GPSA_DEVICE void record(uint32_t* out, int index, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    store_chunk<uint32_t>(Global<uint32_t>(out) + (index * lanes + lane()) * 4, Chunk{{a, b, c, d}});
+}
+
+GPSA_DEVICE uint32_t bits(float x) {
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    return word;
+}
+
+template <typename E>
+GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
+    SharedMemory memory;
+    const Shared<E> tile = memory.array<E>(elements, "tile");
+    const Shared<E> copied = memory.array<E>(elements, "copied");
+    const Shared<float> numbers = memory.array<float>(lanes, "numbers");
+
+    copy_async<E>(tile + 8 * lane(), Global<const E>(in) + 8 * lane(), true);
+    copy_commit();
+    copy_async<E>(copied + 8 * lane(), Global<const E>(in) + 8 * lane(), lane() % 2 == 0);
+    copy_commit();
+    copy_wait<1>();
+    sync_warp();
+
+    uint32_t a[4], t[4], b[2], u[2];
+    ldmatrix_x4<E>(a, tile + 8 * lane());
+    ldmatrix_x4_trans<E>(t, tile + 8 * lane());
+    ldmatrix_x2<E>(b, tile + 8 * lane());
+    ldmatrix_x2_trans<E>(u, tile + 8 * lane());
+    record(out, 0, a[0], a[1], a[2], a[3]);
+    record(out, 1, t[0], t[1], t[2], t[3]);
+    record(out, 2, b[0], b[1], u[0], u[1]);
+
+    float c[4] = {1, 2, 3, 4};
+    mma<E>(c, a, b[0], b[1]);
+    record(out, 3, bits(c[0]), bits(c[1]), bits(c[2]), bits(c[3]));
+
+    const float own = static_cast<float>(lane());
+    record(out, 4, bits(shuffle_xor(own, 1)), bits(shuffle_xor(own, 2)), bits(shuffle_xor(own, 8)),
+           bits(shuffle_xor(own, 16)));
+
+    const Pair x = unpack<E>(load_pair<E>(tile + 2 * lane()));
+    record(out, 5, load_pair<E>(tile + 2 * lane()), bits(x.low), bits(x.high), pack<E>(x.low, x.high));
+    record(out, 6, pack<E>(x.low / 3, x.high / 3), pack<E>(x.high * 1e30f, 1e-30f * x.low),
+           bits(maximum(x.low, x.high)), bits(maximum(x.low, __builtin_nanf(""))));
+    record(out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
+           bits(exp2_approx(-140.0f)));
+    record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)), 0);
+
+    store(numbers + lane(), own);
+    sync_block();
+    sync_named(1, lanes);
+    record(out, 9, bits(load(numbers + (31 - lane()))), 0, 0, 0);
+    copy_wait<0>();
+    sync_warp();
+    const Chunk half_copied = load_chunk<E>(copied + 8 * lane());
+    record(out, 10, half_copied.words[0], half_copied.words[1], half_copied.words[2], half_copied.words[3]);
+
+    sync_warp();
+    store_pair<E>(tile + 8 * lane(), pack<E>(own, own + 1));
+    store_chunk<E>(copied + 8 * lane(), load_chunk<E>(Global<const E>(in) + 8 * (31 - lane())));
+    const Chunk chunk = load_chunk<E>(copied + 8 * lane());
+    record(out, 11, load_pair<E>(tile + 8 * lane()), chunk.words[0], chunk.words[1], chunk.words[3]);
+}
+
+constexpr int shared_bytes = 2 * elements * 2 + lanes * 4;
+constexpr int words = records * lanes * 4;
+
+#ifdef __CUDACC__
+
+template <typename E>
+__global__ void kernel(const E* in, uint32_t* out) {
+    conformance<E>(in, out);
+}
+
+template <typename E>
+bool run(const uint16_t* input, uint32_t* output) {
+    E* in = nullptr;
+    uint32_t* out = nullptr;
+    cudaMalloc(&in, elements * 2);
+    cudaMalloc(&out, words * 4);
+    cudaMemcpy(in, input, elements * 2, cudaMemcpyHostToDevice);
+    kernel<E><<<1, lanes, shared_bytes>>>(in, out);
+    cudaMemcpy(output, out, words * 4, cudaMemcpyDeviceToHost);
+    const cudaError_t error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) fprintf(stderr, "%s\n", cudaGetErrorString(error));
+    return error == cudaSuccess;
+}
+
+#else
+
+template <typename E>
+bool run(const uint16_t* input, uint32_t* output) {
+    emulator::Machine machine;
+    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+    const auto in = std::make_shared<emulator::Region>("in", false);
+    const auto out = std::make_shared<emulator::Region>("out", true);
+    in->add(address(input), 2, {elements}, {1});
+    out->add(address(output), 4, {words}, {1});
+    machine.regions = {{address(input), in}, {address(output), out}};
+    machine.launch(1, 1, lanes, shared_bytes, [&] { conformance<E>(reinterpret_cast<const E*>(input), output); });
+    out->finish();
+    return true;
+}
+
+#endif
+
+int main(int count, char** arguments) {
+    alignas(16) static uint16_t input[elements];
+    alignas(16) static uint32_t output[words];
+    if (count != 2 || fread(input, 2, elements, stdin) != elements) return 2;
+    const bool half = strcmp(arguments[1], "float16") == 0;
+    if (!(half ? run<Half>(input, output) : run<Bfloat16>(input, output))) return 1;
+    return fwrite(output, 4, words, stdout) == words ? 0 : 1;
+}

@@ -1,0 +1,62 @@
+// The emulated kernels for Python: tensors come as (address, bytes of an element, sizes, strides, is an output).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+#include "whole_image.h"
+
+namespace py = pybind11;
+namespace emulator = gpsa::emulator;
+
+using PyTensor = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, bool>;
+
+static emulator::Arguments arguments_of(const std::map<std::string, PyTensor>& tensors) {
+    emulator::Arguments arguments;
+    for (const auto& [name, t] : tensors) {
+        arguments[name] = {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+    }
+    return arguments;
+}
+
+static gpsa::Problem problem_of(
+    int64_t batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float scale) {
+    gpsa::Problem problem{};
+    problem.batch = batch;
+    problem.heads = heads;
+    problem.rows = rows;
+    problem.columns = columns;
+    problem.head_dim = head_dim;
+    problem.scale = scale;
+    problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
+    return problem;
+}
+
+static std::map<std::string, int64_t> counts_of(const emulator::Counters& c) {
+    std::map<std::string, int64_t> counts = {
+        {"global_read", c.global_read}, {"global_written", c.global_written}, {"mma", c.mma}, {"exp2", c.exp2},
+        {"barriers", c.barriers}};
+    const std::pair<const char*, const emulator::Wavefronts&> kinds[] = {
+        {"ldmatrix", c.ldmatrix}, {"copy", c.copy}, {"load", c.load}, {"store", c.store}};
+    for (const auto& [kind, w] : kinds) {
+        counts[std::string(kind)] = w.instructions;
+        counts[std::string(kind) + "_wavefronts"] = w.wavefronts;
+        counts[std::string(kind) + "_conflicts"] = w.conflicts;
+    }
+    return counts;
+}
+
+PYBIND11_MODULE(gpsa_emulated, m) {
+    m.def(
+        "forward",
+        [](std::tuple<int64_t, int, int, int, int, bool, float> p, const std::map<std::string, PyTensor>& tensors,
+           int parts, uint64_t seed, bool deferred_copies) {
+            const gpsa::Problem problem = std::apply(problem_of, p);
+            return counts_of(emulator::forward(problem, arguments_of(tensors), parts, {seed, deferred_copies}));
+        });
+    m.def("forward_parts", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int multiprocessors) {
+        return gpsa::whole_image::parts(std::apply(problem_of, p), multiprocessors);
+    });
+    m.def("forward_shared_bytes", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int parts) {
+        return emulator::forward_shared_bytes(std::apply(problem_of, p), parts);
+    });
+}

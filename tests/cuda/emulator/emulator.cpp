@@ -1,0 +1,503 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <sstream>
+
+#if defined(__x86_64__)
+asm(R"(
+    .text
+    .globl gpsa_switch_stack
+    .type gpsa_switch_stack, @function
+gpsa_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size gpsa_switch_stack, .-gpsa_switch_stack
+    .section .note.GNU-stack,"",@progbits
+    .text
+)");
+#endif
+
+namespace gpsa::emulator {
+
+Machine* machine = nullptr;
+
+// Global memory.
+
+void Region::add(
+    uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    int64_t last = 0, count = 1;
+    for (size_t axis = 0; axis < sizes.size(); ++axis) {
+        last += (sizes[axis] - 1) * strides[axis];
+        count *= sizes[axis];
+    }
+    begin = data;
+    if (count == 0) return;
+    cells.resize(std::max(cells.size(), static_cast<size_t>((last + 1) * element / 2)));
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t rest = i, offset = 0;
+        for (size_t axis = sizes.size(); axis-- > 0; rest /= sizes[axis]) offset += rest % sizes[axis] * strides[axis];
+        for (int part = 0; part < element / 2; ++part) cells[offset * element / 2 + part] = valid;
+    }
+}
+
+size_t Region::cell(uintptr_t address, int bytes, const char* verb) const {
+    const size_t first = (address - begin) / 2;
+    bool inside = address >= begin && address % bytes == 0 && first + bytes / 2 <= cells.size();
+    for (int i = 0; inside && i < bytes / 2; ++i) inside = cells[first + i] & valid;
+    if (!inside) {
+        std::ostringstream message;
+        message << verb << " of " << bytes << " bytes outside of " << name << " (or not aligned), at byte "
+                << static_cast<int64_t>(address - begin);
+        throw Error(message.str());
+    }
+    return first;
+}
+
+void Region::read(uintptr_t address, int bytes) const {
+    const size_t first = cell(address, bytes, "read");
+    for (int i = 0; output && i < bytes / 2; ++i) {
+        if (!(cells[first + i] & written)) throw Error("read of " + name + " before it is written");
+    }
+}
+
+void Region::write(uintptr_t address, int bytes) {
+    if (!output) throw Error("write to the input " + name);
+    const size_t first = cell(address, bytes, "write");
+    for (int i = 0; i < bytes / 2; ++i) {
+        if (cells[first + i] & written) throw Error(name + " is written twice at byte " + std::to_string(2 * first));
+        cells[first + i] |= written;
+    }
+}
+
+void Region::finish() const {
+    const auto missing = std::count(cells.begin(), cells.end(), valid);
+    if (output && missing > 0) throw Error(std::to_string(2 * missing) + " bytes of " + name + " were never written");
+}
+
+// Bank conflicts and coalescing.
+
+void AccessLog::record(int lane, uint64_t address, int bytes) {
+    size_t k = counts[lane];
+    while (k < used && instructions[k].bytes != bytes) ++k;  // an instruction that this lane skipped
+    counts[lane] = static_cast<int>(k) + 1;
+    if (k >= instructions.size()) instructions.resize(2 * k + 16);
+    for (; used <= k; ++used) instructions[used].lanes = 0;
+    Instruction& instruction = instructions[k];
+    instruction.bytes = bytes;
+    instruction.lanes |= 1u << lane;
+    instruction.address[lane] = address;
+}
+
+void AccessLog::clear() {
+    used = 0;
+    std::fill(std::begin(counts), std::end(counts), 0);
+}
+
+void count_wavefronts(Wavefronts& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
+    // 128 bytes a wavefront: 8 lanes' 16 bytes at a time, or the 4 bytes of all 32 lanes
+    const int step = bytes == 16 ? 8 : 32, words = std::max(bytes / 4, 1);
+    ++counter.instructions;
+    for (int first = 0; first < 32; first += step) {
+        std::vector<uint64_t> banks[32];
+        size_t deepest = 0;
+        for (int lane = first; lane < first + step; ++lane) {
+            if (!(lanes >> lane & 1)) continue;
+            for (int word = 0; word < words; ++word) {
+                const uint64_t index = addresses[lane] / 4 + word;
+                auto& bank = banks[index % 32];
+                if (std::find(bank.begin(), bank.end(), index) == bank.end()) bank.push_back(index);
+                deepest = std::max(deepest, bank.size());
+            }
+        }
+        counter.wavefronts += deepest;
+        counter.conflicts += deepest > 1 ? deepest - 1 : 0;
+    }
+}
+
+void AccessLog::flush_shared(Wavefronts& counter) {
+    for (size_t k = 0; k < used; ++k) {
+        count_wavefronts(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
+    }
+    clear();
+}
+
+void AccessLog::flush_global(int64_t& bytes) {
+    for (size_t k = 0; k < used; ++k) {
+        std::vector<uint64_t> distinct;
+        for (int lane = 0; lane < 32; ++lane) {
+            if (instructions[k].lanes >> lane & 1) distinct.push_back(instructions[k].address[lane]);
+        }
+        std::sort(distinct.begin(), distinct.end());
+        bytes += instructions[k].bytes * (std::unique(distinct.begin(), distinct.end()) - distinct.begin());
+    }
+    clear();
+}
+
+// Errors.
+
+std::string Machine::where(int thread) const {
+    return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
+           std::to_string(thread % 32) + ")";
+}
+
+void Machine::fail(const std::string& what) const {
+    throw Error(what + ", by " + where(current) + " of block (" + std::to_string(block[0]) + ", " +
+                std::to_string(block[1]) + ")");
+}
+
+std::string Machine::array_at(int64_t offset) const {
+    for (const Array& array : arrays) {
+        if (offset >= array.begin && offset < array.end) {
+            return "shared array " + array.name + " at byte " + std::to_string(offset - array.begin);
+        }
+    }
+    return "shared memory at byte " + std::to_string(offset);
+}
+
+std::string Machine::stuck() const {
+    std::map<std::string, std::vector<int>> groups;
+    for (size_t i = 0; i < threads.size(); ++i) {
+        const Thread& t = *threads[i];
+        groups[t.done ? "have ended" : std::string("wait at ") + t.waiting].push_back(static_cast<int>(i));
+    }
+    std::ostringstream message;
+    message << "deadlock in block (" << block[0] << ", " << block[1] << "):";
+    for (const auto& [name, members] : groups) {
+        message << " threads";
+        for (size_t i = 0; i < members.size(); ++i) {
+            size_t last = i;
+            while (last + 1 < members.size() && members[last + 1] == members[last] + 1) ++last;
+            message << " " << members[i] << (last > i ? "-" + std::to_string(members[last]) : "");
+            i = last;
+        }
+        message << " " << name << ";";
+    }
+    return message.str();
+}
+
+// Shared memory.
+
+int Machine::allocate_shared(int begin, int bytes, const char* name) {
+    const int end = begin + bytes;
+    if (end > static_cast<int>(cells.size()) * 2) {
+        fail("shared array " + std::string(name) + " ends at byte " + std::to_string(end) + " of " +
+             std::to_string(cells.size() * 2));
+    }
+    for (const Array& array : arrays) {
+        if (array.begin == begin) {
+            if (array.end != end || array.name != name) fail("the threads lay shared memory out differently");
+            return (end + 15) / 16 * 16;
+        }
+    }
+    arrays.push_back({begin, end, name});
+    return (end + 15) / 16 * 16;
+}
+
+void Machine::check_bounds(const char* verb, int64_t offset, int begin, int end, int bytes) const {
+    if (offset < begin || offset + bytes > end || offset % bytes != 0) {
+        std::string name = array_at(begin);
+        fail(std::string(verb) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset - begin) +
+             " is outside of (or not aligned in) the " + std::to_string(end - begin) + " bytes of " +
+             name.substr(0, name.rfind(" at byte")));
+    }
+}
+
+bool Machine::ordered(const Access& access) const {
+    return access.thread == current || warps[current / 32].clock[access.thread / 32] > access.clock;
+}
+
+char* Machine::shared_read(int64_t offset, int begin, int end, int bytes) {
+    check_bounds("read", offset, begin, end, bytes);
+    const int warp = current / 32;
+    const uint32_t now = warps[warp].clock[warp];
+    for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+        Cell& cell = cells[i];
+        if (cell.copying >= 0) fail("read of " + array_at(2 * i) + " while a cp.async into it is not waited for");
+        if (!cell.initialised) fail("read of uninitialised " + array_at(2 * i));
+        if (cell.write.thread >= 0 && !ordered(cell.write)) {
+            fail("race: read of " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                 " with no barrier between");
+        }
+        Access& seen = reads[i * warps.size() + warp];
+        const bool same = seen.thread == current || seen.thread == -1 || seen.clock != now;
+        seen = {now, static_cast<int16_t>(same ? current : -2)};
+    }
+    return bytes_of_shared() + offset;
+}
+
+void Machine::mark_write(int64_t offset, int bytes) {
+    const int warp = current / 32;
+    for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+        Cell& cell = cells[i];
+        if (cell.copying >= 0) fail("write to " + array_at(2 * i) + " while a cp.async into it is not waited for");
+        if (cell.write.thread >= 0 && !ordered(cell.write)) {
+            fail("race: write to " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                 " with no barrier between");
+        }
+        for (size_t w = 0; w < warps.size(); ++w) {
+            Access& seen = reads[i * warps.size() + w];
+            if (seen.thread != -1 && seen.thread != current && warps[warp].clock[w] <= seen.clock) {
+                fail("race: write to " + array_at(2 * i) + ", read by " +
+                     (seen.thread < 0 ? "warp " + std::to_string(w) : where(seen.thread)) + " with no barrier between");
+            }
+            seen.thread = -1;
+        }
+        cell.write = {warps[warp].clock[warp], static_cast<int16_t>(current)};
+        cell.initialised = true;
+    }
+}
+
+char* Machine::shared_write(int64_t offset, int begin, int end, int bytes) {
+    check_bounds("write", offset, begin, end, bytes);
+    mark_write(offset, bytes);
+    return bytes_of_shared() + offset;
+}
+
+void Machine::log_shared(bool is_store, int64_t offset, int bytes) {
+    Warp& warp = warps[current / 32];
+    (is_store ? warp.stores : warp.loads).record(current % 32, offset, bytes);
+}
+
+// Global memory and the copies from there.
+
+std::shared_ptr<Region> Machine::region(const void* data) const {
+    const auto found = regions.find(reinterpret_cast<uintptr_t>(data));
+    if (found == regions.end()) throw Error("a pointer to global memory that is no argument of the kernel");
+    return found->second;
+}
+
+void Machine::global_read(const Region& region, const void* address, int bytes) {
+    region.read(reinterpret_cast<uintptr_t>(address), bytes);
+    warps[current / 32].global_loads.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+}
+
+void Machine::global_write(Region& region, const void* address, int bytes) {
+    region.write(reinterpret_cast<uintptr_t>(address), bytes);
+    warps[current / 32].global_stores.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+}
+
+void Machine::copy_async(int64_t to, int begin, int end, const Region& region, const void* from, bool is_valid) {
+    check_bounds("cp.async", to, begin, end, 16);
+    if (is_valid) global_read(region, from, 16);
+    warps[current / 32].copies.record(current % 32, to, 16);
+    mark_write(to, 16);
+    for (int64_t i = to / 2; i < to / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(current);
+    const Copy copy{to, is_valid ? from : nullptr};
+    if (!options.deferred_copies) move(copy);
+    threads[current]->open.push_back(copy);
+}
+
+void Machine::move(const Copy& copy) {
+    if (copy.from) {
+        std::memcpy(bytes_of_shared() + copy.to, copy.from, 16);
+    } else {
+        std::memset(bytes_of_shared() + copy.to, 0, 16);
+    }
+}
+
+void Machine::copy_commit() {
+    Thread& self = *threads[current];
+    self.groups.push_back(std::move(self.open));
+    self.open.clear();
+}
+
+void Machine::copy_wait(int pending) {
+    auto& groups = threads[current]->groups;
+    while (static_cast<int>(groups.size()) > pending) {
+        for (const Copy& copy : groups.front()) {
+            if (options.deferred_copies) move(copy);
+            for (int64_t i = copy.to / 2; i < copy.to / 2 + 8; ++i) cells[i].copying = -1;
+            mark_write(copy.to, 16);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
+// Threads.
+
+int Machine::thread_index() const { return current; }
+
+void Machine::wait(const char* name) {
+    Thread& self = *threads[current];
+    self.waiting = name;
+    self.fiber.switch_to(scheduler);
+}
+
+/// All lanes of the warp are at the same point: what they did since the last such point is counted.
+void Machine::met(Warp& warp) {
+    warp.loads.flush_shared(counters.load);
+    warp.stores.flush_shared(counters.store);
+    warp.copies.flush_shared(counters.copy);
+    warp.global_loads.flush_global(counters.global_read);
+    warp.global_stores.flush_global(counters.global_written);
+}
+
+void Machine::collective(const char* name, Collective run, void* lane) {
+    Warp& warp = warps[current / 32];
+    const int first = current / 32 * 32;
+    for (int other = first; other < first + 32; ++other) {
+        const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
+        if (there && there != name && std::strcmp(there, name) != 0) {
+            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
+        }
+    }
+    warp.lanes[current % 32] = lane;
+    warp.arrived |= 1u << current % 32;
+    if (warp.arrived != 0xffffffffu) {
+        wait(name);
+        return;
+    }
+    warp.arrived = 0;
+    met(warp);
+    if (run) {
+        run(warp.lanes);
+    } else {
+        ++warp.clock[current / 32];  // __syncwarp
+    }
+    for (int other = first; other < first + 32; ++other) threads[other]->waiting = nullptr;
+}
+
+void Machine::barrier(int number, int count, const char* name) {
+    if (count % 32 != 0 || count > thread_count()) fail("a barrier of " + std::to_string(count) + " threads");
+    const int first = current / 32 * 32;
+    for (int other = first; other < first + 32; ++other) {
+        const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
+        if (there && std::strcmp(there, name) != 0) {
+            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
+        }
+    }
+    Barrier& b = barriers[number];
+    if (!b.waiting.empty() && b.count != count) fail("one barrier with two counts of threads");
+    b.count = count;
+    b.waiting.push_back(current);
+    if (static_cast<int>(b.waiting.size()) < count) {
+        wait(name);
+        return;
+    }
+    std::vector<int> present(warps.size());
+    for (int thread : b.waiting) ++present[thread / 32];
+    std::vector<uint32_t> joined(warps.size());
+    for (size_t w = 0; w < warps.size(); ++w) {
+        if (present[w] == 0) continue;
+        if (present[w] != 32) fail("a barrier met by a part of warp " + std::to_string(w));
+        met(warps[w]);
+        ++warps[w].clock[w];
+        for (size_t i = 0; i < warps.size(); ++i) joined[i] = std::max(joined[i], warps[w].clock[i]);
+    }
+    for (size_t w = 0; w < warps.size(); ++w) {
+        if (present[w]) warps[w].clock = joined;
+    }
+    for (int thread : b.waiting) threads[thread]->waiting = nullptr;
+    b.waiting.clear();
+    ++counters.barriers;
+}
+
+void Machine::fiber_main() {
+    Machine& m = *machine;
+    Fiber::entered(m.scheduler);
+    Thread& self = *m.threads[m.current];
+    try {
+        (*m.body)();
+        if (!self.open.empty() || !self.groups.empty()) {
+            m.fail("the thread ends with copies that it has not waited for");
+        }
+    } catch (const std::exception& e) {
+        m.error = e.what();
+    }
+    self.done = true;
+    self.fiber.switch_to(m.scheduler);
+}
+
+int Machine::pick() {
+    const auto runnable = [&](int t) { return !threads[t]->done && !threads[t]->waiting; };
+    const int count = thread_count();
+    if (options.seed == 0) {
+        for (int step = 1; step <= count; ++step) {
+            const int t = (current + step) % count;
+            if (runnable(t)) return t;
+        }
+        return -1;
+    }
+    int best = -1, lanes[32], size = 0;
+    for (int t = 0; t < count; ++t) {
+        if (!runnable(t)) continue;
+        const int warp = t / 32;
+        if (best < 0 || warps[warp].priority > warps[best].priority) best = warp, size = 0;
+        if (warp == best) lanes[size++] = t;
+    }
+    if (best < 0) return -1;
+    const uint64_t draw = random();
+    if (draw % 256 == 0) warps[best].priority = random();
+    return lanes[(draw >> 32) % size];
+}
+
+void Machine::run_block(int x, int y) {
+    block[0] = x;
+    block[1] = y;
+    arrays.clear();
+    barriers.clear();
+    std::fill(cells.begin(), cells.end(), Cell{});
+    std::fill(reads.begin(), reads.end(), Access{});
+    std::memset(bytes_of_shared(), 0xff, cells.size() * 2);
+    for (size_t w = 0; w < warps.size(); ++w) {
+        warps[w] = Warp{};
+        warps[w].clock.assign(warps.size(), 0);
+        warps[w].clock[w] = 1;
+        warps[w].priority = random();
+    }
+    for (auto& thread : threads) {
+        thread->done = false;
+        thread->waiting = nullptr;
+        thread->open.clear();
+        thread->groups.clear();
+        thread->fiber.prepare(fiber_main);
+    }
+    current = thread_count() - 1;
+    for (int next = pick(); next >= 0; next = pick()) {
+        current = next;
+        scheduler.switch_to(threads[next]->fiber);
+        if (!error.empty()) throw Error(error);
+    }
+    for (const auto& thread : threads) {
+        if (!thread->done) throw Error(stuck());
+    }
+    for (Warp& warp : warps) met(warp);
+}
+
+void Machine::launch(
+    int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
+    body = &kernel;
+    threads.clear();
+    for (int t = 0; t < thread_count; ++t) threads.push_back(std::make_unique<Thread>());
+    warps.assign(thread_count / 32, Warp{});
+    shared.assign(shared_bytes / sizeof(std::max_align_t) + 1, {});
+    cells.assign(shared_bytes / 2, Cell{});
+    reads.assign(cells.size() * warps.size(), Access{});
+    random.seed(options.seed);
+    error.clear();
+    Machine* const before = std::exchange(machine, this);
+    try {
+        for (int y = 0; y < grid_y; ++y) {
+            for (int x = 0; x < grid_x; ++x) run_block(x, y);
+        }
+    } catch (...) {
+        machine = before;
+        throw;
+    }
+    machine = before;
+}
+
+}  // namespace gpsa::emulator

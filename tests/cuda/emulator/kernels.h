@@ -1,0 +1,28 @@
+// The kernels as the tests call them: the problem, named tensors, and how to run it.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+#include "gpsa.h"
+
+namespace gpsa::emulator {
+
+struct Argument {
+    uintptr_t data;
+    int element;  // bytes
+    std::vector<int64_t> sizes, strides;
+    bool output;
+};
+using Arguments = std::map<std::string, Argument>;
+
+/// Runs the forward kernel and returns what it counted; throws Error for whatever is wrong. `parts`: blocks that share
+/// the query rows of a (batch, head). `logsumexp` may be missing from the arguments.
+Counters forward(const Problem& problem, const Arguments& arguments, int parts, const Options& options);
+
+/// Bytes of shared memory that the forward kernel wants.
+int forward_shared_bytes(const Problem& problem, int parts);
+
+}  // namespace gpsa::emulator

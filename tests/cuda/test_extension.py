@@ -1,0 +1,237 @@
+"""The library as users get it: built by pip into a wheel, installed into an empty folder, loaded there.
+
+Compiled for one architecture, without a GPU. The objects are kept in ``build/``: only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpsa_kernels
+
+ROOT = Path(__file__).parents[2]
+CUDA_BIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc", path=CUDA_BIN) is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA"),
+]
+
+SHIMS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
+SCHEMAS = {
+    "forward": "gpsa_cuda::forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
+    "Tensor(a!) out, Tensor(b!)? content, Tensor(c!)? logsumexp, Tensor(d!)? workspace, int rows, int columns, "
+    "float scale, float dropout_p) -> ()",
+    "backward": "gpsa_cuda::backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, "
+    "Tensor? seed, Tensor? content, Tensor logsumexp, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, "
+    "Tensor(d!) sums, Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()",
+    "sizes": "gpsa_cuda::sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, "
+    "float dropout_p) -> (int slots, int forward_workspace, int backward_workspace)",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    environment = os.environ | {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    subprocess.run([*command, str(ROOT)], check=True, env=environment)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    subprocess.run([*command, str(wheel)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(site) -> Path:
+    return site / "gpsa_kernels" / "_cuda" / "gpsa_cuda.so"
+
+
+def run(site: Path, *arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=site, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_serves_every_python_of_its_platform(wheel):
+    assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if "_cuda/" in name or name.endswith(".so")} == {
+        "gpsa_kernels/_cuda/gpsa_cuda.so",
+        "gpsa_kernels/_cuda/build.json",
+    }
+    assert "gpsa_kernels/py.typed" in names
+
+
+def test_the_metadata_says_how_it_was_built(site):
+    metadata = json.loads((site / "gpsa_kernels" / "_cuda" / "build.json").read_text())
+    assert metadata.pop("nvcc").startswith(metadata["cuda"])
+    assert metadata.pop("cuda").split(".")[0] == torch.version.cuda.split(".")[0]
+    assert metadata == {
+        "version": gpsa_kernels.__version__,
+        "architectures": ["sm_90"],
+        "torch": torch.__version__,
+        "oldest_torch": "2.10",
+    }
+
+
+def test_the_architecture_asked_for_is_in_it_and_no_other(library):
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([CUDA_BIN, str(bundled)]))
+    listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True)
+    assert set(re.findall(r"\.(sm_\w+)\.(\w+)$", listed.stdout, re.MULTILINE)) == {("sm_90", "cubin")}
+
+
+def test_all_it_needs_is_the_stable_shims_and_the_system(library):
+    """No Python, no CUDA runtime, none of torch's C++ symbols."""
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
+    assert needed - system - {name for name in needed if name.startswith("ld-linux")} == {
+        "libtorch_cpu.so",
+        "libtorch_cuda.so",
+    }
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    symbols = re.findall(r"^\s+U (\S+)$", listed.stdout, re.MULTILINE)
+    ours = {name for name in symbols if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$", name)}
+    include = Path(torch.__file__).parent / "include" / "torch"
+    stable = set(re.findall(r"\b(\w+)\(", "".join((include / shim).read_text() for shim in SHIMS)))
+    assert "aoti_torch_get_current_cuda_stream" in ours
+    assert ours <= stable
+
+
+def test_it_loads_where_it_was_installed(site):
+    script = """
+import json, sys, torch, gpsa_kernels
+from gpsa_kernels.backends import cuda
+assert "torch._dynamo" not in sys.modules
+before = cuda._load.cache_info().currsize
+reason = cuda.unavailable()
+schemas = {name: str(getattr(torch.ops.gpsa_cuda, name).default._schema) for name in ("forward", "backward", "sizes")}
+sizes = torch.ops.gpsa_cuda.sizes(128, 9, 14, 14, 48, True, 0.0)
+print(json.dumps([gpsa_kernels.__file__, before, reason, schemas, sizes]))
+"""
+    file, before, reason, schemas, sizes = json.loads(run(site, "-c", script))
+    assert Path(file) == site / "gpsa_kernels" / "__init__.py"
+    assert before == 0, "it was loaded before it was asked for"
+    assert reason == (None if torch.cuda.is_available() else "no CUDA device was found")
+    assert schemas == SCHEMAS
+    slots, *workspaces = sizes
+    assert slots >= 1
+    assert min(workspaces) >= 0
+
+
+def test_info_shows_the_build(site):
+    lines = run(site, "-m", "gpsa_kernels", "info").splitlines()
+    (line,) = (line for line in lines if line.startswith("library"))
+    assert f"gpsa_kernels {gpsa_kernels.__version__} for CUDA" in line
+    assert "torch >= 2.10 (sm_90)" in line
+    assert f"with torch {torch.__version__}" in line
+
+
+# What a kernel would do damage with is refused before the device is looked at, so CPU tensors show it.
+GOOD = """
+import json, torch
+from gpsa_kernels.backends import cuda
+cuda.unavailable()
+def tokens(dtype=torch.float16, dim=8):
+    return torch.zeros(2, 6, 3, dim, dtype=dtype).transpose(1, 2)
+def good():
+    return dict(q=tokens(), k=tokens(), v=tokens(), pos_weight=torch.zeros(3, 3), gate=torch.zeros(3), seed=None,
+                out=tokens(), content=None, logsumexp=torch.zeros(2, 3, 6), workspace=None,
+                rows=2, columns=3, scale=1.0, dropout_p=0.0)
+slots = torch.ops.gpsa_cuda.sizes(2, 3, 2, 3, 8, False, 0.0)[0]
+def good_backward():
+    arguments = good()
+    del arguments["out"]
+    workspace = torch.zeros(2**24, dtype=torch.uint8)
+    return arguments | dict(grad_out=tokens(), grad_q=tokens(), grad_k=tokens(), grad_v=tokens(),
+                            sums=torch.zeros(2, 3, slots, 4), workspace=workspace)
+said = {}
+def call(operator, arguments, name):
+    try:
+        operator(**arguments)
+    except RuntimeError as error:
+        said[name] = str(error)
+"""
+BAD = {
+    "q=torch.zeros(2, 3, 6)": "q must have 4 dimensions, got 3",
+    "q=tokens(torch.float32)": "q must be float16 or bfloat16",
+    "rows=3": "rows * columns must be the 6 tokens of q, got 3 * 3",
+    "rows=-2, columns=-3": "rows * columns must be the 6 tokens of q, got -2 * -3",
+    "k=tokens(torch.bfloat16)": "k must have q's dtype",
+    "k=tokens()[:1]": "k must have q's size 2 in dimension 0, got 1",
+    "v=tokens()[:, :, :5]": "v must have q's size 6 in dimension 2, got 5",
+    "v=tokens()[0]": "v must have 4 dimensions, got 3",
+    "v=tokens().mT.contiguous().mT": "v must have stride 1 in its last dimension, got 6",
+    "k=tokens(dim=9)[..., :8]": "k must have rows that start at multiples of 16 bytes",
+    "k=tokens(dim=16)[..., 4:12]": "k must have rows that start at multiples of 16 bytes",
+    "pos_weight=torch.zeros(3, 2)": "pos_weight must have 9 elements, got 6",
+    "pos_weight=torch.zeros(3, 3).half()": "pos_weight must be float32 and contiguous",
+    "pos_weight=torch.zeros(3, 3).T.contiguous().T[:, :]": "pos_weight must be float32 and contiguous",
+    "gate=torch.zeros(2)": "gate must have 3 elements, got 2",
+    "gate=torch.zeros(3, device='meta')": "gate must be on q's device",
+    "out=tokens()[..., :4]": "out must have q's size 8 in dimension 3, got 4",
+    "content=tokens(torch.bfloat16)": "content must have q's dtype",
+    "logsumexp=torch.zeros(2, 3, 5)": "logsumexp must have 36 elements, got 30",
+    "dropout_p=0.5": "dropout needs a seed",
+    "dropout_p=0.5, seed=torch.zeros(1)": "seed must be one int64",
+    "dropout_p=0.5, seed=torch.zeros(1, dtype=torch.int64, device='meta')": "seed must be on q's device",
+    "scale=2.0": "q must be on a CUDA device",
+}
+BAD_BACKWARD = {
+    "grad_out=tokens().expand(2, 3, 6, 8).mT.contiguous().mT": "grad_out must have stride 1 in its last dimension",
+    "grad_q=tokens()[:1]": "grad_q must have q's size 2 in dimension 0, got 1",
+    "grad_k=tokens(dim=9)[..., :8]": "grad_k must have rows that start at multiples of 16 bytes",
+    "grad_v=tokens(torch.bfloat16)": "grad_v must have q's dtype",
+    "content=tokens(torch.bfloat16)": "content must have q's dtype",
+    "logsumexp=torch.zeros(2, 3, 6).double()": "logsumexp must be float32 and contiguous",
+    "sums=torch.zeros(2, 3, slots + 1, 4)": "sums must have",
+    "scale=2.0": "q must be on a CUDA device",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(site) -> dict[str, str]:
+    script = GOOD
+    for operator, cases in (("forward", BAD), ("backward", BAD_BACKWARD)):
+        arguments = "good()" if operator == "forward" else "good_backward()"
+        for case in cases:
+            name = repr(f"{operator} {case}")
+            script += f"call(torch.ops.gpsa_cuda.{operator}, {arguments} | dict({case}), {name})\n"
+    return json.loads(run(site, "-c", script + "print(json.dumps(said))"))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_forward_refuses_what_would_do_damage(refusals, case):
+    assert BAD[case] in refusals[f"forward {case}"]
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_backward_refuses_what_would_do_damage(refusals, case):
+    assert BAD_BACKWARD[case] in refusals[f"backward {case}"]
+
+
+def test_refusals_name_no_path_of_the_machine_that_built_it(refusals):
+    assert not [message for message in refusals.values() if str(ROOT) in message]

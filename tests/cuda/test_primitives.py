@@ -1,0 +1,137 @@
+"""Every primitive of csrc/primitives.h against its documented meaning, written down here once more in tensors."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+DTYPES = [torch.float16, torch.bfloat16]
+LANE = torch.arange(32)
+ROW, COLUMN = LANE // 4, LANE % 4 * 2
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """The conformance program: on the emulator, and where there is a GPU and nvcc, on the GPU."""
+    folder = tmp_path_factory.mktemp("conformance")
+    includes = [f"-I{emulation.ROOT / 'csrc'}", f"-I{emulation.EMULATOR}"]
+    sources = [emulation.EMULATOR / "emulator.cpp", emulation.EMULATOR / "primitives_host.cpp"]
+    command = ["g++", "-std=c++17", "-O1", "-x", "c++", HERE / "conformance.cu", *sources, *includes]
+    subprocess.run([*map(str, command), "-o", folder / "host"], check=True)
+    if not (torch.cuda.is_available() and shutil.which("nvcc")):
+        return [folder / "host"]
+    command = ["nvcc", "-std=c++17", "-arch=native", HERE / "conformance.cu", includes[0], "-o", folder / "device"]
+    subprocess.run([str(c) for c in command], check=True)
+    return [folder / "host", folder / "device"]
+
+
+def run(program, matrices):
+    """(record, lane, word) of the program, int32."""
+    name = str(matrices.dtype).removeprefix("torch.")
+    done = subprocess.run(
+        [program, name], input=matrices.view(torch.int16).numpy().tobytes(), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return torch.frombuffer(bytearray(done.stdout), dtype=torch.int32).view(-1, 32, 4)
+
+
+def floats(words):
+    return words.contiguous().view(torch.float32)
+
+
+def pairs(words, dtype):
+    """The two 16-bit halves of each word, low first, in a new last dimension."""
+    return words.contiguous().view(dtype).unflatten(-1, (-1, 2))
+
+
+def is_close(got, expected, relative):
+    return torch.allclose(got.double(), expected.double(), rtol=relative, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_primitives_do_what_is_documented(programs, dtype):
+    m = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    flat = m.flatten()
+    for program in programs:
+        out = run(program, m)
+        by_rows = torch.stack([m[:, ROW, COLUMN], m[:, ROW, COLUMN + 1]], -1).transpose(0, 1)
+        by_columns = torch.stack([m[:, COLUMN, ROW], m[:, COLUMN + 1, ROW]], -1).transpose(0, 1)
+        assert torch.equal(pairs(out[0], dtype), by_rows), "ldmatrix.x4"
+        assert torch.equal(pairs(out[1], dtype), by_columns), "ldmatrix.x4.trans"
+        assert torch.equal(pairs(out[2, :, :2], dtype), by_rows[:, :2]), "ldmatrix.x2"
+        assert torch.equal(pairs(out[2, :, 2:], dtype), by_columns[:, :2]), "ldmatrix.x2.trans"
+
+        d = m.double()
+        left = torch.cat([torch.cat([d[0], d[2]], 1), torch.cat([d[1], d[3]], 1)])
+        right = torch.cat([d[0].mT, d[1].mT])
+        product = left @ right
+        expected = torch.stack(
+            [product[ROW + 8 * part, COLUMN + i] + 1 + i + 2 * part for part in (0, 1) for i in (0, 1)], 1
+        )
+        # the hardware truncates its sums: one unit of the largest term and of each of 17 additions
+        size = (left.abs() @ right.abs()).max() + 4
+        assert (floats(out[3]).double() - expected).abs().max() <= 17 * 2**-23 * size, "mma"
+
+        assert torch.equal(floats(out[4]), torch.stack([LANE ^ mask for mask in (1, 2, 8, 16)], 1).float()), "shuffle"
+
+        x = flat[:64].view(32, 2)
+        assert torch.equal(pairs(out[5, :, :1], dtype)[:, 0], x), "load_pair"
+        assert torch.equal(floats(out[5, :, 1:3]), x.float()), "unpack"
+        assert torch.equal(pairs(out[5, :, 3:], dtype)[:, 0], x), "pack"
+        assert torch.equal(pairs(out[6, :, :1], dtype)[:, 0], (x.float() / 3).to(dtype)), "pack rounds to nearest"
+        extremes = torch.stack([x[:, 1].float() * 1e30, x[:, 0].float() * 1e-30], 1).to(dtype)
+        assert torch.equal(pairs(out[6, :, 1:2], dtype)[:, 0], extremes), "pack overflows and underflows"
+        assert torch.equal(floats(out[6, :, 2]), x.float().amax(1)), "maximum"
+        assert torch.equal(floats(out[6, :, 3]), x[:, 0].float()), "maximum passes NaN over"
+
+        assert is_close(floats(out[7, :, :2]), x.double().exp2(), 2**-22), "exp2"
+        assert floats(out[7, :, 2:]).eq(0).all(), "exp2 of -inf, and of what would be subnormal"
+        logs = floats(out[8])
+        assert (logs[:, 0].double() - x[:, 0].double().square().log2()).abs().max() <= 2**-20, "log2"
+        assert is_close(logs[:, 1], (1 + LANE.double()).log2(), 2**-21), "log2"
+        assert logs[:, 2].eq(-math.inf).all(), "log2 of 0"
+
+        assert torch.equal(floats(out[9, :, 0]), 31.0 - LANE), "barriers"
+        rows = flat.view(32, 8).clone()
+        rows[1::2] = 0
+        assert torch.equal(out[10].contiguous().view(dtype), rows), "cp.async with zero fill"
+        assert torch.equal(pairs(out[11, :, :1], dtype)[:, 0], torch.stack([LANE, LANE + 1], 1).to(dtype)), "store_pair"
+        reversed_rows = flat.view(32, 8).flip(0)[:, [0, 1, 2, 3, 6, 7]]
+        assert torch.equal(pairs(out[11, :, 1:], dtype).flatten(1), reversed_rows), "chunks"
+
+
+@pytest.mark.parametrize(
+    "access",
+    [
+        "*shared",
+        "shared[0]",
+        "*global",
+        "global[0]",
+        "*global.pointer",
+        "shared.address",
+        "load(gpsa::Shared<float>(0))",
+    ],
+)
+def test_an_access_that_bypasses_the_checks_does_not_compile(access):
+    code = f"""
+        #include "primitives.h"
+        float f(gpsa::Shared<float> shared, gpsa::Global<const float> global) {{
+            load(shared);
+            load(global);
+            return {access};
+        }}"""
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    command += [f"-I{emulation.ROOT / 'csrc'}", f"-I{emulation.EMULATOR}"]
+
+    def compiles(source):
+        return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
+
+    assert compiles(code.replace(f"return {access}", "return 0"))
+    assert not compiles(code)
