@@ -3,21 +3,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint extension bench gpu-report clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m gpsa_kernels demo
 
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the CUDA library, built in place: needs nvcc and a CUDA build of torch, and no GPU
+extension: $(VENV)/test-installed
+	GPSA_BUILD_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+
 bench: $(VENV)/test-installed
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m benchmarks
+
+# needs no environment: the torch, triton and timm that the machine has
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report
 
 clean:
 	rm -rf $(VENV)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gpsa_kernels
+from benchmarks import timing
+from benchmarks.measure import Effort, Row
 from gpsa_kernels.backends.base import Backend, Forward, Gradients
 
 Q = torch.randn(1, 1, 4, 8)
@@ -38,6 +40,26 @@ class Bare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Gradients:
         return kernel_backward(*ctx.saved_tensors)
+
+
+CALLS = 200
+
+
+def rows(effort: Effort) -> Iterator[Row]:
+    """Microseconds on one thread: on a CPU whatever the device, for it is the CPU that they cost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for direction, calls in zip(("forward", "both"), peers(), strict=True):
+            timed = timing.Interleaved({peer: timing.inner(call, CALLS) for peer, call in calls.items()})
+            timed.run(max(effort.least, effort.rounds // 4), effort.budget, least=effort.least)
+            for peer, seconds in timed.seconds.items():
+                times = timing.summary(seconds)
+                header = {"section": "dispatch", "workload": "no work", "direction": direction, "peer": peer}
+                yield {**header, "status": "ok", "timer": "wall clock", **times}
+    finally:
+        torch.set_num_threads(threads)
+        gpsa_kernels.BACKENDS.pop("null", None)
 
 
 def peers() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:

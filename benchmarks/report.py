@@ -1,76 +1,352 @@
-"""Turns the newest CPU results into the README's tables.
+"""Turns the newest results into the tables of README.md and docs/benchmarks.md and into the pictures.
 
-python benchmarks/report.py            prints them
-python benchmarks/report.py --write    puts them into README.md
+python -m benchmarks.report            prints the tables
+python -m benchmarks.report --write    puts them between their markers, and draws the pictures
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import floors, results
+from benchmarks.workloads import Case
+
 ROOT = Path(__file__).parent.parent
-MARKERS = re.compile(r"(?s)(<!-- cpu results -->\n).*(<!-- end of cpu results -->)")
-TIMED = (
-    ("operator forward", "attention forward"),
-    ("operator forward and backward", "attention forward + backward"),
-    ("convit_tiny inference", "`convit_tiny` inference"),
-    ("convit_tiny training step", "`convit_tiny` training step"),
-)
+FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(?s)(<!-- (?!end of )([a-z ]+) -->\n)(.*?)(<!-- end of \2 -->)")
+REFERENCE = "timm"
+DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+ABSENT = {
+    "cuda": "No GPU has run these benchmarks yet.",
+    "cpu": "No CPU has run these benchmarks yet.",
+    "none": "The kernels have not been compiled for this table yet.",
+}
+
+Row = dict[str, Any]
+Run = dict[str, Any]
 
 
-def newest() -> Path:
-    """The results file with the latest date in its name."""
-    return max((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
+# ---- choosing rows --------------------------------------------------------------------------------------------------
 
 
-def tables(report: dict[str, Any]) -> str:
-    """The results as markdown: ratios against timm, memory, and the cost of a call."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in report["rows"]:
-        rows.setdefault(row["workload"], {})[row["peer"]] = row
+def select(run: Run, **fields: Any) -> list[Row]:
+    """The rows of a run that have these values."""
+    return [row for row in run["rows"] if all(row.get(name) == value for name, value in fields.items())]
 
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith("gpsa_kernels")
+
+
+def without_position(peer: str) -> bool:
+    return peer.startswith(("SDPA alone", "DeiT"))
+
+
+def headline(run: Run, direction: str) -> list[Row]:
+    """All peers at the first workload in one direction, of the run's section with torch.compile if it got so far."""
+    for section in ("compiled", "operator"):
+        rows = select(run, section=section, direction=direction)
+        if rows:
+            first = [row for row in rows if row["workload"] == rows[0]["workload"]]
+            return [row for row in first if row["temperature"] == first[0]["temperature"]]
+    return []
+
+
+def speedups(rows: list[Row]) -> dict[str, float]:
+    """How many times faster than timm's own code every peer is that has a time."""
+    times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
+    return {peer: times[REFERENCE] / us for peer, us in times.items()} if REFERENCE in times else {}
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def header(run: Run) -> str:
+    """Where, when and with what a run was measured."""
+    versions = [f"torch {run['torch']}", f"timm {run['timm']}"]
+    if run["device_type"] == "cuda":
+        versions.insert(0, f"driver {run.get('driver', 'unknown')}")
+        versions.append(f"triton {run.get('triton', 'not installed')}")
+    else:
+        versions.insert(0, f"{run['threads']} threads")
+    profile = "" if run["profile"] == "full" else f", {run['profile']} profile"
+    return f"Measured on {run['started'][:10]}: {run['device']}, {', '.join(versions)}{profile}."
+
+
+def compared(run: Run) -> list[tuple[str, list[Row]]]:
+    """The comparisons of the README: a label and the rows of all peers."""
+    found = [(f"attention {DIRECTIONS[direction]}", headline(run, direction)) for direction in ("forward", "both")]
+    for direction in ("forward", "both"):
+        found.append((f"layer {DIRECTIONS[direction]}", select(run, section="layer", direction=direction)))
+    for row in run["rows"]:
+        if row["section"] == "models" and row["peer"] == REFERENCE:
+            compiled = ", compiled" if row["compiled"] else ""
+            purpose = "inference" if row["direction"] == "inference" else "training step"
+            label = f"`convit_{row['size']}` {row['image']} px {purpose}{compiled}"
+            found.append((label, select(run, section="models", workload=row["workload"], direction=row["direction"])))
+    return [(label, rows) for label, rows in found if speedups(rows)]
+
+
+def summary(run: Run) -> str:
+    """The README's tables: speed-ups over timm, memory, the cost of a call."""
+    rows = compared(run)
+    ratios = [(label, speedups(found)) for label, found in rows]
+    peers = unique(peer for _, found in ratios for peer in found)
+    others = ["SDPA + positional map", "FlexAttention twice"]
+    columns = ["timm, compiled", *others, *(peer for peer in peers if is_ours(peer) and not peer.endswith(" eager"))]
+    columns = [peer for peer in columns if peer in peers and not peer.endswith("auto, compiled")]
+    used = [row["rounds"] for _, found in rows for row in found if "rounds" in row]
+    dtypes = " and ".join(unique(row["dtype"] for _, found in rows for row in found))
     lines = [
-        f"Measured on {report['date']}: {report['cpu']}, {report['threads']} threads, torch {report['torch']}, "
-        f"timm {report['timm']}, float32; medians of {report['rounds']} interleaved rounds "
-        "(models: half as many, each model in a process of its own). How many times faster than timm's own code:",
+        f"{header(run)} In {dtypes}; medians of {_span(used)} interleaved rounds.",
+        "How many times faster than timm's own code:",
         "",
-        "| | gpsa_kernels | without a position (SDPA, DeiT) |",
-        "|---|---|---|",
+        _line(["", *columns, "without a position (SDPA, DeiT)"]),
+        "|---" * (len(columns) + 2) + "|",
     ]
-    for workload, label in TIMED:
-        peers = rows[workload]
-        base = peers["timm"]["median_us"]
-        ours = next(row for peer, row in peers.items() if peer.startswith("gpsa_kernels") and "eager" not in peer)
-        plain = next(row for peer, row in peers.items() if "no position" in peer)
-        lines.append(f"| {label} | {base / ours['median_us']:.2f}× | {base / plain['median_us']:.2f}× |")
+    for label, found in ratios:
+        plain = max((ratio for peer, ratio in found.items() if without_position(peer)), default=None)
+        lines.append(_line([label, *(_times(found.get(peer)) for peer in columns), _times(plain)]))
+    return "\n".join(lines + _memory(run) + _dispatch(run)) + "\n"
 
-    memory = rows["saved for backward, 24x24"]
-    share = memory["timm"]["bytes"] / memory["gpsa_kernels, auto"]["bytes"]
-    lines += [
-        "",
-        f"At 24×24 tokens the layer keeps 1/{share:.1f} of the memory that timm's keeps for the backward pass.",
-    ]
 
-    lines += ["", "| cost of a call before any kernel starts, µs | forward | forward + backward |", "|---|---|---|"]
-    for peer in rows["dispatch forward"]:
-        both = [rows[name][peer]["median_us"] for name in ("dispatch forward", "dispatch forward and backward")]
-        lines.append(f"| `{peer}` | {both[0]:.0f} | {both[1]:.0f} |")
+def _memory(run: Run) -> list[str]:
+    for row in select(run, section="tokens", direction="both", rows=24, columns=24, peer=REFERENCE):
+        same = select(run, section="tokens", direction="both", workload=row["workload"])
+        ours = [r["memory_bytes"] for r in same if is_ours(r["peer"]) and "memory_bytes" in r]
+        if ours and "memory_bytes" in row:
+            what = "it takes beside its inputs" if row["memory_kind"] == "peak" else "it keeps for the backward pass"
+            ratio = row["memory_bytes"] / min(ours)
+            return ["", f"At 24×24 tokens the memory that {what} is 1/{ratio:.1f} of what timm's code takes."]
+    return []
+
+
+def _dispatch(run: Run) -> list[str]:
+    peers = unique(row["peer"] for row in select(run, section="dispatch"))
+    if not peers:
+        return []
+    lines = ["", "| cost of a call before any kernel starts, µs | forward | forward + backward |", "|---|---|---|"]
+    for peer in peers:
+        both = [select(run, section="dispatch", peer=peer, direction=direction)[0] for direction in ("forward", "both")]
+        lines.append(_line([f"`{peer}`", *(f"{row['median_us']:.0f}" for row in both)]))
+    return lines
+
+
+def attention(run: Run) -> str:
+    """Every peer of every workload of the operator, with times, floors and memory, and what became of the others."""
+    lines = [header(run)]
+    for section in ("operator", "compiled", "layer", "tokens", "batch"):
+        for workload in unique(row["workload"] for row in select(run, section=section)):
+            rows = select(run, section=section, workload=workload)
+            timed = [row for row in rows if "median_us" in row]
+            if timed:
+                lines += ["", f"**{section}: {workload}**", "", *_timed_table(timed)]
+            lines += _excuses(rows)
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md")
-    text = tables(json.loads(newest().read_text()))
-    if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(MARKERS.sub(lambda found: found[1] + text + found[2], readme.read_text()))
+def _timed_table(rows: list[Row]) -> list[str]:
+    lines = [
+        "| | direction | µs | p20 to p80 | times timm's speed | floor, µs | share of it | memory, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        same = [r for r in rows if (r["direction"], r["temperature"]) == (row["direction"], row["temperature"])]
+        floor = (
+            [f"{row['floor_us']:.1f} ({row['floor_bound']})", f"{row['floor_share']:.0%}"]
+            if "floor_us" in row
+            else ["", ""]
+        )
+        lines.append(
+            _line(
+                [
+                    row["peer"],
+                    f"{DIRECTIONS[row['direction']]}, {row['temperature']}",
+                    f"{row['median_us']:.1f}",
+                    f"{row['p20_us']:.1f} to {row['p80_us']:.1f}",
+                    _times(speedups(same).get(row["peer"])),
+                    *floor,
+                    f"{row['memory_bytes'] / 1e6:.1f}" if "memory_bytes" in row else "",
+                ]
+            )
+        )
+    return lines
+
+
+def _excuses(rows: list[Row]) -> list[str]:
+    """Who has no time, and why, said once for all directions."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            about = row.get("direction", "all")
+            found.setdefault((row["peer"], f"{row['status']}: {row['reason']}"), []).append(
+                DIRECTIONS.get(about, about)
+            )
+    lines = [f"- {peer} ({', '.join(unique(where))}): {why}" for (peer, why), where in found.items()]
+    return ["", *lines] if lines else []
+
+
+def models(run: Run) -> str:
+    """Images per second and memory of the models."""
+    lines = [
+        header(run),
+        "",
+        "| | | | images/s | times timm's speed | share of the floor | memory, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = select(run, section="models")
+    for row in rows:
+        if "median_us" in row:
+            same = select(run, section="models", workload=row["workload"], direction=row["direction"])
+            lines.append(
+                _line(
+                    [
+                        row["workload"],
+                        row["direction"],
+                        row["peer"],
+                        f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
+                        _times(speedups(same).get(row["peer"])),
+                        f"{row['floor_share']:.0%}" if "floor_share" in row else "",
+                        f"{row['memory_bytes'] / 1e6:.0f}" if "memory_bytes" in row else "",
+                    ]
+                )
+            )
+    return "\n".join(lines + _excuses(rows)) + "\n"
+
+
+def accuracy(run: Run) -> str:
+    """Maximum and RMS error of every backend and tensor, beside those of the formula in eager PyTorch."""
+    rows = select(run, section="accuracy")
+    lines = [header(run)]
+    for workload in unique(row["workload"] for row in rows):
+        measured = [row for row in rows if row["workload"] == workload and row["status"] == "ok"]
+        lines += [
+            "",
+            f"**{workload}**",
+            "",
+            "| backend | tensor | maximum error | of eager | of autocast | RMS error | of eager | of autocast |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in measured:
+            errors = [row[f"{who}{kind}_error"] for kind in ("max", "rms") for who in ("", "eager_", "autocast_")]
+            lines.append(_line([row["peer"].split()[-1], row["tensor"], *(f"{error:.1e}" for error in errors)]))
+        lines += _excuses([row for row in rows if row["workload"] == workload])
+    return "\n".join(lines) + "\n"
+
+
+def static(run: Run) -> str:
+    """What every compiled kernel takes, by architecture."""
+    lines = [
+        f"Compiled on {run['started'][:10]} with triton {run.get('triton', 'not installed')}; nothing ran. "
+        "Instructions are counted in the code, loops once.",
+        "",
+        "| architecture | kernel | registers | spilled bytes | shared bytes | matrix instructions | instructions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = select(run, section="static")
+    columns = ("registers", "spills", "shared", "matrix_instructions", "instructions")
+    for row in rows:
+        if row["status"] == "ok":
+            values = [str(row.get(name, "")) for name in columns]
+            lines.append(_line([row["architecture"], f"{row['peer']}: {row['workload']}", *values]))
+    return "\n".join([*lines, *_excuses(rows), *_emulated(run)]) + "\n"
+
+
+def _emulated(run: Run) -> list[str]:
+    rows = select(run, section="emulated", status="ok")
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Counted in the emulation on the host, one head of one image, beside the least:",
+        "",
+        "| kernel | bytes | least | matrix flops | least | exponentials | least | bank conflicts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+        least = floors.attention_work(case, row["direction"])
+        counts = [row["bytes"], least.bytes, row["flops"], least.flops, row["exponentials"], least.exponentials]
+        name = f"{row['peer']} {row['direction']}, {row['workload']}"
+        lines.append(_line([name, *map(str, counts), str(row["bank_conflicts"])]))
+    return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return re.sub("  +", " ", f"| {' | '.join(cells)} |")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+# marker -> the device type whose run it shows, and how
+BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
+    f"{name} {what}": (device, function)
+    for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
+    for what, function in (("results", summary), ("attention", attention), ("models", models), ("accuracy", accuracy))
+}
+BLOCKS["static"] = ("none", static)
+
+
+def block(marker: str, runs: dict[str, Run]) -> str:
+    """The text between a marker and its end.
+
+    Raises:
+        KeyError: there is no such block.
+    """
+    if marker == "roofline estimate":
+        from benchmarks import static as estimates
+
+        return estimates.roofline_table(runs.get("none"))
+    device, function = BLOCKS[marker]
+    if device not in runs:
+        return f"{ABSENT[device]}\n"
+    return function(runs[device])
+
+
+def filled(text: str, runs: dict[str, Run]) -> str:
+    """``text`` with every marked block made anew."""
+    return MARKED.sub(lambda found: found[1] + block(found[2], runs) + found[4], text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/benchmarks.md; draws pictures")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")
+    parser.add_argument("--plots", type=Path, default=None, help="draw the pictures into this folder")
+    options = parser.parse_args(arguments)
+    runs = results.newest(options.results)
+    folder = options.plots or (ROOT / "benchmarks" / "plots" if options.write else None)
+    if folder is not None:
+        from benchmarks import plots
+
+        for path in plots.draw(runs, folder):
+            print(f"drew {path}")
+    if options.write:
+        for path in FILES:
+            path.write_text(filled(path.read_text(), runs))
+            print(f"wrote {path}")
     else:
-        print(text)
+        print("\n".join(block(marker, runs) for marker, (device, _) in BLOCKS.items() if device in runs))
 
 
 if __name__ == "__main__":

@@ -1,102 +1,146 @@
-"""Interleaved timing: every peer once per round, in an order that changes, so that all see the same machine."""
+"""Clocks, and rounds in which every peer is called once, in an order that changes, so that all see the same machine.
+
+On a CPU a sample is one call by the wall clock. On a GPU it is the replay of a CUDA graph that holds one call for each
+set of inputs, between two events: launch overhead, which hides the kernels' own time below some 100 µs, is left out,
+and as the sets rotate no call finds its inputs in the cache.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-
-def interleaved(
-    peers: dict[str, Callable[[], Any]], rounds: int, warmup: int = 3, inner: int = 1
-) -> dict[str, list[float]]:
-    """Seconds per call of every peer, one number a round.
-
-    Args:
-        peers: what to time, by name.
-        rounds: how many numbers to take of each.
-        warmup: rounds that are not counted.
-        inner: calls a number is the mean of, for what takes microseconds.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    order = list(peers)
-    shuffle = random.Random(0).shuffle
-    for round_ in range(warmup + rounds):
-        shuffle(order)
-        for name in order:
-            call = peers[name]
-            start = time.perf_counter()
-            for _ in range(inner):
-                call()
-            elapsed = (time.perf_counter() - start) / inner
-            if round_ >= warmup:
-                seconds[name].append(elapsed)
-    return seconds
+Call = Callable[[], Any]
+SHORT = 0.002  # seconds: a call below is repeated until a sample holds at least REPEATS of them
+REPEATS = 16
 
 
-def _serve(pipe: Connection, threads: int, build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    call = build(*arguments)
-    pipe.send("ready")
-    while pipe.recv():
+class CpuSample:
+    """Seconds of one call, the sets of inputs in turn."""
+
+    timer = "wall clock"
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls
+        self._next = 0
+        for call in calls:
+            call()
+
+    def __call__(self) -> float:
+        call = self._calls[self._next]
+        self._next = (self._next + 1) % len(self._calls)
         start = time.perf_counter()
         call()
-        pipe.send(time.perf_counter() - start)
+        return time.perf_counter() - start
 
 
-def in_own_processes(
-    peers: dict[str, tuple[Any, ...]], build: Callable[..., Callable[[], Any]], rounds: int, threads: int
-) -> dict[str, list[float]]:
-    """Seconds per call of every peer, interleaved, each in a process of its own that waits while others work.
+class CudaSample:
+    """Seconds of one call, the mean over a replay that makes one call a set of inputs."""
 
-    What a call costs on the CPU depends on the pages that the allocator holds, so on who else allocates in the same
-    process: a model that is trained or served has its process to itself.
+    pool: Any = None  # of all graphs: only one is replayed at a time, and nobody reads what it wrote
 
-    Args:
-        peers: the arguments of ``build`` that make each peer's call, by name.
-        build: a module-level function.
-        rounds: how many numbers to take of each.
-        threads: torch's threads in every process.
-    """
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name, arguments in peers.items():
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(theirs, threads, build, arguments), daemon=True))
-        processes[-1].start()
-    for pipe in pipes.values():
-        assert pipe.recv() == "ready"
+    def __init__(self, calls: Sequence[Call]) -> None:
+        for _ in range(3):  # compiles, autotunes, and allocates what a library keeps
+            start = time.perf_counter()
+            calls[0]()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+        if seconds < SHORT:
+            calls = list(calls) * math.ceil(REPEATS / len(calls))
+        self._calls = calls
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            self._replay, self.timer = self._captured(), "cuda graph"
+        except RuntimeError:
+            CudaSample.pool = None  # the failed graph may have closed it
+            torch.cuda.synchronize()
+            self._replay, self.timer = self._all, "cuda events"
+        self._replay()
 
-    def ask(pipe: Connection) -> float:
-        pipe.send(True)
-        return pipe.recv()
+    def _all(self) -> list[Any]:
+        return [call() for call in self._calls]  # alive together, so each result has memory of its own
 
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    order = list(peers)
-    shuffle = random.Random(0).shuffle
-    for round_ in range(3 + rounds):
-        shuffle(order)
-        for name in order:
-            elapsed = ask(pipes[name])
-            if round_ >= 3:
-                seconds[name].append(elapsed)
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(False)
-        process.join()
-    return seconds
+    def _captured(self) -> Call:
+        if CudaSample.pool is None:
+            CudaSample.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # backward runs on the stream of its forward, which has to be the one that is captured
+        with torch.cuda.graph(graph, pool=CudaSample.pool, stream=torch.cuda.current_stream()):
+            self._all()
+        return graph.replay
+
+    def __call__(self) -> float:
+        self._start.record()
+        self._replay()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3 / len(self._calls)
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, p20 and p80, in microseconds."""
+Sample = CpuSample | CudaSample
+
+
+def sample(calls: Sequence[Call], device: str) -> Sample:
+    """A clock for calls that do the same on different sets of inputs; they have been called when it returns."""
+    return CudaSample(calls) if device == "cuda" else CpuSample(calls)
+
+
+class Interleaved:
+    """Samples of several peers, a round at a time."""
+
+    def __init__(self, peers: dict[str, Callable[[], float]]) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in peers}
+        self._peers = peers
+        self._order = list(peers)
+        self._shuffle = random.Random(0).shuffle
+
+    def round(self) -> None:
+        """Takes one sample of every peer, in a new order."""
+        self._shuffle(self._order)
+        for name in self._order:
+            self.seconds[name].append(self._peers[name]())
+
+    def warm_up(self, rounds: int = 2) -> None:
+        """Rounds that do not count."""
+        for _ in range(rounds):
+            self.round()
+        for seconds in self.seconds.values():
+            seconds.clear()
+
+    def run(self, rounds: int, budget: float, least: int) -> None:
+        """Warms up, then ``rounds`` rounds, or as many as ``budget`` seconds allow, not under ``least``."""
+        self.warm_up()
+        end = time.perf_counter() + budget
+        for done in range(rounds):
+            if done >= least and time.perf_counter() > end:
+                break
+            self.round()
+
+
+def inner(call: Call, calls: int) -> Callable[[], float]:
+    """A clock for what takes microseconds: the mean of ``calls`` calls."""
+
+    def mean() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    return mean
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """Rounds, median, p20 and p80, in microseconds."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return {
+        "rounds": len(seconds),
         "median_us": round(1e6 * statistics.median(seconds), 2),
         "p20_us": round(1e6 * deciles[1], 2),
         "p80_us": round(1e6 * deciles[7], 2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -50,9 +49,23 @@ def test_every_backend_is_in_the_table():
     assert re.findall(r"(?m)^\| `(\w+)` \|", table.split("\n\n")[1]) == list(reversed(BACKENDS))
 
 
-def test_figures_are_the_measured_ones():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import report
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_figures_are_the_measured_ones(name):
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import report, results
 
-    expected = report.tables(json.loads(report.newest().read_text()))
-    assert report.MARKERS.search(README)[0].split("-->\n", 1)[1].rsplit("<!--", 1)[0] == expected
+    text = (ROOT / name).read_text()
+    assert report.MARKED.search(text)
+    assert report.filled(text, results.newest()) == text
+
+
+def test_pictures_are_of_the_newest_runs():
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import plots, results
+
+    for device, run in results.newest().items():
+        for name, picture in plots.PICTURES.items():
+            path = ROOT / "benchmarks" / "plots" / f"{device}-{name}.svg"
+            assert path.exists() == (picture(run) is not None)
+            if path.exists():
+                assert f"from the run of {run['started']}" in path.read_text()

@@ -1,0 +1,79 @@
+"""How exact every backend is, beside the formula run by eager PyTorch in the same dtype and under autocast.
+
+All start from the same numbers of that dtype; the truth is the formula in float64 on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import check
+from benchmarks.measure import Row, gradients
+from benchmarks.peers import Unavailable, check_backend, inputs
+from benchmarks.workloads import Case, Profile
+from gpsa_kernels import BACKENDS, gpsa_attention
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def cases(device: str, profile: Profile) -> list[Case]:
+    """Whole images at every head_dim, a rectangle, and a grid that takes more than one tile."""
+    shapes = [(14, 14, 48), (8, 8, 32), (14, 14, 64), (16, 28, 48)] + [(32, 32, 48)] * (device == "cuda")
+    if profile != "full":
+        shapes = [(14, 14, 48)] if profile == "quick" else [(4, 4, 16)]
+    batch, heads = (32, 9) if device == "cuda" else (2, 9) if profile != "dry" else (1, 2)
+    return [Case(batch, heads, *shape, dtype) for shape in shapes for dtype in DTYPES]
+
+
+def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Maximum and root mean square of the difference."""
+    difference = (got.double() - truth).nan_to_num(nan=check.HOPELESS)
+    return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def autocast(tensors: Sequence[Tensor], grad_out: Tensor, case: Case) -> list[Tensor]:
+    """The formula as it runs in a model under autocast: parameters in float32, products in the case's dtype."""
+    device, dtype = tensors[0].device.type, getattr(torch, case.dtype)
+
+    def function(*leaves: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return check.literal(*leaves, case.grid_size, case.scale)
+
+    leaves = [t.detach().float().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def case_rows(case: Case, device: str) -> Iterator[Row]:
+    """A row for every backend and tensor."""
+    tensors = inputs(case, device, 0)
+    grad_out = torch.randn_like(tensors[0])
+    truth = check.formula(tensors, grad_out, case, torch.float64)
+    beside = {
+        "eager": check.formula(tensors, grad_out, case, getattr(torch, case.dtype)),
+        "autocast": autocast(tensors, grad_out, case),
+    }
+    for name in BACKENDS:
+        header = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}", **vars(case)}
+        try:
+            check_backend(name, case, tensors)
+            got = gradients(_on(name, case), tensors, grad_out)
+        except Unavailable as error:
+            yield {**header, "status": "unavailable", "reason": str(error)}
+            continue
+        except Exception as error:  # a backend's failure, of whatever kind, is a result
+            yield {**header, "status": "failed", "reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+            continue
+        for index, tensor in enumerate(check.NAMES):
+            row: Row = {**header, "status": "ok", "tensor": tensor}
+            row["max_error"], row["rms_error"] = errors(got[index], truth[index])
+            for who, theirs in beside.items():
+                row[f"{who}_max_error"], row[f"{who}_rms_error"] = errors(theirs[index], truth[index])
+            yield row
+
+
+def _on(backend: str, case: Case) -> Callable[..., Tensor]:
+    return lambda *tensors: gpsa_attention(*tensors, case.grid_size, backend=backend)

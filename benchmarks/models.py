@@ -1,0 +1,204 @@
+"""ConViT end to end: timm's, the same one fused, and the DeiT of its size, each in a process of its own.
+
+What a call costs depends on the pages that the allocator holds, so on who else allocates in the same process: a model
+that is trained or served has its process to itself, and waits while the others work. Times are by the wall clock, from
+the call to the end of the work on the device, as a user sees them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import check, floors, timing
+from benchmarks.measure import Effort, Row, floor_columns, memory
+from benchmarks.peers import REFERENCE
+from benchmarks.workloads import ModelWorkload
+from gpsa_kernels import BACKENDS, fuse
+
+DEIT = "DeiT, SDPA"
+START_SECONDS = 240
+CALL_SECONDS = 120
+DEPTH = 12
+
+
+def peers() -> dict[str, str | None]:
+    """The backend of every peer; None where nothing is fused."""
+    return {
+        REFERENCE: None,
+        **{f"gpsa_kernels {name}": name for name in reversed(BACKENDS) if name != "eager"},
+        DEIT: None,
+    }
+
+
+def make(peer: str, workload: ModelWorkload) -> nn.Module:
+    """The model of a peer, with the random weights that everyone of its size gets."""
+    torch.manual_seed(0)
+    kind = f"deit_{workload.size}_patch16_224" if peer == DEIT else f"convit_{workload.size}"
+    model = timm.create_model(kind, img_size=workload.image)
+    backend = peers()[peer]
+    return model if backend is None else fuse(model, backend=backend)
+
+
+class Job:
+    """A model and what is done with it again and again."""
+
+    def __init__(self, peer: str, workload: ModelWorkload, device: str) -> None:
+        self.training = workload.direction == "training"
+        self.device, self.dtype = device, getattr(torch, workload.dtype)
+        self.model = make(peer, workload).to(device).train(self.training)
+        self.called: Any = torch.compile(self.model, dynamic=False) if workload.compiled else self.model
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(workload.batch, 3, workload.image, workload.image, generator=generator)
+        self.images = images.to(device)
+        self.labels = torch.randint(1000, (workload.batch,), generator=generator).to(device)
+
+    def logits(self, model: Any, low: bool) -> Tensor:
+        with torch.autocast(self.device, self.dtype, enabled=low and self.dtype != torch.float32):
+            return model(self.images)
+
+    def step(self, model: Any, low: bool = True) -> Tensor:
+        """Inference, or forward and backward of a training step; returns the logits."""
+        if not self.training:
+            with torch.no_grad():
+                return self.logits(model, low)
+        self.model.zero_grad()
+        logits = self.logits(model, low)
+        F.cross_entropy(logits.float(), self.labels).backward()
+        return logits.detach()
+
+    def __call__(self) -> Tensor:
+        return self.step(self.called)
+
+    def proof(self, model: Any, low: bool = True) -> list[Any]:
+        """What to compare: the logits, and in training the gradients of the gates and of the head."""
+        tensors = [self.step(model, low)]
+        if self.training:
+            grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            tensors += [g for name, g in grads.items() if name.endswith(("gating_param", "head.bias", "norm.weight"))]
+        return [t.float().cpu().numpy() for t in tensors]
+
+    def finish(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _serve(pipe: Connection, peer: str, workload: ModelWorkload, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        job = Job(peer, workload, device)
+        facts = {"dim": job.model.embed_dim, "proof": job.proof(job.called)}
+        if peer == REFERENCE:
+            facts["truth"] = job.proof(job.model, low=False)
+        if device == "cuda" or (job.training and not workload.compiled):
+            facts["memory"] = memory(job, device)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}".split("\n")[0][:300])
+        return
+    pipe.send(facts)
+    while pipe.recv():
+        start = time.perf_counter()
+        job()
+        job.finish()
+        pipe.send(time.perf_counter() - start)
+
+
+class _Worker:
+    """A peer in its process, waiting."""
+
+    def __init__(self, peer: str, workload: ModelWorkload, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, peer, workload, device, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # or nobody notices when the other end dies
+
+    def _receive(self, seconds: float) -> Any:
+        if not self._pipe.poll(seconds):
+            raise RuntimeError(f"no answer within {seconds} s")
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the process died with exit code {self._process.exitcode}") from None
+
+    def start(self) -> dict[str, Any]:
+        """Waits until the model is built and has run once; raises RuntimeError where it does not."""
+        answer = self._receive(START_SECONDS)
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def __call__(self) -> float:
+        self._pipe.send(True)
+        return self._receive(CALL_SECONDS)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(a) for a in arrays]
+
+
+def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates) -> Iterator[Row]:
+    """A row for every peer, whatever became of it."""
+    rows: dict[str, Row] = {}
+    workers: dict[str, _Worker] = {}
+    for peer, backend in peers().items():
+        rows[peer] = {**vars(workload), "workload": str(workload), "peer": peer}
+        # one thing alone keeps a backend from a whole model: this device
+        q = torch.empty(1, 1, 196, 48, device=device)
+        reason = backend and (BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(q, q, q, (14, 14), 0.0))
+        if reason:
+            rows[peer] |= {"status": "unavailable", "reason": reason}
+        else:
+            workers[peer] = _Worker(peer, workload, device)
+    try:
+        facts = {}
+        for peer, worker in list(workers.items()):
+            try:
+                facts[peer] = worker.start()
+            except RuntimeError as error:
+                rows[peer] |= {"status": "failed", "reason": str(error)}
+                workers.pop(peer).stop()
+        for peer in [peer for peer in facts if peer != DEIT]:
+            rows[peer] |= _proved(facts[peer], facts.get(REFERENCE), getattr(torch, workload.dtype))
+            if "reason" in rows[peer]:
+                workers.pop(peer).stop()
+        timed = timing.Interleaved(workers)
+        timed.run(effort.rounds, effort.budget, least=effort.least)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    for peer in workers:
+        times = timing.summary(timed.seconds[peer])
+        work = floors.model_work(workload, facts[peer]["dim"], DEPTH)
+        rows[peer] |= {"status": "ok", "timer": "wall clock", **times, **facts[peer].get("memory", {})}
+        rows[peer] |= {"images_per_s": round(workload.batch / times["median_us"] * 1e6, 2)}
+        rows[peer] |= floor_columns(work, rates, times["median_us"])
+    yield from rows.values()
+
+
+def _proved(own: dict[str, Any], reference: dict[str, Any] | None, dtype: torch.dtype) -> Row:
+    """How far a model is from timm's in float32 and how far it may be; with a reason where that is too far."""
+    if reference is None:
+        return {"status": "failed", "reason": "there is nothing to compare it with: timm's own model failed"}
+    truth = _tensors(reference["truth"])
+    eager = check.deviation(_tensors(reference["proof"]), truth)
+    allowed, found = check.allowed(dtype, eager), check.deviation(_tensors(own["proof"]), truth)
+    row: Row = {"deviation": found, "eager_deviation": eager, "allowed_deviation": allowed}
+    if not found <= allowed:
+        row |= {"status": "wrong", "reason": f"it is {found:.1e} from timm's in float32, {allowed:.1e} is allowed"}
+    return row

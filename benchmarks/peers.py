@@ -1,0 +1,265 @@
+"""What a user could do instead of gpsa_kernels, and gpsa_kernels: one small entry each.
+
+Every peer takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D). What depends on nothing but
+the shapes is prepared once, outside the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.convit import GPSA
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import check, floors
+from benchmarks.workloads import DIRECTIONS, Case
+from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
+from gpsa_kernels.backends.eager import relative_offsets
+
+Function = Callable[..., Tensor]
+REFERENCE = "timm"  # what speed-ups are relative to
+
+
+class Unavailable(Exception):
+    """Why a peer cannot take part, as a clause."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute an attention.
+
+    Attributes:
+        name: in tables and pictures.
+        make: prepares it for a case and its tensors; raises Unavailable.
+        gpsa: whether it computes GPSA: if not, it has no position, and is there as the line to beat.
+        devices: where it exists.
+        directions: what it can be timed in.
+        compiled: whether it needs torch.compile.
+    """
+
+    name: str
+    make: Callable[[Case, list[Tensor]], Function]
+    gpsa: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    directions: tuple[str, ...] = DIRECTIONS
+    compiled: bool = False
+
+    def prepare(self, case: Case, tensors: list[Tensor]) -> Function:
+        """``make``, after what holds for every peer."""
+        if tensors[0].device.type not in self.devices:
+            raise Unavailable(f"it needs {' or '.join(self.devices)}")
+        return self.make(case, tensors)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the operator or the layer.
+
+    Attributes:
+        peers: who computes it.
+        inputs: makes the tensors of a case on a device from a seed: activations, then parameters.
+        formula: the truth: result and gradients in a dtype, from the tensors and the result's gradient.
+        work: the least that must be done in a direction.
+        activations: how many of the tensors are new in every call; the rest are parameters.
+    """
+
+    peers: tuple[Peer, ...]
+    inputs: Callable[[Case, str, int], list[Tensor]]
+    formula: Callable[[Sequence[Tensor], Tensor, Case, torch.dtype], list[Tensor]]
+    work: Callable[[Case, str], floors.Work]
+    activations: int
+
+
+def inputs(case: Case, device: str, seed: int) -> list[Tensor]:
+    """q, k, v with the strides they have in a layer (q and k packed in one projection), pos_weight as a new layer's,
+    gates of all kinds; each requires gradients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    shape = (case.batch, case.tokens, 3, case.heads, case.head_dim)
+    packed = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    qk, v = packed[:, :, :2].contiguous(), packed[:, :, 2].contiguous()
+    q, k = qk.permute(2, 0, 3, 1, 4).unbind()
+    weight = FusedGPSA(case.heads * case.head_dim, case.heads, device=device, dtype=dtype).pos_proj.weight
+    gate = torch.randn(case.heads, generator=generator, device=device, dtype=dtype)
+    return [t.detach().requires_grad_() for t in (q, k, v.transpose(1, 2), weight, gate)]
+
+
+# ---- timm -----------------------------------------------------------------------------------------------------------
+
+
+class _Projected:
+    """Stands for the layer's input, and knows what its projections would be."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.qk, self.v = _Pair((q, k)), v.transpose(1, 2).flatten(2)
+        self.shape = self.v.shape
+
+
+class _Pair(tuple[Tensor, ...]):
+    """q and k, in place of the packed tensor from which the layer unpacks them."""
+
+    def reshape(self, *_: int) -> _Pair:
+        return self
+
+    permute = reshape
+
+
+class _Take(nn.Module):
+    """A projection that looks its result up."""
+
+    def __init__(self, name: str, like: Tensor) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = like.detach()  # which the layer asks for its device and dtype
+
+    def forward(self, x: _Projected) -> Any:
+        return getattr(x, self.name)
+
+
+def timm(case: Case, tensors: list[Tensor]) -> Function:
+    """timm's own layer code between the projections, on given q, k and v."""
+    if case.rows != case.columns:
+        raise Unavailable("it knows square grids only")
+    q, _, _, pos_weight, gate = tensors
+    dim = case.heads * case.head_dim
+    layer = GPSA(dim, case.heads, device=q.device, dtype=q.dtype)
+    layer.qk, layer.v, layer.proj = _Take("qk", q), _Take("v", q), nn.Identity()
+    del layer.pos_proj.weight, layer.gating_param
+    layer.pos_proj.weight, layer.gating_param = pos_weight, gate
+    layer.rel_indices = layer.get_rel_indices(case.tokens)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+        return layer(_Projected(q, k, v)).unflatten(2, (case.heads, case.head_dim)).transpose(1, 2)
+
+    return function
+
+
+# ---- plain PyTorch --------------------------------------------------------------------------------------------------
+
+
+def _position(pos_weight: Tensor, offsets: Tensor) -> Tensor:
+    """The positional map (H, N, N), once for the whole batch, in float32."""
+    return torch.einsum("ijc,hc->hij", offsets, pos_weight.float()).softmax(-1)
+
+
+def eager(case: Case, tensors: list[Tensor]) -> Function:
+    """The formula without the position expanded to the batch and without the division by one."""
+    offsets = relative_offsets(case.grid_size, tensors[0].device, torch.float32)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+        g = torch.sigmoid(gate).view(-1, 1, 1)
+        content = (q @ k.transpose(-2, -1) * case.scale).softmax(-1)
+        return ((1 - g) * content + (g * _position(pos_weight, offsets)).to(q.dtype)) @ v
+
+    return function
+
+
+def sdpa_and_map(case: Case, tensors: list[Tensor], cached: bool = False) -> Function:
+    """torch's attention for the content, the positional map times V for the position; ``cached`` keeps the map."""
+    offsets = relative_offsets(case.grid_size, tensors[0].device, torch.float32)
+    kept = _position(tensors[3].detach(), offsets).to(tensors[0].dtype) if cached else None
+
+    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+        position = _position(pos_weight, offsets).to(q.dtype) if kept is None else kept
+        content = F.scaled_dot_product_attention(q, k, v)
+        # einsum folds the batch into the columns of one product a head; matmul would expand the map to the batch
+        return torch.lerp(content, torch.einsum("hij,bhjd->bhid", position, v), torch.sigmoid(gate).view(-1, 1, 1))
+
+    return function
+
+
+def sdpa_and_cached_map(case: Case, tensors: list[Tensor]) -> Function:
+    return sdpa_and_map(case, tensors, cached=True)
+
+
+def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
+    """One FlexAttention call for the content, one whose scores are the position's."""
+    attention = torch.compile(flex_attention, dynamic=False)
+    columns = case.columns
+
+    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+        w = pos_weight.float()
+
+        def score(content: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            dx, dy = key % columns - query % columns, key // columns - query // columns
+            return w[head, 0] * dx + w[head, 1] * dy + w[head, 2] * (dx * dx + dy * dy)
+
+        position = attention(q, k, v, score_mod=score)
+        return torch.lerp(attention(q, k, v), position, torch.sigmoid(gate).view(-1, 1, 1))
+
+    return function
+
+
+def compiled(make: Callable[[Case, list[Tensor]], Function]) -> Callable[[Case, list[Tensor]], Function]:
+    """The same peer under torch.compile, for fixed shapes and in one graph."""
+    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False)
+
+
+def sdpa_alone(backend: SDPBackend | None) -> Callable[[Case, list[Tensor]], Function]:
+    """Attention without any position, by one of torch's kernels, or the one that torch picks."""
+
+    def make(case: Case, tensors: list[Tensor]) -> Function:
+        def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(q, k, v)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return function
+
+    return make
+
+
+# ---- gpsa_kernels ---------------------------------------------------------------------------------------------------
+
+
+def ours(name: str) -> Peer:
+    """The operator on one of its backends."""
+
+    def make(case: Case, tensors: list[Tensor]) -> Function:
+        check_backend(name, case, tensors)
+
+        def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+            return gpsa_attention(q, k, v, pos_weight, gate, case.grid_size, backend=name)
+
+        return function
+
+    return Peer(f"gpsa_kernels {name}", make)
+
+
+def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
+    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+    backend = BACKENDS[name]
+    reason = backend.unavailable() or backend.unsupported(*tensors[:3], case.grid_size, 0.0)
+    if reason is None and name == "triton" and tensors[0].device.type == "cpu":
+        reason = "here it runs in Triton's interpreter, whose times mean nothing"
+    if reason is not None:
+        raise Unavailable(reason)
+
+
+OPERATOR = Subject(
+    peers=(
+        Peer(REFERENCE, timm),
+        Peer("eager, position once", eager),
+        Peer("SDPA + positional map", sdpa_and_map),
+        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
+        *(ours(name) for name in reversed(BACKENDS)),
+        Peer("SDPA alone", sdpa_alone(None), gpsa=False),
+        Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
+        Peer("SDPA alone, cuDNN", sdpa_alone(SDPBackend.CUDNN_ATTENTION), gpsa=False, devices=("cuda",)),
+        Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
+        Peer("timm, compiled", compiled(timm), compiled=True),
+        Peer("eager, position once, compiled", compiled(eager), compiled=True),
+        Peer("FlexAttention twice", flex_twice, compiled=True),
+    ),
+    inputs=inputs,
+    formula=check.formula,
+    work=floors.attention_work,
+    activations=3,
+)

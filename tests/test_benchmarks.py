@@ -1,0 +1,633 @@
+"""The benchmarks measure what they say: floors, proofs, clocks, files, tables, and the rehearsal of the GPU's hour."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as suite  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    check,
+    floors,
+    gpu_report,
+    machine,
+    measure,
+    models,
+    peers,
+    plots,
+    report,
+    results,
+    timing,
+    workloads,
+)
+from benchmarks import static as estimates  # noqa: E402
+from benchmarks.workloads import Case, ModelWorkload, Workload  # noqa: E402
+
+TINY = Case(2, 2, 4, 4, 16, "float32")
+RATES = floors.Rates(copied_bytes=1e9, flops=1e9)
+RUN = {
+    "started": "2026-01-02T03:04:05+00:00",
+    "device": "Some CPU (AVX2)",
+    "device_type": "cpu",
+    "threads": 2,
+    "python": "3.11.7",
+    "torch": "2.11.0",
+    "timm": "1.0.31",
+    "gpsa_kernels": "0.1.0",
+    "profile": "full",
+}
+
+
+def row(
+    peer: str, us: float, direction: str = "forward", section: str = "operator", side: int = 14, **more: object
+) -> dict:
+    """A row of a measured attention."""
+    case = Case(8, 9, side, side, 48, "float32")
+    times = {"timer": "wall clock", "rounds": 40, "median_us": us, "p20_us": 0.9 * us, "p80_us": 1.1 * us}
+    header = {"section": section, "workload": str(case), **vars(case), "direction": direction, "temperature": "warm"}
+    return {**header, "peer": peer, "status": "ok", **times, **more}
+
+
+# ---- floors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("direction", "moved", "content", "position"),
+    [("forward", 75_264, 7_375_872, 526_848), ("backward", 131_712, 18_439_680, 1_580_544)],
+)
+def test_floor_of_one_head_of_an_image(direction, moved, content, position):
+    work = floors.attention_work(Case(1, 1, 14, 14, 48, "bfloat16"), direction)
+    assert work == (moved, content + position, 38_416)
+    batched = floors.attention_work(Case(128, 9, 14, 14, 48, "bfloat16"), direction)
+    assert batched == tuple(1152 * amount for amount in work)
+
+
+def test_both_directions_add_up():
+    parts = [floors.attention_work(TINY, direction) for direction in ("forward", "backward")]
+    assert floors.attention_work(TINY, "both") == tuple(map(sum, zip(*parts, strict=True)))
+
+
+def test_floor_is_the_larger_of_two_times():
+    assert floors.floor(floors.Work(bytes=3, flops=20), floors.Rates(1.0, 10.0)) == (3.0, "memory")
+    assert floors.floor(floors.Work(bytes=3, flops=50), floors.Rates(1.0, 10.0)) == (5.0, "matmul")
+
+
+def test_model_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    workload = ModelWorkload("tiny", 224, 2, "float32", "inference", compiled=False)
+    model = models.make(models.DEIT, workload).eval()
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(torch.randn(2, 3, 224, 224))
+    ours = floors.model_work(workload, model.embed_dim, models.DEPTH).flops
+    # DeiT has one token more, the class token, which is 1/196 of the tokens and twice that of their pairs
+    assert 1 < counter.get_total_flops() / ours < 1 + 2 / 196
+
+
+def test_roofline_of_the_headline():
+    estimate = estimates.roofline(estimates.HEADLINE, "forward", estimates.Chip(3e12, 800e12, 3.9e12))
+    assert [round(us) for us in estimate] == [29, 11, 11]
+    assert (estimate.least, estimate.most) == (max(estimate), sum(estimate))
+
+
+# ---- workloads ------------------------------------------------------------------------------------------------------
+
+
+def test_the_full_profile_has_every_shape_that_matters():
+    sections = ("operator", "tokens", "batch", "layer", "compiled")
+    chosen = [w for section in sections for w in workloads.attention_workloads(section, "cuda", "full")]
+    cases = [w.case for w in chosen]
+    assert {case.head_dim for case in cases} == {32, 48, 64}
+    assert {case.dtype for case in cases} == {"float32", "float16", "bfloat16"}
+    assert {case.grid_size for case in cases} >= {(8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64), (16, 28)}
+    assert {1, 256} <= {case.batch for case in cases}
+    assert chosen[0].case == Case(128, 9, 14, 14, 48, "bfloat16")
+    assert chosen[0].directions == ("forward", "backward", "both")
+    assert chosen[0].temperatures == ("cold", "warm")
+    ends = workloads.model_workloads("cuda", "full")
+    assert {(m.size, m.image, m.direction, m.compiled) for m in ends} == {
+        (size, image, direction, compiled)
+        for size in ("tiny", "small", "base")
+        for image in (224, 384)
+        for direction in ("inference", "training")
+        for compiled in (False, True)
+    }
+
+
+# ---- proofs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_rows():
+    workload = Workload("operator", TINY, workloads.DIRECTIONS, ("warm",))
+    return list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+
+
+def test_peers_agree(tiny_rows):
+    status = {(row["peer"], row["direction"]): row["status"] for row in tiny_rows}
+    everywhere = ("timm", "eager, position once", "SDPA + positional map", "gpsa_kernels eager", "gpsa_kernels sdpa")
+    assert {status[peer, direction] for peer in (*everywhere, "SDPA alone") for direction in workloads.DIRECTIONS} == {
+        "ok"
+    }
+    assert status["SDPA + cached map", "forward"] == "ok"
+    assert "wrong" not in status.values()
+    assert "failed" not in status.values()
+
+
+def test_every_backend_takes_part(tiny_rows):
+    from gpsa_kernels import BACKENDS
+
+    shown = {row["peer"]: row for row in tiny_rows}
+    for name, backend in BACKENDS.items():
+        found = shown[f"gpsa_kernels {name}"]
+        if backend.unavailable() is not None:
+            assert (found["status"], found["reason"]) == ("unavailable", backend.unavailable())
+
+
+def test_rows_carry_their_floor_and_memory(tiny_rows):
+    found = next(row for row in tiny_rows if row["peer"] == "gpsa_kernels eager" and row["direction"] == "both")
+    work = floors.attention_work(TINY, "both")
+    assert (found["bytes"], found["flops"]) == (work.bytes, work.flops)
+    assert found["floor_us"] == round(1e6 * max(work.bytes, work.flops) / 1e9, 3)
+    assert found["floor_share"] == pytest.approx(found["floor_us"] / found["median_us"], abs=1e-4)
+    assert found["memory_bytes"] > 3 * 2 * 2 * 16 * 16 * 4  # q, k, v, and the maps
+    results.check({"schema": 1, "runs": [{**RUN, "rows": tiny_rows}]})
+
+
+def test_a_wrong_peer_is_shown_as_wrong(monkeypatch):
+    def doubled(case, tensors):
+        right = peers.eager(case, tensors)
+        return lambda *tensors: 2 * right(*tensors)
+
+    def one_wrong_gradient(case, tensors):
+        right = peers.eager(case, tensors)
+        return lambda q, k, v, w, gate: right(q, k, v, w, 2 * gate - gate.detach())
+
+    def raises(case, tensors):
+        raise ZeroDivisionError("by zero")
+
+    planted = [("doubled", doubled), ("gradient", one_wrong_gradient), ("raises", raises)]
+    new = tuple(peers.Peer(name, make) for name, make in planted)
+    subject = dataclasses.replace(peers.OPERATOR, peers=(*peers.OPERATOR.peers[:2], *new))
+    monkeypatch.setattr(measure, "OPERATOR", subject)
+    workload = Workload("operator", TINY, ("forward", "both"), ("warm",))
+    found = list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+    status = {(row["peer"], row["direction"]): row["status"] for row in found}
+    assert status["timm", "both"] == status["eager, position once", "both"] == "ok"
+    assert status["doubled", "forward"] == status["doubled", "both"] == "wrong"
+    assert (status["gradient", "forward"], status["gradient", "both"]) == ("ok", "wrong")
+    assert status["raises", "forward"] == "failed"
+    assert not any("median_us" in row for row in found if row["status"] != "ok")
+    assert next(row for row in found if row["peer"] == "raises")["reason"] == "ZeroDivisionError: by zero"
+    table = report.attention({**RUN, "rows": found})
+    assert "- doubled (forward, forward + backward): wrong: it is 1.0e+00 from the formula" in table
+
+
+def test_layers_agree():
+    workload = Workload("layer", TINY, ("both",), ("warm",))
+    found = list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+    status = {row["peer"]: row["status"] for row in found}
+    assert status["timm"] == status["gpsa_kernels eager"] == status["gpsa_kernels sdpa"] == "ok"
+    assert status["SDPA alone"] == "ok"
+    assert {row["status"] for row in found} <= {"ok", "unavailable"}
+
+
+def test_the_truth_is_the_reference():
+    import reference
+
+    tensors = reference.inputs(2, 3, (4, 5), 8)
+    grad_out = torch.randn_like(tensors[0])
+    expected = reference.with_gradients(reference.literal, tensors, grad_out, (4, 5), 8**-0.5)
+    got = check.formula(tensors, grad_out, Case(2, 3, 4, 5, 8, "float64"), torch.float64)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert check.deviation(got, expected) < 1e-12
+    got[1][0, 0, 0, 0] = float("nan")
+    assert check.deviation(got, expected) == check.HOPELESS
+
+
+def test_models_are_proved():
+    good = {"proof": [torch.ones(3).numpy()], "truth": [torch.ones(3).numpy()]}
+    bad = {"proof": [(2 * torch.ones(3)).numpy()]}
+    assert "reason" not in models._proved(good, good, torch.float32)
+    assert models._proved(bad, good, torch.float32)["status"] == "wrong"
+    assert models._proved(bad, None, torch.float32)["status"] == "failed"
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_peer_that_dies_is_survived(monkeypatch):
+    monkeypatch.setattr(measure, "_probe", die)
+    assert measure.probe("operator", "timm", TINY, "cpu", "forward") == "the process died of signal 11"
+
+
+def test_accuracy_rows():
+    case = Case(1, 2, 4, 4, 16, "bfloat16")
+    found = list(accuracy.case_rows(case, "cpu"))
+    results.check({"schema": 1, "runs": [{**RUN, "rows": found}]})
+    for backend in ("eager", "sdpa"):
+        mine = [row for row in found if row["peer"] == f"gpsa_kernels {backend}"]
+        assert [row["tensor"] for row in mine] == list(check.NAMES)
+        assert all(0 < row["rms_error"] <= row["max_error"] for row in mine)
+        # a 16-bit result holds eight bits
+        assert mine[0]["max_error"] < 0.05 < 1 < 1e3 * mine[0]["max_error"]
+
+
+# ---- clocks ---------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_call_every_peer_once():
+    called = []
+    timed = timing.Interleaved({name: lambda name=name: called.append(name) or 1.0 for name in "abc"})
+    timed.run(20, budget=60.0, least=5)
+    rounds = ["".join(called[i : i + 3]) for i in range(0, len(called), 3)]
+    assert len(rounds) == 22
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"}
+    assert len(set(rounds)) > 1
+    assert [len(seconds) for seconds in timed.seconds.values()] == [20, 20, 20]
+
+
+def test_budget_ends_the_rounds_but_not_the_least():
+    timed = timing.Interleaved({"a": lambda: 1.0})
+    timed.run(20, budget=0.0, least=4)
+    assert len(timed.seconds["a"]) == 4
+
+
+def test_cpu_samples_take_the_sets_in_turn():
+    called = []
+    clock = timing.CpuSample([lambda: called.append(0), lambda: called.append(1)])
+    called.clear()
+    assert all(clock() >= 0 for _ in range(4))
+    assert called == [0, 1, 0, 1]
+
+
+def test_summary():
+    assert timing.summary([1e-6 * n for n in range(1, 12)]) == {
+        "rounds": 11,
+        "median_us": 6.0,
+        "p20_us": 3.0,
+        "p80_us": 9.0,
+    }
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda's clock and graphs, in so far as CudaSample uses them, around plain Python calls."""
+    state = SimpleNamespace(capturing=False, captured=0, replays=0, refuse=False)
+
+    class Graph:
+        def replay(self):
+            state.replays += 1
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        record = synchronize = lambda self: None
+
+        def elapsed_time(self, end):
+            return 6.4  # milliseconds
+
+    @contextlib.contextmanager
+    def graph(cuda_graph, pool, stream):
+        assert (pool, stream) == ("pool", "stream")
+        if state.refuse:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        state.capturing = True
+        yield
+        state.capturing = False
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "graph": graph,
+        "graph_pool_handle": lambda: "pool",
+        "current_stream": lambda: "stream",
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing.CudaSample, "pool", None)
+    return state
+
+
+def test_cuda_graph_holds_every_set(fake_cuda):
+    captured = []
+
+    def call(n):
+        if fake_cuda.capturing:
+            captured.append(n)
+
+    clock = timing.sample([lambda n=n: call(n) for n in range(3)], "cuda")
+    assert (clock.timer, captured) == ("cuda graph", [0, 1, 2] * 6)  # at least 16 short calls
+    assert clock() == pytest.approx(6.4e-3 / 18)
+    assert fake_cuda.replays == 2  # one to warm up
+
+
+def test_what_cannot_be_captured_is_timed_by_events(fake_cuda):
+    fake_cuda.refuse = True
+    called = []
+    clock = timing.sample([lambda: called.append(0)], "cuda")
+    called.clear()
+    assert (clock.timer, clock()) == ("cuda events", pytest.approx(6.4e-3 / 16))
+    assert len(called) == 16
+    assert timing.CudaSample.pool is None
+
+
+def test_cold_sets_exceed_the_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=100_000))
+    for section, activations in (("operator", 3), ("layer", 1)):
+        sets = measure.input_sets(Workload(section, TINY, ("both",), ("cold",)), "cpu", "cold")
+        sizes = [sum(t.numel() * t.element_size() for t in tensors[:activations]) for tensors, _ in sets]
+        assert sum(sizes) >= 200_000 > sum(sizes[:-1])
+        assert len({tensors[0].data_ptr() for tensors, _ in sets}) == len(sets)
+        assert len({tensors[-1].data_ptr() for tensors, _ in sets}) == 1  # one model's parameters
+
+
+def test_the_gpus_path_on_cpu_tensors(fake_cuda, monkeypatch, tmp_path):
+    """Streams, rotating sets, graphs and memory statistics are pretended; everything else runs as on a GPU."""
+    pretended = {
+        "is_available": lambda: True,
+        "Stream": lambda: None,
+        "stream": lambda _: contextlib.nullcontext(),
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50_000),
+        "get_device_name": lambda: "Pretended GPU",
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 250,
+        "reset_peak_memory_stats": lambda: None,
+        "empty_cache": lambda: None,
+    }
+    for name, value in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("OPERATOR", "LAYER"):
+        subject = getattr(measure, name)
+        inputs = subject.inputs
+        on_cpu = dataclasses.replace(subject, inputs=lambda case, _, seed, inputs=inputs: inputs(case, "cpu", seed))
+        monkeypatch.setattr(measure, name, on_cpu)
+    monkeypatch.setattr(floors, "measure_rates", lambda *_, **__: RATES)
+    path = tmp_path / "cuda.json"
+    arguments = ["--device", "cuda", "--profile", "dry", "--output", str(path), "--sections", "operator", "layer"]
+    assert suite.main(arguments) == 0
+    (run,) = results.read(path)["runs"]
+    assert (run["device"], run["device_type"]) == ("Pretended GPU", "cuda")
+    ours = [r for r in run["rows"] if r["peer"] == "gpsa_kernels sdpa"]
+    places = [(r["section"], r["direction"], r["temperature"]) for r in ours]
+    assert places == [
+        *(("operator", direction, heat) for heat in ("cold", "warm") for direction in workloads.DIRECTIONS),
+        *(("layer", direction, "cold") for direction in ("forward", "both")),
+    ]
+    assert {r["timer"] for r in ours} == {"cuda graph"}
+    assert {r["memory_bytes"] for r in ours if r["direction"] != "backward"} == {150}
+    assert "driver" in report.header(run)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_committed_results_are_valid():
+    files = list(results.FOLDER.glob("*.json"))
+    assert files
+    for path in files:
+        results.read(path)
+
+
+def test_results_are_added_never_replaced(tmp_path):
+    path = tmp_path / "cpu.json"
+    results.append(path, RUN, [row("timm", 2.0)])
+    results.append(path, RUN, [row("gpsa_kernels sdpa", 1.0)])
+    results.append(path, {**RUN, "started": "2026-01-02T04:00:00+00:00"}, [row("timm", 3.0)])
+    runs = results.read(path)["runs"]
+    assert [[r["median_us"] for r in run["rows"]] for run in runs] == [[2.0, 1.0], [3.0]]
+    before = path.read_text()
+    results.append(path, RUN, [])
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"section": "guess"}, "section 'guess'"),
+        ({"median_us": "fast"}, "median_us is 'fast'"),
+        ({"batch": True}, "batch is True"),
+        ({"colour": "red"}, "unknown \\['colour'\\]"),
+        ({"status": "great"}, "status 'great'"),
+        ({"status": "wrong", "reason": "x"}, "a time is given for what is wrong"),
+        ({"reason": "x"}, "a reason is given where"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused(tmp_path, change, message):
+    path = tmp_path / "cpu.json"
+    results.append(path, RUN, [row("timm", 2.0)])
+    before = path.read_text()
+    with pytest.raises(ValueError, match=message):
+        results.append(path, RUN, [{**row("timm", 2.0), **change}])
+    assert path.read_text() == before
+
+
+def test_what_is_no_results_file_is_left_alone(tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a results file"):
+        results.append(path, RUN, [])
+    assert path.read_text() == "{}"
+
+
+def test_full_runs_are_shown_before_quick_and_newer_before_older(tmp_path):
+    for hour, profile in ((1, "full"), (2, "full"), (3, "quick"), (4, "dry")):
+        run = {**RUN, "started": f"2026-01-02T0{hour}:00:00+00:00", "profile": profile}
+        results.append(tmp_path / "cpu.json", run, [])
+    assert results.newest(tmp_path)["cpu"]["started"] == "2026-01-02T02:00:00+00:00"
+
+
+def test_machine_fits_the_schema():
+    results.check({"schema": 1, "runs": [{**machine.describe("cpu", "dry"), "rows": []}]})
+    assert (
+        results.file_name("NVIDIA H100 80GB HBM3", "cuda", "2026-01-02") == "cuda-nvidia-h100-80gb-hbm3-2026-01-02.json"
+    )
+
+
+def test_an_interrupted_run_is_gone_on_with(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections"]
+    assert suite.main([*arguments, "accuracy"]) == 0
+    first = results.read(path)["runs"]
+    assert suite.main([*arguments, "accuracy", "layer"]) == 0
+    (run,) = results.read(path)["runs"]
+    assert run["started"] == first[0]["started"]
+    assert run["rows"][: len(first[0]["rows"])] == first[0]["rows"]
+    assert {r["section"] for r in run["rows"][len(first[0]["rows"]) :]} == {"layer"}
+
+
+# ---- tables and pictures --------------------------------------------------------------------------------------------
+
+ROWS = [
+    row("timm", 400.0),
+    row("SDPA + positional map", 200.0),
+    row("gpsa_kernels sdpa", 100.0, floor_us=50.0, floor_share=0.5, floor_bound="memory", memory_bytes=2_000_000),
+    row("SDPA alone", 80.0),
+    row("timm", 900.0, "both", "tokens", 24, memory_bytes=6_000_000, memory_kind="saved for backward"),
+    row("gpsa_kernels sdpa", 300.0, "both", "tokens", 24, memory_bytes=1_500_000, memory_kind="saved for backward"),
+    row("timm", 90.0, "both", "tokens", 8, memory_bytes=600_000, memory_kind="saved for backward"),
+    row("gpsa_kernels sdpa", 30.0, "both", "tokens", 8, memory_bytes=150_000, memory_kind="saved for backward"),
+]
+
+
+def test_summary_table():
+    assert report.summary({**RUN, "rows": ROWS}) == (
+        "Measured on 2026-01-02: Some CPU (AVX2), 2 threads, torch 2.11.0, timm 1.0.31. In float32; medians of 40 "
+        "interleaved rounds.\n"
+        "How many times faster than timm's own code:\n"
+        "\n"
+        "| | SDPA + positional map | gpsa_kernels sdpa | without a position (SDPA, DeiT) |\n"
+        "|---|---|---|---|\n"
+        "| attention forward | 2.00× | 4.00× | 5.00× |\n"
+        "\n"
+        "At 24×24 tokens the memory that it keeps for the backward pass is 1/4.0 of what timm's code takes.\n"
+    )
+
+
+def test_attention_table():
+    found = report.attention({**RUN, "rows": ROWS[:3]}).splitlines()[2:]
+    assert found == [
+        "**operator: B=8 H=9 14x14 D=48 float32**",
+        "",
+        "| | direction | µs | p20 to p80 | times timm's speed | floor, µs | share of it | memory, MB |",
+        "|---|---|---|---|---|---|---|---|",
+        "| timm | forward, warm | 400.0 | 360.0 to 440.0 | 1.00× | | | |",
+        "| SDPA + positional map | forward, warm | 200.0 | 180.0 to 220.0 | 2.00× | | | |",
+        "| gpsa_kernels sdpa | forward, warm | 100.0 | 90.0 to 110.0 | 4.00× | 50.0 (memory) | 50% | 2.0 |",
+    ]
+
+
+def test_pictures(tmp_path):
+    exact = {"tensor": "out", "max_error": 1e-7, "eager_max_error": 2e-7, "rms_error": 1e-8, "eager_rms_error": 2e-8}
+    exact |= {"autocast_max_error": 1e-7, "autocast_rms_error": 1e-8, "status": "ok", "section": "accuracy"}
+    measured = {**exact, "workload": "w", "peer": "gpsa_kernels sdpa", **vars(TINY)}
+    run = {**RUN, "rows": [*ROWS, measured]}
+    results.check({"schema": 1, "runs": [run]})
+    written = plots.draw({"cpu": run}, tmp_path)
+    assert {path.name for path in written} == {
+        f"cpu-{name}.{suffix}" for name in ("speedups", "time", "memory", "errors") for suffix in ("png", "svg")
+    }
+    assert all(RUN["started"] in path.read_text() for path in written if path.suffix == ".svg")
+
+
+def test_static_rows(monkeypatch):
+    pytest.importorskip("triton")
+    import gpsa_kernels.backends.triton.report as triton_report
+    from gpsa_kernels.backends.triton.compiled import Usage, variants
+
+    usage = Usage(128, 0, 4096, 10, 500)
+    monkeypatch.setattr(triton_report, "measure_all", lambda chosen: [(variant, usage) for variant in chosen])
+    found = list(estimates.triton_rows((90,)))
+    assert len(found) == len(variants(90)) > 0
+    run = {**RUN, "device_type": "none", "triton": "3.6.0", "rows": found}
+    results.check({"schema": 1, "runs": [run]})
+    assert f"| sm_90 | triton: {found[0]['workload']} | 128 | 0 | 4096 | 10 | 500 |" in report.static(run)
+
+
+def test_static_rows_of_the_cuda_library(tmp_path):
+    pytest.importorskip("triton")
+    (found,) = estimates.cuda_rows(tmp_path / "none.so")
+    assert (found["status"], found["reason"]) == ("unavailable", "the library has not been built")
+    case = Case(1, 1, 14, 14, 48, "bfloat16")
+    header = {"section": "emulated", "workload": str(case), "peer": "cuda", "direction": "forward", "status": "ok"}
+    counted = {"bytes": 80_000, "flops": 8_000_000, "exponentials": 40_000, "bank_conflicts": 7}
+    run = {**RUN, "device_type": "none", "rows": [found, {**header, **vars(case), **counted}]}
+    results.check({"schema": 1, "runs": [run]})
+    table = report.static(run)
+    assert "- cuda (all): unavailable: the library has not been built" in table
+    assert "| 80000 | 75264 | 8000000 | 7902720 | 40000 | 38416 | 7 |" in table
+    # 1152 heads at 3.35 TB/s, 989 TFLOP/s and 16 exponentials a clock on 132 multiprocessors at 1.83 GHz
+    assert "| H100 SXM | forward, as `cuda` does it | 28 | 9 | 12 | 28 | 49 |" in estimates.roofline_table(run)
+
+
+# ---- the GPU's hour -------------------------------------------------------------------------------------------------
+
+
+def test_rehearsal(tmp_path, capsys):
+    left_out = ["build", "tests", "models", "tokens", "batch", "compiled", "layer", "memcheck", "racecheck", "profile"]
+    arguments = ["--dry-run", "--output", str(tmp_path), "--minutes", "3", "--skip", *left_out]
+    assert gpu_report.main(arguments) == 0
+    told = capsys.readouterr().out
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert {name: entry["status"] for name, entry in state.items()} == dict.fromkeys(
+        ("info", "exercise", "operator", "accuracy", "dispatch"), "done"
+    )
+    (run,) = results.read(tmp_path / "results.json")["runs"]
+    assert {r["section"] for r in run["rows"]} == {"operator", "accuracy", "dispatch"}
+    assert "| attention forward |" in told
+    before = (tmp_path / "results.json").read_text()
+    assert gpu_report.main(arguments) == 0  # all is done: nothing runs again
+    assert " ..." not in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_text() == before
+
+
+def step(name: str, script: str, **more: object) -> gpu_report.Step:
+    return gpu_report.Step(name, (sys.executable, "-c", script), **{"minutes": 1.0, **more})
+
+
+@pytest.mark.parametrize(
+    ("planted", "status", "code"),
+    [
+        (step("a", "raise SystemExit(3)"), "wrong", 1),
+        (step("a", "raise SystemExit(3)", required=False), "wrong", 0),
+        (step("a", "import time; time.sleep(60)", minutes=0.01), "out of time", 2),
+        (step("a", "", needs=("tests/of_another_project",)), "missing", 1),
+        (gpu_report.Step("a", ("no-such-tool",), 1.0), "missing", 1),
+    ],
+)
+def test_what_goes_wrong_on_a_gpu_is_told(tmp_path, monkeypatch, capsys, planted, status, code):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_report, "steps", lambda dry, results: [planted, step("b", "print(1)")])
+    assert gpu_report.main(["--output", str(tmp_path)]) == code
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert (state["a"]["status"], state["b"]["status"]) == (status, "done")
+    assert status in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main(["--output", str(tmp_path)]) == 1
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_no_time_left_is_not_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "steps", lambda dry, results: [step("a", "")])
+    assert gpu_report.main(["--dry-run", "--output", str(tmp_path), "--minutes", "0"]) == 2
+
+
+def test_the_gpus_commands_are_the_rehearsed_ones(monkeypatch):
+    monkeypatch.setattr(gpu_report, "capability", lambda: "9.0")
+    real = {s.name: s for s in gpu_report.steps(False, Path("r.json"))}
+    dry = {s.name: s for s in gpu_report.steps(True, Path("r.json"))}
+    assert list(real) == list(dry)
+    sections = [name for name in real if name in suite.SECTIONS]
+    assert sorted(sections) == sorted(suite.SECTIONS)
+    for name in sections:
+        swapped = [{"cpu": "cuda", "dry": "full"}.get(word, word) for word in dry[name].command]
+        assert list(real[name].command) == swapped
+    for name in ("memcheck", "racecheck", "profile"):
+        tool = {"profile": "ncu"}.get(name, "compute-sanitizer")
+        assert real[name].command[0] == tool
+        assert "benchmarks.exercise" in real[name].command
+        assert "benchmarks.exercise" in dry[name].command
+    assert real["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
