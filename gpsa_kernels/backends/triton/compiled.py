@@ -134,8 +134,7 @@ def _source(call: KernelCall) -> ASTSource:
 
 def compile_call(call: KernelCall, capability: int) -> Any:
     """Triton's compiled kernel of ``call`` for ``capability`` (80 for sm_80)."""
-    options = {"num_warps": call.warps, "num_stages": call.stages}
-    return triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=call.options)
 
 
 def usage(compiled: Any) -> Usage:

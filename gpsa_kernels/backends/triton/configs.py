@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch, PositionalLaunch
 
+# the most columns that a slab of the positional kernels has a launch for
+_LONGEST_SLAB = {width: max(columns for w, columns in POSITIONAL if w == width) for width, _ in POSITIONAL}
+
 
 def padded(size: int) -> int:
     """The power of two, at least 16 for a matrix product, that holds ``size``."""
@@ -32,7 +35,7 @@ def position_form(grid_size: tuple[int, int], dropout_p: float, element_size: in
     very long grids (a slab holds all columns; squared offsets along the rows must fit 16 bits).
     """
     rows, columns = grid_size
-    if dropout_p > 0 or columns > max(POSITIONAL[_width(element_size)]) or rows > 256:
+    if dropout_p > 0 or columns > _LONGEST_SLAB[_width(element_size)] or rows > 256:
         return "tiles"
     return "rows" if columns <= 16 and rows * columns <= 256 else "slabs"
 
@@ -52,9 +55,9 @@ def launch_class(element_size: int, form: str, capability: int) -> str:
 
 def attention_launch(kernel: str, head_dim: int, element_size: int, form: str, capability: int) -> Launch:
     """The launch of "forward", "backward_query" or "backward_key"; ``capability`` is 80 for sm_80."""
-    return ATTENTION[launch_class(element_size, form, capability), kernel][max(32, padded(head_dim))]
+    return ATTENTION[launch_class(element_size, form, capability), kernel, max(32, padded(head_dim))]
 
 
 def positional_launch(columns: int, element_size: int) -> PositionalLaunch:
     """The launch of the separable product and its gradient on a grid of ``columns`` columns."""
-    return POSITIONAL[_width(element_size)][padded(columns)]
+    return POSITIONAL[_width(element_size), padded(columns)]

@@ -31,13 +31,12 @@ _TABLE_ELEMENTS = 4096  # of one program of the table kernel
 
 
 class KernelCall(NamedTuple):
-    """One launch: ``programs`` blocks of ``warps`` warps."""
+    """One launch: ``programs`` blocks, and the compiler's options."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
-    warps: int
-    stages: int = 2
+    options: dict[str, int]
 
 
 class ForwardPlan(NamedTuple):
@@ -87,7 +86,7 @@ def _plan_tables(
         "LENGTH": length,
         "SUM": _sum_dtype(dtype),
     }
-    return KernelCall(positional_kernels.axis_tables, programs, arguments, warps=4), position
+    return KernelCall(positional_kernels.axis_tables, programs, arguments, {"num_warps": 4}), position
 
 
 def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -147,7 +146,10 @@ def _plan_attention(
         "COLUMN_TILE": 16,
     }
     programs = q.size(0) * q.size(1) * triton.cdiv(q.size(2), tile)
-    return KernelCall(getattr(module, f"attention_{kernel}"), programs, arguments, launch.warps, launch.stages)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    if launch.registers is not None:
+        options["maxnreg"] = launch.registers
+    return KernelCall(getattr(module, f"attention_{kernel}"), programs, arguments, options)
 
 
 def _plan_separable(
@@ -162,7 +164,7 @@ def _plan_separable(
         "COLUMN_TILE": padded(grid_size[1]),
     }
     programs = q.size(0) * q.size(1) * _separable_slots(q, grid_size)
-    return KernelCall(kernel, programs, arguments | _common(q, grid_size), launch.warps)
+    return KernelCall(kernel, programs, arguments | _common(q, grid_size), {"num_warps": launch.warps, "num_stages": 2})
 
 
 def _separable_slots(q: Tensor, grid_size: tuple[int, int]) -> int:
@@ -239,7 +241,7 @@ def plan_backward(
     if position.form != "tiles":
         gradient = {
             **{"grad_out": grad_out, "v": v, "sums": sums, "slots": slots, "first_slot": query_slots},
-            "QUERY_COLUMNS": min(64, padded(grid_size[1])),
+            "QUERY_COLUMNS": positional_launch(grid_size[1], q.element_size()).query_columns,
             **moments,
             **_strides(g=grad_out, v=v),
         }
@@ -269,7 +271,7 @@ def _run(calls: list[KernelCall], q: Tensor) -> None:
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         for call in calls:
             if call.programs:
-                call.kernel[(call.programs,)](**call.arguments, num_warps=call.warps, num_stages=call.stages)
+                call.kernel[(call.programs,)](**call.arguments, **call.options)
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""The launch table: tile sizes and compiler options by architecture and shape class. ``tune.py`` rewrites it."""
+"""The launch table: tile sizes and compiler options by architecture and shape class. ``tune.py`` rewrites its rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class Launch(NamedTuple):
     key_tile: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread; named where the compiler would rather spill than take a few more
 
 
 class PositionalLaunch(NamedTuple):
@@ -19,39 +20,66 @@ class PositionalLaunch(NamedTuple):
 
     row_tile: int
     channels: int
+    query_columns: int  # of a step of the gradient
     warps: int
 
 
-# (class of configs.launch_class, kernel) -> head_dim up to -> launch
-ATTENTION: dict[tuple[str, str], dict[int, Launch]] = {
-    ("mma", "forward"): {32: Launch(64, 64, 4, 3), 64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 4, 2)},
-    ("mma", "backward_query"): {32: Launch(64, 32, 4, 2), 64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 8, 2)},
-    ("mma", "backward_key"): {32: Launch(32, 64, 4, 2), 64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 8, 2)},
-    ("wgmma", "forward"): {32: Launch(64, 64, 4, 3), 64: Launch(64, 64, 4, 3), 128: Launch(64, 64, 4, 2)},
-    ("wgmma", "backward_query"): {32: Launch(64, 64, 4, 2), 64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 4, 2)},
-    ("wgmma", "backward_key"): {32: Launch(64, 64, 4, 2), 64: Launch(64, 64, 4, 2), 128: Launch(32, 64, 4, 2)},
-    ("tcgen05", "forward"): {32: Launch(64, 64, 4, 3), 64: Launch(64, 64, 4, 2), 128: Launch(64, 64, 4, 2)},
-    ("tcgen05", "backward_query"): {32: Launch(64, 32, 4, 2), 64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2)},
-    ("tcgen05", "backward_key"): {32: Launch(32, 64, 4, 2), 64: Launch(32, 64, 4, 2), 128: Launch(32, 64, 4, 2)},
-    ("tiles", "forward"): {32: Launch(64, 32, 8, 1), 64: Launch(64, 32, 8, 1), 128: Launch(32, 32, 4, 1)},
-    ("tiles", "backward_query"): {32: Launch(64, 32, 8, 1), 64: Launch(64, 32, 8, 1), 128: Launch(64, 32, 8, 1)},
-    ("tiles", "backward_key"): {32: Launch(32, 64, 8, 1), 64: Launch(32, 64, 8, 1), 128: Launch(32, 64, 8, 1)},
-    ("float32", "forward"): {32: Launch(32, 32, 8, 1), 64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1)},
-    ("float32", "backward_query"): {32: Launch(32, 32, 8, 1), 64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1)},
-    ("float32", "backward_key"): {32: Launch(32, 32, 8, 1), 64: Launch(32, 32, 8, 1), 128: Launch(32, 32, 8, 1)},
+# (class of configs.launch_class, kernel, head_dim up to)
+ATTENTION: dict[tuple[str, str, int], Launch] = {
+    ("mma", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
+    ("mma", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("mma", "forward", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("mma", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("mma", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("mma", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=8, stages=2, registers=None),
+    ("mma", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("mma", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("mma", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=8, stages=2, registers=None),
+    ("wgmma", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
+    ("wgmma", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
+    ("wgmma", "forward", 128): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_query", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_query", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_key", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_key", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("tcgen05", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
+    ("tcgen05", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("tcgen05", "forward", 128): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("tcgen05", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
+    ("tiles", "forward", 32): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
+    ("tiles", "forward", 64): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
+    ("tiles", "forward", 128): Launch(query_tile=32, key_tile=32, warps=4, stages=1, registers=None),
+    ("tiles", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
+    ("tiles", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
+    ("tiles", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
+    ("tiles", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
+    ("tiles", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
+    ("tiles", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
+    ("float32", "forward", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "forward", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "forward", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
+    ("float32", "backward_query", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "backward_query", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "backward_query", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
+    ("float32", "backward_key", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "backward_key", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
+    ("float32", "backward_key", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
 }
 
-# class -> columns of the padded grid -> launch
-POSITIONAL: dict[str, dict[int, PositionalLaunch]] = {
-    "half": {
-        16: PositionalLaunch(16, 16, 4),
-        32: PositionalLaunch(16, 16, 8),
-        64: PositionalLaunch(16, 8, 8),
-        128: PositionalLaunch(16, 8, 8),
-    },
-    "float32": {
-        16: PositionalLaunch(16, 4, 4),
-        32: PositionalLaunch(16, 4, 8),
-        64: PositionalLaunch(16, 1, 8),
-    },
+# (class, columns of the padded grid)
+POSITIONAL: dict[tuple[str, int], PositionalLaunch] = {
+    ("half", 16): PositionalLaunch(row_tile=16, channels=16, query_columns=16, warps=4),
+    ("half", 32): PositionalLaunch(row_tile=16, channels=16, query_columns=32, warps=8),
+    ("half", 64): PositionalLaunch(row_tile=16, channels=8, query_columns=64, warps=8),
+    ("half", 128): PositionalLaunch(row_tile=16, channels=8, query_columns=64, warps=8),
+    ("float32", 16): PositionalLaunch(row_tile=16, channels=4, query_columns=16, warps=4),
+    ("float32", 32): PositionalLaunch(row_tile=16, channels=2, query_columns=32, warps=8),
+    ("float32", 64): PositionalLaunch(row_tile=16, channels=1, query_columns=32, warps=8),
 }
