@@ -110,7 +110,7 @@ def steps(dry: bool, results: Path) -> list[Step]:
         Step("info", (PYTHON, "-m", "gpsa_kernels", "info"), 1.0),
         build,
         Step("exercise", sanitized if dry else exercise, 2.0),
-        Step("tests", tests, 3.0, needs=tested, environment=interpreted),
+        Step("tests", tests, 4.0, needs=tested, environment=interpreted),
         measured("operator", 3.0),
         measured("accuracy", 1.0),
         sanitizer("memcheck"),

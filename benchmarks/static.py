@@ -9,7 +9,6 @@ the emulation of ``csrc/`` on the host that the tests use.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import floors, machine, results
+from benchmarks import floors, machine, machine_code, results
 from benchmarks.peers import inputs
 from benchmarks.workloads import Case
-from gpsa_kernels.backends.cuda import FOLDER
 
 # no device ran anything
 DEVICE, DEVICE_TYPE = "compiled ahead of time", "none"
@@ -111,53 +109,46 @@ def triton_rows(architectures: tuple[int, ...]) -> Iterator[results.Row]:
         yield {**header, "workload": workload, "status": "ok", "architecture": architecture, **usage._asdict()}
 
 
-def cuda_rows(library: Path = FOLDER / "gpsa_cuda.so") -> Iterator[results.Row]:
-    """A row for every kernel and architecture in the built CUDA library, read with Triton's ``cuobjdump``."""
+def cuda_rows(library: Path = machine_code.LIBRARY) -> Iterator[results.Row]:
+    """A row for every kernel and architecture in the built CUDA library."""
     header = {"section": "static", "peer": "cuda"}
-    try:
-        import triton
-    except ImportError as error:
-        yield {**header, "workload": "all", "status": "unavailable", "reason": str(error)}
-        return
     if not library.exists():
         yield {**header, "workload": "all", "status": "unavailable", "reason": "the library has not been built"}
         return
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    mangled = subprocess.run([tool, "-res-usage", library], check=True, capture_output=True).stdout
-    dumped = subprocess.run(["c++filt"], input=mangled, check=True, capture_output=True).stdout.decode()
-    architecture = name = ""
-    for line in dumped.splitlines():
-        if match := re.match(r"arch = (\w+)", line):
-            architecture = match[1]
-        elif match := re.match(r" Function (.+):$", line):
-            name = re.sub(r"\(anonymous namespace\)::|gpsa::|^void |\(.*\)$", "", match[1])
-        elif match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, match.groups())
-            figures = {"registers": registers, "spills": stack + local, "shared": shared}
-            yield {**header, "workload": name, "status": "ok", "architecture": architecture, **figures}
+    try:
+        codes = machine_code.read(library)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        yield {**header, "workload": "all", "status": "unavailable", "reason": str(error)}
+        return
+    for (architecture, kernel), code in codes.items():
+        yield {**header, "workload": kernel, "status": "ok", "architecture": architecture, **code._asdict()}
 
 
 def emulated_rows() -> Iterator[results.Row]:
     """What one (batch, head) of the CUDA kernels moves and computes, counted in their emulation on the host."""
     case = replace(HEADLINE, batch=1, heads=1)
-    header = {"section": "emulated", "workload": str(case), "peer": "cuda", **vars(case), "direction": "forward"}
+    header = {"section": "emulated", "workload": str(case), "peer": "cuda", **vars(case)}
     sys.path.insert(0, str(machine.ROOT / "tests" / "cuda"))
     try:
         import emulation
 
         tensors = [t.detach() for t in inputs(case, "cpu", 0)]
-        counts = emulation.forward(*tensors, case.grid_size, case.scale).counts
+        settings = (case.grid_size, case.scale)
+        forward = emulation.forward(*tensors, *settings, save=True)
+        backward = emulation.backward(forward.out, *tensors, forward.logsumexp, *settings)
     except (ImportError, OSError, RuntimeError) as error:
-        yield {**header, "status": "unavailable", "reason": f"{error}".split("\n")[0]}
+        yield {**header, "direction": "both", "status": "unavailable", "reason": f"{error}".split("\n")[0]}
         return
-    yield {
-        **header,
-        "status": "ok",
-        "bytes": counts["global_read"] + counts["global_written"],
-        "flops": 2 * 16 * 8 * 16 * counts["mma"],  # m16n8k16
-        "exponentials": counts["exp2"],
-        "bank_conflicts": sum(count for name, count in counts.items() if name.endswith("_conflicts")),
-    }
+    for direction, counts in (("forward", forward.counts), ("backward", backward.counts)):
+        yield {
+            **header,
+            "direction": direction,
+            "status": "ok",
+            "bytes": counts["global_read"] + counts["global_written"],
+            "flops": 2 * 16 * 8 * 16 * counts["mma"],  # m16n8k16
+            "exponentials": counts["exp2"],
+            "bank_conflicts": sum(count for name, count in counts.items() if name.endswith("_conflicts")),
+        }
 
 
 def main(arguments: list[str] | None = None) -> None:

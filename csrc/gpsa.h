@@ -37,7 +37,7 @@ struct Forward {
     const float* pos_weight;  // (H, 3)
     const float* gate;        // (H,)
     Tensor out;
-    Tensor content;    // the content branch alone, read by the tiled backward kernels; data null: not wanted
+    Tensor content;    // the content branch alone, which backward may read; data null: not wanted
     float* logsumexp;  // (B, H, N), of the scaled scores, natural logarithm; null: not wanted
     void* workspace;
 };
@@ -50,13 +50,19 @@ struct Backward {
     Tensor content;
     const float* logsumexp;
     Tensor grad_q, grad_k, grad_v;
-    float* sums;  // (B*H, slots(problem), 4): <dO, (dR/dw) V> for w0, w1, w2, and the sum of dO * (O_pos - O_content)
+    float* sums;  // (B*H, Sizes::slots, 4): <dO, (dR/dw) V> for w0, w1, w2, and the sum of dO * (O_pos - O_content)
     void* workspace;
 };
 
-int slots(const Problem& problem);                   // rows of `sums` that a (batch, head) writes
-int64_t forward_workspace(const Problem& problem);   // bytes
-int64_t backward_workspace(const Problem& problem);  // bytes
+/// What a caller allocates, and whether it saves `content` for backward.
+struct Sizes {
+    int slots;                                      // rows of `sums` that a (batch, head) writes
+    int64_t forward_workspace, backward_workspace;  // bytes
+    bool content;
+};
+
+/// For launches on a device; where there is none, as for an H100.
+Sizes sizes(const Problem& problem, int device);
 
 /// Null, or why nothing was launched.
 const char* launch_forward(const Forward& call, cudaStream_t stream);

@@ -10,14 +10,17 @@ namespace gpsa {
 struct Device {
     int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: the most that one block can ask for
 
-    static Device current() {
+    /// Zeros where there is no such device.
+    static Device of(int index) {
         Device device;
-        int index = 0;
-        if (cudaGetDevice(&index) == cudaSuccess) {
-            cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-            cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-        }
+        if (index < 0) return device;
+        cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
         return device;
+    }
+    static Device current() {
+        int index = 0;
+        return cudaGetDevice(&index) == cudaSuccess ? of(index) : Device{};
     }
 };
 
@@ -37,5 +40,11 @@ const char* launch(
 }
 
 const char* launch_whole_image_forward(const Forward& call, cudaStream_t stream);
+const char* launch_tiled_forward(const Forward& call, cudaStream_t stream);
+const char* launch_tiled_backward(const Backward& call, cudaStream_t stream);
+const char* launch_whole_image_backward(const Backward& call, cudaStream_t stream);
+
+/// Whether the whole-image backward kernels serve a problem on this device.
+bool whole_image_backward_fits(const Problem& problem, const Device& device);
 
 }  // namespace gpsa

@@ -10,6 +10,11 @@
 
 namespace gpsa {
 
+/// Along one axis: the gradients of the weights of d and d^2, and the sum of A times its entries' gradients.
+struct WeightGradient {
+    float linear = 0, square = 0, total = 0;
+};
+
 class Axis {
 public:
     const int size;
@@ -31,6 +36,22 @@ public:
         }
     }
 
+    /// Follows prepare(), before the barrier. `means`: 2 numbers per coordinate, of d and d^2 under its row of A.
+    GPSA_DEVICE void prepare_means(Shared<float> means) const {
+        for (int i = thread(); i < size; i += threads()) {
+            const float shift = load(normaliser + i);
+            float mean = 0, mean_square = 0;
+#pragma unroll 1
+            for (int j = 0; j < size; ++j) {
+                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * d;
+                mean += share;
+                mean_square += share * d;
+            }
+            store(means + 2 * i, mean);
+            store(means + (2 * i + 1), mean_square);
+        }
+    }
+
     /// The (16, 16) tile of A that begins at (row, column), zeros outside of the axis.
     template <typename E>
     GPSA_DEVICE Left tile(int row, int column) const {
@@ -46,17 +67,89 @@ public:
         return a;
     }
 
-private:
-    const float linear, square;
-    const Shared<float> normaliser;
+    /// The same of A^T.
+    template <typename E>
+    GPSA_DEVICE Left transposed_tile(int row, int column) const {
+        Left a;
+        for (int half = 0; half < 2; ++half) {
+            const int i = column + fragment_column() + 8 * half;
+            const float low = load(normaliser + smaller(i, size - 1));
+            const float high = load(normaliser + smaller(i + 1, size - 1));
+            for (int part = 0; part < 2; ++part) {
+                const int j = row + fragment_row() + 8 * part;
+                a.words[part + 2 * half] = pack<E>(entry(i, j, low), entry(i + 1, j, high));
+            }
+        }
+        return a;
+    }
 
+    template <typename E, bool transposed>
+    GPSA_DEVICE Left tile(int row, int column) const {
+        if constexpr (transposed) {
+            return transposed_tile<E>(row, column);
+        } else {
+            return tile<E>(row, column);
+        }
+    }
+
+    /// What a gradient of A's entries, a (16, 8) accumulator that begins at (row, column), adds to the weights'.
+    GPSA_DEVICE void add_gradient(
+        WeightGradient& sums, const Sum& grad, int row, int column, Shared<float> means) const {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const int i = row + fragment_row() + 8 * part;
+            if (i >= size) continue;
+            const float shift = load(normaliser + i);
+            const float mean = load(means + 2 * i), mean_square = load(means + (2 * i + 1));
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int j = column + fragment_column() + k;
+                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * grad.values[2 * part + k];
+                sums.linear += share * (d - mean);
+                sums.square += share * (d * d - mean_square);
+                sums.total += share;
+            }
+        }
+    }
+
+    /// log2 of an entry of A: score(j - i) - log2_normaliser(i).
     GPSA_DEVICE float score(int distance) const {
         const float d = static_cast<float>(distance);
         return d * (linear + square * d);
     }
+    GPSA_DEVICE float log2_normaliser(int i) const { return load(normaliser + i); }
+
+private:
+    const float linear, square;
+    const Shared<float> normaliser;
+
     GPSA_DEVICE float entry(int i, int j, float shift) const {
         return i < size && j < size ? exp2_approx(score(j - i) - shift) : 0.0f;
     }
+};
+
+/// R entry by entry, one exponential each: with attention dropout the product of tables is of no use.
+class DensePosition {
+public:
+    struct Place {
+        int x, y;
+    };
+
+    GPSA_DEVICE DensePosition(const Axis& along_x, const Axis& along_y) : along_x(along_x), along_y(along_y) {}
+
+    GPSA_DEVICE Place place(int token) const {
+        const int y = static_cast<unsigned>(token) / static_cast<unsigned>(along_x.size);
+        return {token - y * along_x.size, y};
+    }
+    GPSA_DEVICE float log2_normaliser(Place query) const {
+        return along_x.log2_normaliser(query.x) + along_y.log2_normaliser(query.y);
+    }
+    GPSA_DEVICE float weight(Place query, float log2_normaliser, Place key) const {
+        return exp2_approx(along_x.score(key.x - query.x) + along_y.score(key.y - query.y) - log2_normaliser);
+    }
+
+private:
+    const Axis along_x, along_y;
 };
 
 /// Rows row to row + 15 of a line, those below `size`, rounded, where `at(coordinate, chunk)` says.
@@ -74,11 +167,11 @@ GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
     }
 }
 
-/// mixed = V mixed along one axis: for each line of the grid along it, A times the line's tokens.
+/// Values mixed along one axis: for each line of the grid along it, A (or A^T) times the line's tokens.
 ///
-/// `v(coordinate, line)` is the token's row in `values`, `to(coordinate, line, chunk)` a chunk of the result.
-template <typename E, int channels, typename Token, typename To>
-GPSA_DEVICE void mix_along(const Axis& axis, int lines, const Rows<E, channels>& values, Token token, To to) {
+/// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token.
+template <typename E, int channels, bool transposed = false, typename From, typename To>
+GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to) {
     const int tiles = (axis.size + 15) / 16;
     Left a;
     bool have_a = false;
@@ -86,12 +179,12 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, const Rows<E, channels>&
         const int row = item / lines * 16, line = item % lines;
         Sum sums[channels / 8] = {};
         for (int column = 0; column < axis.size; column += 16) {
-            if (!have_a) a = axis.tile<E>(row, column);
+            if (!have_a) a = axis.tile<E, transposed>(row, column);
             have_a = tiles == 1;  // the same tile for every line
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
                 const Right b = load_right_over_tokens<E>(s, [&](int i, int chunk) {
-                    return values.chunk(token(smaller(column + i, axis.size - 1), line), chunk);
+                    return from(smaller(column + i, axis.size - 1), line, chunk);
                 });
                 multiply<E>(&sums[2 * s], a, b);
             }
@@ -101,10 +194,10 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, const Rows<E, channels>&
 }
 
 /// The same in place, along an axis of at most 16: a warp has read a line when it writes it.
-template <typename E, int channels, typename At>
+template <typename E, int channels, bool transposed = false, typename At>
 GPSA_DEVICE void mix_in_place(const Axis& axis, int lines, At at) {
     if (warp() >= lines) return;
-    const Left a = axis.tile<E>(0, 0);
+    const Left a = axis.tile<E, transposed>(0, 0);
     for (int line = warp(); line < lines; line += threads() / 32) {
         Sum sums[channels / 8] = {};
 #pragma unroll
@@ -127,14 +220,93 @@ GPSA_DEVICE void mix_position(
     const auto by_x = [&](int x, int y, int chunk) { return position.chunk(y, x, chunk); };
     const auto by_y = [&](int y, int x, int chunk) { return position.chunk(y, x, chunk); };
     if (columns >= rows) {
-        mix_along<E>(along_x, rows, v, [&](int x, int y) { return y * columns + x; }, by_x);
+        mix_along<E, channels>(
+            along_x, rows, [&](int x, int y, int chunk) { return v.chunk(y * columns + x, chunk); }, by_x);
         sync_block();
         mix_in_place<E, channels>(along_y, columns, by_y);
     } else {
-        mix_along<E>(along_y, columns, v, [&](int y, int x) { return y * columns + x; }, by_y);
+        mix_along<E, channels>(
+            along_y, columns, [&](int y, int x, int chunk) { return v.chunk(y * columns + x, chunk); }, by_y);
         sync_block();
         mix_in_place<E, channels>(along_x, rows, by_x);
     }
+}
+
+/// position = share content + open position for 16 tokens from `first` on, every element by the lane that holds it;
+/// `share0` for the accumulator's rows 0 to 7, `share1` for rows 8 to 15.
+template <typename E, int channels>
+GPSA_DEVICE void blend(
+    const GridRows<E, channels>& position, int first, int tokens, float open, const Sum* content, float share0,
+    float share1) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+        const int token = first + fragment_row() + 8 * part;
+        if (token >= tokens) continue;
+        const float share = part == 0 ? share0 : share1;
+#pragma unroll
+        for (int n = 0; n < channels / 8; ++n) {
+            const Shared<E> at = position.chunk(token, n) + fragment_column();
+            const Pair p = unpack<E>(load_pair<E>(at));
+            const float* c = &content[n].values[2 * part];
+            store_pair<E>(at, pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
+        }
+    }
+}
+
+/// Adds the gradients of an axis' weights. The gradient of A's entry (i, j) is the sum over lines and channels of
+/// grad_out[i] v[j], one of the two mixed along the other axis; a weight's is the sum of A (d - mean of d) times these.
+///
+/// `grad_out(coordinate, line, chunk)` and `v(coordinate, line, chunk)` are chunks of a token.
+template <typename E, int channels, typename GradOut, typename V>
+GPSA_DEVICE void add_weight_gradient(
+    WeightGradient& sums, const Axis& axis, int lines, Shared<float> means, GradOut grad_out, V v) {
+    const int tiles = (axis.size + 15) / 16;
+#pragma unroll 1
+    for (int item = warp(); item < tiles * tiles * lines; item += threads() / 32) {
+        const int line = item % lines, row = item / lines / tiles * 16, column = item / lines % tiles * 16;
+        Sum grad[2] = {};
+#pragma unroll
+        for (int s = 0; s < channels / 16; ++s) {
+            const Left a = load_left<E>(
+                s, [&](int i, int chunk) { return grad_out(smaller(row + i, axis.size - 1), line, chunk); });
+            const Right b = load_right_over_channels<E>(
+                s, [&](int j, int chunk) { return v(smaller(column + j, axis.size - 1), line, chunk); });
+            multiply<E>(grad, a, b);
+        }
+        axis.add_gradient(sums, grad[0], row, column, means);
+        axis.add_gradient(sums, grad[1], row, column + 8, means);
+    }
+}
+
+/// Backward: mixed = (Ay (x) Ax)^T dO, 16-bit, and this thread's part of the sums over the weights' gradients. On the
+/// way `mixed` holds V mixed along the shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is
+/// never the one mixed in place, is that of the columns.
+/// Starts and ends with what each thread wrote; a barrier makes it everybody's.
+template <typename E, int channels>
+GPSA_DEVICE void differentiate_position(
+    WeightGradient& grad_longer, WeightGradient& grad_shorter, bool wide, const Axis& longer, const Axis& shorter,
+    Shared<float> longer_means, Shared<float> shorter_means, const Rows<E, channels>& grad_out,
+    const GridRows<E, channels>& v, const GridRows<E, channels>& mixed) {
+    const auto in_grad_out = [&](int i, int j, int chunk) {  // i along the longer axis, j along the shorter
+        return grad_out.chunk(wide ? j * longer.size + i : i * shorter.size + j, chunk);
+    };
+    const auto in_v = [&](int i, int j, int chunk) { return wide ? v.chunk(j, i, chunk) : v.chunk(i, j, chunk); };
+    const auto in_mixed = [&](int i, int j, int chunk) {
+        return wide ? mixed.chunk(j, i, chunk) : mixed.chunk(i, j, chunk);
+    };
+    const auto in_v_swapped = [&](int j, int i, int chunk) { return in_v(i, j, chunk); };
+    const auto in_mixed_swapped = [&](int j, int i, int chunk) { return in_mixed(i, j, chunk); };
+
+    mix_along<E, channels>(shorter, longer.size, in_v_swapped, in_mixed_swapped);
+    sync_block();
+    add_weight_gradient<E, channels>(grad_longer, longer, shorter.size, longer_means, in_grad_out, in_mixed);
+    sync_block();
+    mix_along<E, channels, true>(longer, shorter.size, in_grad_out, in_mixed);
+    sync_block();
+    add_weight_gradient<E, channels>(
+        grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);
+    sync_block();
+    mix_in_place<E, channels, true>(shorter, longer.size, in_mixed_swapped);
 }
 
 }  // namespace gpsa

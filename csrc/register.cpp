@@ -94,6 +94,10 @@ void* workspace_of(const std::optional<Tensor>& t, int64_t bytes, const Tensor& 
     return t->data_ptr();
 }
 
+gpsa::Sizes sizes_for(const gpsa::Problem& problem, const Tensor& q) {
+    return gpsa::sizes(problem, q.is_cuda() ? q.get_device_index() : -1);
+}
+
 /// Calls `launch` with the current stream of q's device, with that device current.
 template <typename Arguments>
 void launch_on(const Tensor& q, const char* (*launch)(const Arguments&, cudaStream_t), const Arguments& arguments) {
@@ -135,7 +139,7 @@ void forward(
     if (logsumexp) {
         call.logsumexp = floats_of("logsumexp", *logsumexp, q.size(0) * q.size(1) * q.size(2), q);
     }
-    call.workspace = workspace_of(workspace, gpsa::forward_workspace(call.problem), q);
+    call.workspace = workspace_of(workspace, sizes_for(call.problem, q).forward_workspace, q);
     launch_on(q, gpsa::launch_forward, call);
 }
 
@@ -171,14 +175,16 @@ void backward(
     call.grad_q = tokens_of("grad_q", grad_q, q);
     call.grad_k = tokens_of("grad_k", grad_k, q);
     call.grad_v = tokens_of("grad_v", grad_v, q);
-    call.sums = floats_of("sums", sums, q.size(0) * q.size(1) * gpsa::slots(call.problem) * 4, q);
-    call.workspace = workspace_of(workspace, gpsa::backward_workspace(call.problem), q);
+    const gpsa::Sizes sizes = sizes_for(call.problem, q);
+    call.sums = floats_of("sums", sums, q.size(0) * q.size(1) * sizes.slots * 4, q);
+    call.workspace = workspace_of(workspace, sizes.backward_workspace, q);
     launch_on(q, gpsa::launch_backward, call);
 }
 
-/// What backends/cuda.py has to allocate: slots of `sums`, and both workspaces in bytes.
-std::tuple<int64_t, int64_t, int64_t> sizes(
-    int64_t batch, int64_t heads, int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p) {
+/// What backends/cuda.py has to allocate for a device: slots of `sums`, both workspaces' bytes, and whether `content`.
+std::tuple<int64_t, int64_t, int64_t, bool> sizes(
+    int64_t batch, int64_t heads, int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p,
+    int64_t device) {
     gpsa::Problem problem{};
     problem.batch = batch;
     problem.heads = static_cast<int>(heads);
@@ -187,7 +193,8 @@ std::tuple<int64_t, int64_t, int64_t> sizes(
     problem.head_dim = static_cast<int>(head_dim);
     problem.dropout_p = static_cast<float>(dropout_p);
     problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
-    return {gpsa::slots(problem), gpsa::forward_workspace(problem), gpsa::backward_workspace(problem)};
+    const gpsa::Sizes sizes = gpsa::sizes(problem, static_cast<int>(device));
+    return {sizes.slots, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
 }
 
 }  // namespace
@@ -202,8 +209,8 @@ STABLE_TORCH_LIBRARY(gpsa_cuda, library) {
         "Tensor? content, Tensor logsumexp, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor(d!) sums, "
         "Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()");
     library.def(
-        "sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float dropout_p) "
-        "-> (int slots, int forward_workspace, int backward_workspace)");
+        "sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float dropout_p, int device) "
+        "-> (int slots, int forward_workspace, int backward_workspace, bool content)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpsa_cuda, CompositeExplicitAutograd, library) {

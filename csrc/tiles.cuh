@@ -35,21 +35,34 @@ struct Rows {
     }
 };
 
-/// Rows of `channels` elements, one per token of a grid, free of bank conflicts along both of the grid's axes: a row of
-/// the grid begins 16 bytes late, so that the step from one to the next is an odd number of chunks.
+/// Rows of `channels` elements, one per token of a grid, free of bank conflicts along both of the grid's axes and over
+/// 8 tokens from a multiple of 8 on. Along y, tokens are `columns` apart, and the chunks of 8 / f rows are in different
+/// banks, f the largest power of two in `columns`. So that the next rows' lie between them, every (8 / f)th row of the
+/// grid begins late. (Two collide where 4 chunks meet f = 4.)
 template <typename E, int channels>
 struct GridRows {
     static constexpr int chunks = channels / 8;
     Shared<E> base;
-    unsigned columns;
+    int columns;
 
-    GPSA_HOST_DEVICE static int elements(int rows, int columns) { return rows * columns * channels + (rows - 1) * 8; }
-
-    GPSA_DEVICE Shared<E> chunk(int y, int x, int chunk) const {
-        return base + ((y * static_cast<int>(columns) + x) * channels + y * 8 + (chunk ^ swizzle<chunks>(x)) * 8);
+    GPSA_HOST_DEVICE static int elements(int rows, int columns) {
+        return rows * columns * channels + late(rows - 1, columns) * 8;
     }
-    GPSA_DEVICE Shared<E> chunk(unsigned token, int c) const {
-        return chunk(static_cast<int>(token / columns), static_cast<int>(token % columns), c);
+    GPSA_DEVICE Shared<E> chunk(int y, int x, int chunk) const {
+        const int token = y * columns + x;
+        return base + (token * channels + (late(y, columns) + (chunk ^ swizzle<chunks>(token))) * 8);
+    }
+    GPSA_DEVICE Shared<E> chunk(int token, int c) const {
+        const int y = static_cast<unsigned>(token) / static_cast<unsigned>(columns);
+        return chunk(y, token - y * columns, c);
+    }
+
+private:
+    /// By how many chunks.
+    GPSA_HOST_DEVICE static int late(int y, int columns) {
+        const int f = columns % 8 == 0 ? 8 : columns & -columns;
+        const int step = chunks % 8 == 0 || f == 8 ? 1 : chunks % 4 != 0 ? 2 : f == 2 ? 4 : 1;
+        return y * f / 8 * step;
     }
 };
 
@@ -94,6 +107,14 @@ GPSA_DEVICE Left load_left(int s, At at) {
     return a;
 }
 
+/// Tokens are summed over, channels are the rows of a left operand.
+template <typename E, typename At>
+GPSA_DEVICE Left load_left_over_tokens(int s, At at) {
+    Left a;
+    ldmatrix_x4_trans<E>(a.words, at(lane() / 16 * 8 + lane() % 8, 2 * s + lane() / 8 % 2));
+    return a;
+}
+
 /// Tokens are the columns of a right operand, channels are summed over.
 template <typename E, typename At>
 GPSA_DEVICE Right load_right_over_channels(int s, At at) {
@@ -120,20 +141,69 @@ GPSA_DEVICE float row_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
+GPSA_DEVICE float warp_sum(float x) {
+    x = row_sum(x);
+    x += shuffle_xor(x, 4);
+    x += shuffle_xor(x, 8);
+    return x + shuffle_xor(x, 16);
+}
+
+// Two accumulators side by side have 16 columns, of which a lane holds four: 8 n + 2 t + i in sums[n][i]. Where there
+// is one number for each column, a lane has column_of_lane()'s.
+
+GPSA_DEVICE int column_of_lane() { return lane() / 16 * 8 + lane() % 4 * 2 + lane() / 8 % 2; }
+
+/// What the warp's lanes hold of a column, added up: the sum of column_of_lane().
+GPSA_DEVICE float column_sum(const float (&sums)[2][2]) {
+    const bool right = lane() & 16, odd = lane() & 8;
+    float half[2];  // columns 2 t and 2 t + 1 of one accumulator
+    for (int i = 0; i < 2; ++i) {
+        half[i] = (right ? sums[1][i] : sums[0][i]) + shuffle_xor(right ? sums[0][i] : sums[1][i], 16);
+    }
+    const float sum = (odd ? half[1] : half[0]) + shuffle_xor(odd ? half[0] : half[1], 8);
+    return sum + shuffle_xor(sum, 4);
+}
+
+/// The reverse: from column_of_lane()'s number those of the four columns.
+GPSA_DEVICE void spread_columns(float (&columns)[2][2], float own) {
+    const bool right = lane() & 16, odd = lane() & 8;
+    const float neighbour = shuffle_xor(own, 8);
+    const float half[2] = {odd ? neighbour : own, odd ? own : neighbour};
+    for (int i = 0; i < 2; ++i) {
+        const float other = shuffle_xor(half[i], 16);
+        columns[0][i] = right ? other : half[i];
+        columns[1][i] = right ? half[i] : other;
+    }
+}
+
 GPSA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 GPSA_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_approx(-x * log2_e)); }
 
 /// Starts copying `count` tokens of a (batch, head) into rows, the channels from head_dim on and rows from `count` to
 /// `padded` filled with zeros.
-template <typename E, int channels>
+template <typename E, int channels, template <typename, int> class Layout = Rows>
 GPSA_DEVICE void copy_rows(
-    const Rows<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
+    const Layout<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
     constexpr int chunks = channels / 8;
     for (int i = thread(); i < padded * chunks; i += threads()) {
         const int row = i / chunks, chunk = i % chunks;
         const bool valid = row < count && chunk * 8 < head_dim;
         copy_async<E>(rows.chunk(row, chunk), valid ? from + (row * stride + chunk * 8) : from, valid);
+    }
+}
+
+/// Chunks first_chunk to first_chunk + chunks - 1 of 16 tokens from `first` on to global memory, as far as tokens and
+/// channels exist, 16 bytes a lane of this warp. `at(token, chunk)` says where they are.
+template <typename E, typename At>
+GPSA_DEVICE void store_rows(
+    Global<E> to, int64_t stride, int first, int tokens, int first_chunk, int chunks, int head_dim, At at) {
+#pragma unroll 1  // unrolled, its addresses would be kept in registers
+    for (int i = lane(); i < 16 * chunks; i += 32) {
+        const int token = first + i / chunks, chunk = first_chunk + i % chunks;
+        if (token < tokens && chunk * 8 < head_dim) {
+            store_chunk<E>(to + (token * stride + chunk * 8), load_chunk<E>(at(token, chunk)));
+        }
     }
 }
 

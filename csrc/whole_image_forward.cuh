@@ -49,10 +49,10 @@ struct WholeImageForward {
         const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
         const Rows<E, channels> q{memory.array<E>(smaller(part_rows, tokens) * channels, "queries")};
         const int grid_elements = GridRows<E, channels>::elements(problem.rows, problem.columns);
-        const GridRows<E, channels> position{
-            memory.array<E>(grid_elements, "position"), static_cast<unsigned>(problem.columns)};
+        const GridRows<E, channels> position{memory.array<E>(grid_elements, "position"), problem.columns};
         const Shared<float> normalisers = memory.array<float>(problem.rows + problem.columns, "normalisers");
 
+        using whole_image::rows_of;
         copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, keys, head_dim);
         copy_commit();
         copy_rows(k, rows_of<const E>(call.k, batch, head, 0), call.k.token, tokens, tokens, head_dim);
@@ -82,9 +82,12 @@ struct WholeImageForward {
             weigh(content, scores, v);
             const int token = first_row + row;
             const float gate = load(Global<const float>(call.gate) + head);  // here, to spare a register above
-            blend(position, token, tokens, content, softmax.sum, gate);
+            const float closed = sigmoid(-gate);                             // 1 - g would lose its digits as g -> 1
+            blend(position, token, tokens, sigmoid(gate), content, closed / softmax.sum[0], closed / softmax.sum[1]);
             sync_warp();
-            store_rows(out, call.out.token, token, tokens, head_dim, position);
+            store_rows(out, call.out.token, token, tokens, 0, channels / 8, head_dim, [&](int i, int chunk) {
+                return position.chunk(i, chunk);
+            });
             if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
         }
     }
@@ -94,12 +97,6 @@ private:
     struct Softmax {
         float shift[2], sum[2];
     };
-
-    /// The rows of one (batch, head) from `token` on.
-    template <typename T>
-    GPSA_DEVICE static Global<T> rows_of(const Tensor& t, int64_t batch, int head, int token) {
-        return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head + token * t.token);
-    }
 
     /// scores = Q K^T for 16 rows of Q and all keys. K's fragments serve one tile of rows, Q's all tiles of keys.
     GPSA_DEVICE static void score(
@@ -181,40 +178,6 @@ private:
                 const Right b =
                     load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, tile); });
                 multiply<E>(&content[2 * s], a, b);
-            }
-        }
-    }
-
-    /// position = (1 - g) content / sum + g position, every element by the lane that holds it.
-    GPSA_DEVICE static void blend(
-        const GridRows<E, channels>& position, int first, int tokens, const Sum* content, const float* sum,
-        float gate) {
-        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int token = first + fragment_row() + 8 * part;
-            if (token >= tokens) continue;
-            const float share = closed / sum[part];
-#pragma unroll
-            for (int n = 0; n < channels / 8; ++n) {
-                const Shared<E> at = position.chunk(token, n) + fragment_column();
-                const Pair p = unpack<E>(load_pair<E>(at));
-                const float* c = &content[n].values[2 * part];
-                store_pair<E>(at, pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
-            }
-        }
-    }
-
-    /// 16 rows of the output, 16 bytes a lane.
-    GPSA_DEVICE static void store_rows(
-        Global<E> out, int64_t stride, int first, int tokens, int head_dim,
-        const GridRows<E, channels>& position) {
-        constexpr int chunks = channels / 8;
-#pragma unroll 1  // unrolled, its addresses would be kept in registers beside the scores
-        for (int i = lane(); i < 16 * chunks; i += 32) {
-            const int token = first + i / chunks, chunk = i % chunks;
-            if (token < tokens && chunk * 8 < head_dim) {
-                store_chunk<E>(out + (token * stride + chunk * 8), load_chunk<E>(position.chunk(token, chunk)));
             }
         }
     }

@@ -106,7 +106,8 @@ def _forward_fake(
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(q.dtype)
-    content = empty_output(q) if save and BACKENDS[backend].saves_content(q.size(2)) else q.new_empty(0)
+    saves_content = save and BACKENDS[backend].saves_content(q, (rows, columns), dropout_p)
+    content = empty_output(q) if saves_content else q.new_empty(0)
     logsumexp = q.new_empty(q.shape[:3] if save else (0,), dtype=dtype)
     return empty_output(q), content, logsumexp
 

@@ -102,6 +102,12 @@ class Unsupported(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None: ...
 
 
+class SavesContent(Protocol):
+    """Whether ``forward`` fills :attr:`Forward.content` for its backward pass. Asked about fake tensors, too."""
+
+    def __call__(self, q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> bool: ...
+
+
 def empty_output(q: Tensor) -> Tensor:
     """An uninitialised (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view."""
     batch, heads, tokens, dim = q.shape
@@ -146,7 +152,7 @@ class Backend:
         forward: kernel forward pass.
         backward: kernel backward pass.
         kernel_devices: the device types on which ``forward`` and ``backward`` run.
-        saves_content: whether ``forward`` fills :attr:`Forward.content` for so many tokens.
+        saves_content: whether ``forward`` fills :attr:`Forward.content` where there is a backward pass.
         by_name_only: whether ``backend="auto"`` passes it over.
     """
 
@@ -157,5 +163,5 @@ class Backend:
     forward: KernelForward | None = None
     backward: KernelBackward | None = None
     kernel_devices: frozenset[str] = field(default_factory=frozenset)
-    saves_content: Callable[[int], bool] = lambda tokens: True
+    saves_content: SavesContent = lambda q, grid_size, dropout_p: True
     by_name_only: bool = False

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends.base import Backend, Forward, Gradients, empty_output, parameter_gradients
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
 _ALIGNMENT = 16  # bytes: the kernels read and write rows 16 bytes at a time
-_WHOLE_IMAGE_TOKENS = 256  # up to which one block holds whole rows of the attention map
+_WHOLE_IMAGE_TOKENS = 256  # above which every kernel is tiled, and backward reads the content branch's own output
 
 
 class Build(NamedTuple):
@@ -131,34 +132,43 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dro
         return f"its kernels take float16 and bfloat16, and q is {dtype}"
     if q.size(-1) % 8 or q.size(-1) > 128:
         return f"head_dim must be a multiple of 8 from 8 to 128, got {q.size(-1)}"
-    if q.size(2) > _WHOLE_IMAGE_TOKENS:
-        return f"its kernels take up to {_WHOLE_IMAGE_TOKENS} tokens, got {q.size(2)}"
-    if dropout_p > 0:
-        return "its kernels have no attention dropout"
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
             return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
     return _unsupported_device(q.device.index)
 
 
-def saves_content(tokens: int) -> bool:
-    """Whole-image kernels hold whole rows of the attention map in backward, too, and need no output of the content."""
-    return tokens > _WHOLE_IMAGE_TOKENS
-
-
 class _Sizes(NamedTuple):
     slots: int  # rows of `sums` that a batch element and head writes
     forward_workspace: int  # bytes
     backward_workspace: int
+    content: bool  # whether backward reads the content branch's own output
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(batch: int, heads: int, rows: int, columns: int, head_dim: int, bfloat16: bool, dropout_p: float) -> _Sizes:
-    return _Sizes(*torch.ops.gpsa_cuda.sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p))
+def _sizes(
+    batch: int, heads: int, rows: int, columns: int, head_dim: int, bfloat16: bool, dropout_p: float, device: int
+) -> _Sizes:
+    return _Sizes(*torch.ops.gpsa_cuda.sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, device))
+
+
+def _device_index(q: Tensor) -> int:
+    if q.device.index is not None:
+        return q.device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else -1
 
 
 def _sizes_for(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> _Sizes:
-    return _sizes(q.size(0), q.size(1), *grid_size, q.size(3), q.dtype == torch.bfloat16, dropout_p)
+    shape = (q.size(0), q.size(1), *grid_size, q.size(3))
+    return _sizes(*shape, q.dtype == torch.bfloat16, dropout_p, _device_index(q))
+
+
+def saves_content(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> bool:
+    if q.size(2) > _WHOLE_IMAGE_TOKENS:  # the library says so, too; not asked, it leaves the sizes symbolic
+        return True
+    shape = (1, 1, int(grid_size[0]), int(grid_size[1]), int(q.size(3)))  # for any batch and heads
+    with _disable_current_modes():  # which are for operators on tensors
+        return _sizes(*shape, q.dtype == torch.bfloat16, dropout_p, _device_index(q)).content
 
 
 def _workspace(q: Tensor, size: int) -> Tensor | None:
@@ -192,7 +202,7 @@ def forward(
 ) -> Forward:
     sizes = _sizes_for(q, grid_size, dropout_p)
     out = empty_output(q)
-    content = empty_output(q) if save and saves_content(q.size(2)) else None
+    content = empty_output(q) if save and sizes.content else None
     logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32) if save else None
     torch.ops.gpsa_cuda.forward(
         *(_aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed, out, content, logsumexp),
@@ -224,7 +234,7 @@ def backward(
     sums = q.new_empty((q.size(0), q.size(1), sizes.slots, 4), dtype=torch.float32)
     torch.ops.gpsa_cuda.backward(
         *(_aligned(grad_out), _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed),
-        *(content if saves_content(q.size(2)) else None, logsumexp, grad_q, grad_k, grad_v, sums),
+        *(content if sizes.content else None, logsumexp, grad_q, grad_k, grad_v, sums),
         *(_workspace(q, sizes.backward_workspace), *grid_size, scale, dropout_p),
     )
     return Gradients(grad_q, grad_k, grad_v, *parameter_gradients(sums, pos_weight, gate))

@@ -107,8 +107,8 @@ template <typename E>
 bool run(const uint16_t* input, uint32_t* output) {
     emulator::Machine machine;
     const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-    const auto in = std::make_shared<emulator::Region>("in", false);
-    const auto out = std::make_shared<emulator::Region>("out", true);
+    const auto in = std::make_shared<emulator::Region>("in", emulator::Use::input);
+    const auto out = std::make_shared<emulator::Region>("out", emulator::Use::output);
     in->add(address(input), 2, {elements}, {1});
     out->add(address(output), 4, {words}, {1});
     machine.regions = {{address(input), in}, {address(output), out}};

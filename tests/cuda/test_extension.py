@@ -1,14 +1,10 @@
-"""The library as users get it: built by pip into a wheel, installed into an empty folder, loaded there.
-
-Compiled for one architecture, without a GPU. The objects are kept in ``build/``: only what changed is compiled again.
-"""
+"""The library as users get it: built by pip into a wheel, installed into an empty folder, loaded there."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,12 +16,11 @@ import torch
 import gpsa_kernels
 
 ROOT = Path(__file__).parents[2]
-CUDA_BIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-pytestmark = [
-    pytest.mark.skipif(shutil.which("nvcc", path=CUDA_BIN) is None, reason="nvcc is not installed"),
-    pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA"),
-]
+sys.path.insert(0, str(ROOT))
 
+from benchmarks import machine_code  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100, 120)
 SHIMS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
 SCHEMAS = {
     "forward": "gpsa_cuda::forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
@@ -35,32 +30,8 @@ SCHEMAS = {
     "Tensor? seed, Tensor? content, Tensor logsumexp, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, "
     "Tensor(d!) sums, Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()",
     "sizes": "gpsa_cuda::sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, "
-    "float dropout_p) -> (int slots, int forward_workspace, int backward_workspace)",
+    "float dropout_p, int device) -> (int slots, int forward_workspace, int backward_workspace, bool content)",
 }
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    environment = os.environ | {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    subprocess.run([*command, str(ROOT)], check=True, env=environment)
-    (path,) = folder.glob("*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def site(wheel, tmp_path_factory) -> Path:
-    """A folder that holds the installed wheel and nothing else."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
-    subprocess.run([*command, str(wheel)], check=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def library(site) -> Path:
-    return site / "gpsa_kernels" / "_cuda" / "gpsa_cuda.so"
 
 
 def run(site: Path, *arguments: str) -> str:
@@ -87,18 +58,17 @@ def test_the_metadata_says_how_it_was_built(site):
     assert metadata.pop("cuda").split(".")[0] == torch.version.cuda.split(".")[0]
     assert metadata == {
         "version": gpsa_kernels.__version__,
-        "architectures": ["sm_90"],
+        "architectures": [*(f"sm_{code}" for code in ARCHITECTURES), "compute_120"],
         "torch": torch.__version__,
         "oldest_torch": "2.10",
     }
 
 
-def test_the_architecture_asked_for_is_in_it_and_no_other(library):
-    triton = pytest.importorskip("triton")
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join([CUDA_BIN, str(bundled)]))
-    listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True)
-    assert set(re.findall(r"\.(sm_\w+)\.(\w+)$", listed.stdout, re.MULTILINE)) == {("sm_90", "cubin")}
+def test_machine_code_and_ptx_are_of_the_default_architectures(library):
+    options = "--list-elf", "--list-ptx"
+    listed = subprocess.run([machine_code.tool(), *options, library], capture_output=True, text=True, check=True).stdout
+    expected = {(f"sm_{code}", "cubin") for code in ARCHITECTURES} | {("sm_120", "ptx")}
+    assert set(re.findall(r"\.(sm_\w+)\.(\w+)$", listed, re.MULTILINE)) == expected
 
 
 def test_all_it_needs_is_the_stable_shims_and_the_system(library):
@@ -129,7 +99,7 @@ assert "torch._dynamo" not in sys.modules
 before = cuda._load.cache_info().currsize
 reason = cuda.unavailable()
 schemas = {name: str(getattr(torch.ops.gpsa_cuda, name).default._schema) for name in ("forward", "backward", "sizes")}
-sizes = torch.ops.gpsa_cuda.sizes(128, 9, 14, 14, 48, True, 0.0)
+sizes = torch.ops.gpsa_cuda.sizes(128, 9, 14, 14, 48, True, 0.0, -1)
 print(json.dumps([gpsa_kernels.__file__, before, reason, schemas, sizes]))
 """
     file, before, reason, schemas, sizes = json.loads(run(site, "-c", script))
@@ -137,16 +107,34 @@ print(json.dumps([gpsa_kernels.__file__, before, reason, schemas, sizes]))
     assert before == 0, "it was loaded before it was asked for"
     assert reason == (None if torch.cuda.is_available() else "no CUDA device was found")
     assert schemas == SCHEMAS
-    slots, *workspaces = sizes
-    assert slots >= 1
-    assert min(workspaces) >= 0
+    assert sizes == [1, 0, 0, False]
+
+
+def test_it_says_what_backward_reads(site):
+    """The content branch's own output, where no block can hold an image backward: as on an H100, where no GPU is."""
+    script = """
+import json, torch
+from gpsa_kernels.backends import cuda
+cuda.unavailable()
+asked = [(14, 14, 48, 0.0), (16, 16, 64, 0.0), (14, 14, 72, 0.0), (1, 257, 8, 0.0), (128, 128, 48, 0.0)]
+print(json.dumps([torch.ops.gpsa_cuda.sizes(2, 3, rows, columns, dim, True, p, -1) for rows, columns, dim, p in asked]))
+"""
+    sizes = json.loads(run(site, "-c", script))
+    assert [content for *_, content in sizes] == [False, False, True, True, True]
+    for slots, forward, backward, content in sizes:
+        assert (slots > 1, forward > 0, backward > 0) == (content, content, content)
+    # a workspace of two images of 16 bits for each (batch, head), and some numbers per token
+    _, forward, backward, _ = sizes[-1]
+    image = 6 * 128 * 128 * 48 * 2
+    assert image <= forward <= 1.1 * image
+    assert 2 * image <= backward <= 2.1 * image
 
 
 def test_info_shows_the_build(site):
     lines = run(site, "-m", "gpsa_kernels", "info").splitlines()
     (line,) = (line for line in lines if line.startswith("library"))
     assert f"gpsa_kernels {gpsa_kernels.__version__} for CUDA" in line
-    assert "torch >= 2.10 (sm_90)" in line
+    assert "torch >= 2.10 (sm_80, sm_90, sm_100, sm_120, compute_120)" in line
     assert f"with torch {torch.__version__}" in line
 
 
@@ -161,7 +149,7 @@ def good():
     return dict(q=tokens(), k=tokens(), v=tokens(), pos_weight=torch.zeros(3, 3), gate=torch.zeros(3), seed=None,
                 out=tokens(), content=None, logsumexp=torch.zeros(2, 3, 6), workspace=None,
                 rows=2, columns=3, scale=1.0, dropout_p=0.0)
-slots = torch.ops.gpsa_cuda.sizes(2, 3, 2, 3, 8, False, 0.0)[0]
+slots = torch.ops.gpsa_cuda.sizes(2, 3, 2, 3, 8, False, 0.0, -1)[0]
 def good_backward():
     arguments = good()
     del arguments["out"]

@@ -147,12 +147,25 @@ def test_devices_that_the_library_has_no_code_for(folder, monkeypatch, capabilit
 # ---- fake tensors --------------------------------------------------------------------------------------------------
 
 
+SLOTS, FORWARD_BYTES, BACKWARD_BYTES = 3, 24, 40
+
+
+def stand_in_sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, device):
+    """gpsa_cuda::sizes of a device that never has enough shared memory for more than 48 channels."""
+    assert (type(rows), type(head_dim), type(bfloat16), type(device)) == (int, int, bool, int)
+    return SLOTS, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
+
+
 @pytest.fixture
 def _available(monkeypatch):
     """As if the library had loaded; finding that out reads files, which no compiler can trace."""
+    monkeypatch.setattr(torch.ops, "gpsa_cuda", SimpleNamespace(sizes=stand_in_sizes), raising=False)
+    cuda._sizes.cache_clear()
     monkeypatch.setattr(cuda, "_load", lambda: None if Path(__file__).read_text() else "impossible")
     monkeypatch.setattr(cuda, "_code_for", lambda device: None if Path(__file__).read_text() else "impossible")
     torch._dynamo.reset()
+    yield
+    cuda._sizes.cache_clear()
 
 
 def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48, dtype: torch.dtype = torch.bfloat16):
@@ -162,16 +175,26 @@ def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48, dtyp
     return *qkv.permute(2, 0, 3, 1, 4).unbind(), torch.empty(4, 3, device="cuda"), torch.empty(4, device="cuda")
 
 
-@pytest.mark.parametrize(("grid_size", "saves_content"), [((14, 14), False), ((16, 16), False), ((17, 16), True)])
-def test_fake_tensors(grid_size, saves_content):
+@pytest.mark.usefixtures("_available")
+@pytest.mark.parametrize(
+    ("grid_size", "head_dim", "dropout_p", "saves_content"),
+    [
+        ((14, 14), 48, 0.0, False),
+        ((16, 16), 48, 0.0, False),
+        ((17, 16), 48, 0.0, True),
+        ((14, 14), 64, 0.0, True),
+        ((14, 14), 48, 0.1, True),
+    ],
+)
+def test_fake_tensors(grid_size, head_dim, dropout_p, saves_content):
     tokens = grid_size[0] * grid_size[1]
-    settings = (*grid_size, 0.1, 0.0, "cuda")
-    heads_last = (tokens * 4 * 48, 48, 4 * 48, 1)
+    settings = (*grid_size, 0.1, dropout_p, "cuda")
+    heads_last = (tokens * 4 * head_dim, head_dim, 4 * head_dim, 1)
     with FakeTensorMode():
-        tensors = cuda_tensors(grid_size)
+        tensors = cuda_tensors(grid_size, head_dim)
         out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *settings, True)
         grads = torch.ops.gpsa.attention_backward(out, *tensors, None, content, logsumexp, *settings)
-    assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, 48), heads_last, torch.bfloat16)
+    assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, head_dim), heads_last, torch.bfloat16)
     assert content.shape == (out.shape if saves_content else (0,))
     assert (logsumexp.shape, logsumexp.dtype) == ((2, 4, tokens), torch.float32)
     assert all(t.device.type == "cuda" for t in (out, content, logsumexp, *grads))
@@ -221,8 +244,6 @@ def test_compile_and_export_see_one_opaque_operator():
 
 # ---- around the kernels --------------------------------------------------------------------------------------------
 
-SLOTS = 3  # of `sums` that each stand-in kernel writes
-
 
 def branches(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, grid: tuple[int, int], scale: float) -> list[Tensor]:
     """The content's and the position's own output."""
@@ -232,7 +253,7 @@ def branches(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, grid: tuple[in
 
 def stand_in_forward(q, k, v, pos_weight, gate, seed, out, content, logsumexp, workspace, rows, columns, scale, p):
     """gpsa_cuda::forward by the formula, with what the kernels ask for asserted."""
-    check_arguments((q, k, v, out), pos_weight, gate, workspace, 24)
+    check_arguments((q, k, v, out), pos_weight, gate, workspace, FORWARD_BYTES)
     assert (content is not None) == (logsumexp is not None and rows * columns > 256)
     double = [t.double() for t in (q, k, v, pos_weight)]
     own, position = branches(*double, (rows, columns), scale)
@@ -247,7 +268,7 @@ def stand_in_backward(
     grad_out, q, k, v, pos_weight, gate, seed, content, logsumexp, grad_q, grad_k, grad_v, sums, workspace, *settings
 ):
     """gpsa_cuda::backward by the formula."""
-    check_arguments((grad_out, q, k, v, grad_q, grad_k, grad_v), pos_weight, gate, workspace, 40)
+    check_arguments((grad_out, q, k, v, grad_q, grad_k, grad_v), pos_weight, gate, workspace, BACKWARD_BYTES)
     rows, columns, scale, _ = settings
     assert logsumexp.isfinite().all()
     assert (content is not None) == (rows * columns > 256)
@@ -285,9 +306,7 @@ def check_arguments(tokens: tuple[Tensor, ...], pos_weight: Tensor, gate: Tensor
 @pytest.fixture
 def _stand_in(monkeypatch):
     """The formula in the kernels' place, on the CPU: everything between the operator and them runs as it will."""
-    operators = SimpleNamespace(
-        forward=stand_in_forward, backward=stand_in_backward, sizes=lambda *problem: (SLOTS, 24, 40)
-    )
+    operators = SimpleNamespace(forward=stand_in_forward, backward=stand_in_backward, sizes=stand_in_sizes)
     monkeypatch.setattr(torch.ops, "gpsa_cuda", operators, raising=False)
     cuda._sizes.cache_clear()
     yield

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import cache
 
 import emulation
 import pytest
 import torch
-from reference import inputs, literal
+from dropped import dropped_out, masks
+from reference import inputs, literal, with_gradients
 
-GRID_SIZE, HEAD_DIM = (5, 9), 48
+from gpsa_kernels.backends.base import parameter_gradients
+
+GRID_SIZE, HEAD_DIM, DROPOUT_P = (5, 9), 48, 0.3
 SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1, 2) for deferred in (False, True)]
 
 # name: (file, text, what replaces it, what the message must match; None: nothing but a wrong result)
-BUGS = {
+FORWARD_BUGS = {
     "missing barrier between the contractions": (
         "position.cuh",
         "by_x);\n        sync_block();",
@@ -77,18 +81,18 @@ BUGS = {
     ),
     "wrong fragment index": (
         "tiles.cuh",
-        "at(lane() / 16 * 8 + lane() % 8, 2 * s + lane() / 8 % 2)",
-        "at(lane() / 8 % 2 * 8 + lane() % 8, 2 * s + lane() / 16)",
+        "at(lane() / 16 * 8 + lane() % 8, 2 * s + lane() / 8 % 2));\n    return b;",
+        "at(lane() / 8 % 2 * 8 + lane() % 8, 2 * s + lane() / 16));\n    return b;",
         None,
     ),
     "store outside of the tokens": (
-        "whole_image_forward.cuh",
+        "tiles.cuh",
         "if (token < tokens && chunk * 8 < head_dim) {",
         "if (token < tokens + 1 && chunk * 8 < head_dim) {",
         r"outside of",
     ),
     "a row left unwritten": (
-        "whole_image_forward.cuh",
+        "tiles.cuh",
         "if (token < tokens && chunk * 8 < head_dim) {",
         "if (token < tokens - 1 && chunk * 8 < head_dim) {",
         r"96 bytes of out were never written",
@@ -111,10 +115,190 @@ BUGS = {
         "copy_wait<0>();\n        if (warp() != 2) sync_block();",
         r"deadlock .* threads 0-63 96-127 wait at sync_block",
     ),
-    "1 - g where g belongs": (
+    "g where 1 - g belongs": (
         "whole_image_forward.cuh",
-        "const float open = sigmoid(gate), closed = sigmoid(-gate);",
-        "const float open = sigmoid(-gate), closed = sigmoid(gate);",
+        "const float closed = sigmoid(-gate);",
+        "const float closed = sigmoid(gate);",
+        None,
+    ),
+}
+
+BACKWARD_BUGS = {
+    "missing barrier of a step": (
+        "whole_image_backward.cuh",
+        "            sync_block();\n            delta_sum",
+        "            delta_sum",
+        r"race|uninitialised",
+    ),
+    "missing barrier before the last rows of dQ": (
+        "whole_image_backward.cuh",
+        "        }\n        sync_block();\n        write_grad_q",
+        "        }\n        write_grad_q",
+        r"race|uninitialised",
+    ),
+    "missing barrier before dK takes K's place": (
+        "whole_image_backward.cuh",
+        "steps, score_share);\n        sync_block();",
+        "steps, score_share);",
+        r"race: .* shared array keys",
+    ),
+    "missing barrier before V is mixed": (
+        "whole_image_backward.cuh",
+        "        copy_wait<0>();\n        sync_block();",
+        "        copy_wait<0>();",
+        r"race|not waited for|uninitialised",
+    ),
+    "missing barrier between a mix and the gradient of a table": (
+        "position.cuh",
+        "in_grad_out, in_mixed);\n    sync_block();\n    add",
+        "in_grad_out, in_mixed);\n    add",
+        r"race|uninitialised",
+    ),
+    "missing barrier between the gradient of a table and the next mix": (
+        "position.cuh",
+        "in_grad_out, in_mixed);\n    sync_block();\n    mix",
+        "in_grad_out, in_mixed);\n    mix",
+        r"race: .* shared array queries",
+    ),
+    "missing barrier before the warps' sums": (
+        "whole_image_backward.cuh",
+        "grad_longer.total - delta_sum);\n        sync_block();",
+        "grad_longer.total - delta_sum);",
+        r"race|uninitialised",
+    ),
+    "missing sync_warp before dQ is stored": (
+        "whole_image_backward.cuh",
+        "            sync_warp();\n            store_rows(to, ",
+        "            store_rows(to, ",
+        r"race: read of shared array queries",
+    ),
+    "missing cp.async wait": (
+        "whole_image_backward.cuh",
+        "copy_wait<0>();",
+        "",
+        r"not waited for",
+    ),
+    "one step of dS too few kept": (
+        "whole_image_backward.cuh",
+        "kept_steps = 3",
+        "kept_steps = 2",
+        r"race: .* shared array gradient of the scores",
+    ),
+    "parts of delta in one place for all steps": (
+        "whole_image_backward.cuh",
+        "delta_parts + step % 2 * (threads() / 32) * 16",
+        "delta_parts",
+        r"race: .* shared array parts of delta",
+    ),
+    "wrong fragment index": (
+        "tiles.cuh",
+        "at(lane() / 16 * 8 + lane() % 8, 2 * s + lane() / 8 % 2));\n    return a;",
+        "at(lane() % 16, 2 * s + lane() / 16));\n    return a;",
+        None,
+    ),
+    "mask of the keys off by one": (
+        "whole_image_backward.cuh",
+        "8 * part < keys",
+        "8 * part <= keys",
+        None,
+    ),
+    "mask of the queries off by one": (
+        "whole_image_backward.cuh",
+        "i < tokens ? load(row_logsumexp + i)",
+        "i <= tokens ? load(row_logsumexp + i)",
+        r"read of 4 bytes outside of logsumexp",
+    ),
+    "queries that do not exist are weighed": (
+        "whole_image_backward.cuh",
+        ": INFINITY);",
+        ": 0.0f);",
+        None,
+    ),
+    "1 - g missing in dK": (
+        "whole_image_backward.cuh",
+        "for (float& x : sum.values) x *= score_share;\n        }\n        store_line<E, channels>(grad_k",
+        "for (float& x : sum.values) x *= problem.scale;\n        }\n        store_line<E, channels>(grad_k",
+        None,
+    ),
+    "g where 1 - g belongs in dV": (
+        "whole_image_backward.cuh",
+        "sigmoid(gate), grad_v, closed, closed)",
+        "sigmoid(gate), grad_v, closed, 1 - closed)",
+        None,
+    ),
+    "dV by the table instead of its transpose": (
+        "position.cuh",
+        "mix_in_place<E, channels, true>",
+        "mix_in_place<E, channels>",
+        None,
+    ),
+    "the gradient of w2 from one axis alone": (
+        "whole_image_backward.cuh",
+        "grad_longer.square + grad_shorter.square",
+        "grad_longer.square",
+        None,
+    ),
+    "the content left out of the gate's gradient": (
+        "whole_image_backward.cuh",
+        "grad_longer.total - delta_sum",
+        "grad_longer.total",
+        None,
+    ),
+    "delta added up by every warp": (
+        "whole_image_backward.cuh",
+        "warp() == 0 && half == 0",
+        "half == 0",
+        None,
+    ),
+    "store outside of the tokens": (
+        "whole_image_backward.cuh",
+        "store_rows(to_k, call.grad_k.token, first_key, tokens, ",
+        "store_rows(to_k, call.grad_k.token, first_key, tokens + 1, ",
+        r"write of 16 bytes outside of grad_k",
+    ),
+    "overrun into the neighbouring array": (
+        "whole_image_backward.cuh",
+        "call.q.token, tokens, tokens, head_dim",
+        "call.q.token, tokens, tokens + 1, head_dim",
+        r"cp\.async of 16 bytes .* is outside of .* shared array queries",
+    ),
+    "rows of dQ left unwritten": (
+        "whole_image_backward.cuh",
+        "q, step - 2, step, score_share",
+        "q, step - 1, step, score_share",
+        r"1536 bytes of grad_q were never written",
+    ),
+}
+
+DROPOUT_BUGS = {
+    "the mask of the untransposed scores": (
+        "whole_image_backward.cuh",
+        "dropout.keep_transposed(first_query, first_key)",
+        "dropout.keep(first_query, first_key)",
+        None,
+    ),
+    "the mask of another image": (
+        "whole_image_backward.cuh",
+        "const Dropout dropout(problem, block_x());",
+        "const Dropout dropout(problem, block_x() + 1);",
+        None,
+    ),
+    "dP without the mask": (
+        "whole_image_backward.cuh",
+        "                g = factor * g;\n",
+        "",
+        None,
+    ),
+    "keys that do not exist counted": (
+        "whole_image_backward.cuh",
+        "query < tokens && key < tokens",
+        "query < tokens",
+        None,
+    ),
+    "the mean of d^2 along one axis alone": (
+        "whole_image_backward.cuh",
+        "load(means_x + (2 * from.x + 1)) + load(means_y + (2 * from.y + 1))",
+        "load(means_x + (2 * from.x + 1))",
         None,
     ),
 }
@@ -131,30 +315,70 @@ def build(tmp_path, file=None, text=None, replacement=None):
     return emulation.load(emulation.build(csrc, ("-DGPSA_ONE_KERNEL", "-O1")))
 
 
-def run(module, **settings):
-    """What is wrong, or None."""
+SCALE = HEAD_DIM**-0.5
+
+
+def problem():
     tensors = [t.detach() for t in inputs(1, 1, GRID_SIZE, HEAD_DIM, torch.float16)]
-    scale = HEAD_DIM**-0.5
+    return tensors, torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).half()
+
+
+def forward(module, **settings):
+    tensors, _ = problem()
+    return [emulation.forward(*tensors, GRID_SIZE, SCALE, parts=2, module=module, **settings).out]
+
+
+def backward(module, **settings):
+    tensors, grad_out = problem()
+    q, k, *_ = tensors
+    logsumexp = (SCALE * q.double() @ k.double().mT).logsumexp(-1).float()
+    grads = emulation.backward(grad_out, *tensors, logsumexp, GRID_SIZE, SCALE, module=module, **settings)
+    return [grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:])]
+
+
+def dropout_backward(module, **settings):
+    return backward(module, dropout_p=DROPOUT_P, dropout_seed=5, **settings)
+
+
+@cache
+def formula(kernel, dtype):
+    """What a kernel's results are compared with, every step in a dtype."""
+    tensors, grad_out = problem()
+    arguments = [t.to(dtype) for t in tensors], grad_out.to(dtype), GRID_SIZE, SCALE
+    if kernel is dropout_backward:
+        mask = masks(tensors[0], GRID_SIZE, DROPOUT_P, seed=5)
+        return with_gradients(dropped_out, *arguments, mask, DROPOUT_P)[1:]
+    results = with_gradients(literal, *arguments)
+    return results[:1] if kernel is forward else results[1:]
+
+
+def run(kernel, module, **settings):
+    """What is wrong, or None."""
     try:
-        out = emulation.forward(*tensors, GRID_SIZE, scale, parts=2, module=module, **settings).out
+        ours = kernel(module, **settings)
     except RuntimeError as error:
         return str(error)
-    expected = literal(*(t.double() for t in tensors), GRID_SIZE, scale)
-    eager = literal(*tensors, GRID_SIZE, scale)
-    wrong = not (out.double() - expected).abs().max() <= 2 * (eager - expected).abs().max()
-    return "a wrong result" if wrong else None
+    results = zip(ours, formula(kernel, torch.float64), formula(kernel, torch.float16), strict=True)
+    for got, expected, low in results:
+        if not (got.double() - expected).abs().max() <= 2 * (low - expected).abs().max():
+            return "a wrong result"
+    return None
 
 
-def test_the_untouched_sources_pass(tmp_path):
+BUGS = {forward: FORWARD_BUGS, backward: BACKWARD_BUGS, dropout_backward: DROPOUT_BUGS}
+
+
+@pytest.mark.parametrize("kernel", BUGS)
+def test_the_untouched_sources_pass(tmp_path, kernel):
     module = build(tmp_path)
-    assert [run(module, **settings) for settings in SETTINGS] == [None] * len(SETTINGS)
+    assert [run(kernel, module, **settings) for settings in SETTINGS] == [None] * len(SETTINGS)
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(tmp_path, name):
-    file, text, replacement, message = BUGS[name]
+@pytest.mark.parametrize(("kernel", "name"), [(kernel, name) for kernel, bugs in BUGS.items() for name in bugs])
+def test_a_planted_bug_is_caught(tmp_path, kernel, name):
+    file, text, replacement, message = BUGS[kernel][name]
     module = build(tmp_path, file, text, replacement)
     for settings in SETTINGS:  # under every schedule, not only under a lucky one
-        found = run(module, **settings)
+        found = run(kernel, module, **settings)
         assert found is not None, settings
         assert re.search("a wrong result" if message is None else message, found), (settings, found)

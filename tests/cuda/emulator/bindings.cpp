@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "kernels.h"
+#include "tiled_kernels.h"
 #include "whole_image.h"
 
 namespace py = pybind11;
@@ -53,10 +54,53 @@ PYBIND11_MODULE(gpsa_emulated, m) {
             const gpsa::Problem problem = std::apply(problem_of, p);
             return counts_of(emulator::forward(problem, arguments_of(tensors), parts, {seed, deferred_copies}));
         });
+    m.def(
+        "backward",
+        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
+           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
+            gpsa::Problem problem = std::apply(problem_of, p);
+            problem.dropout_p = dropout_p;
+            return counts_of(emulator::backward(problem, arguments_of(tensors), {seed, deferred_copies}));
+        });
+    m.def("backward_fits", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int shared_bytes) {
+        return emulator::backward_fits(std::apply(problem_of, p), shared_bytes);
+    });
     m.def("forward_parts", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int multiprocessors) {
         return gpsa::whole_image::parts(std::apply(problem_of, p), multiprocessors);
     });
     m.def("forward_shared_bytes", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int parts) {
         return emulator::forward_shared_bytes(std::apply(problem_of, p), parts);
     });
+    m.def(
+        "tiled_forward",
+        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
+           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
+            gpsa::Problem problem = std::apply(problem_of, p);
+            problem.dropout_p = dropout_p;
+            return counts_of(emulator::tiled_forward(problem, arguments_of(tensors), {seed, deferred_copies}));
+        });
+    m.def(
+        "tiled_backward",
+        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
+           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
+            gpsa::Problem problem = std::apply(problem_of, p);
+            problem.dropout_p = dropout_p;
+            return counts_of(emulator::tiled_backward(problem, arguments_of(tensors), {seed, deferred_copies}));
+        });
+    m.def("tiled_slots", [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p) {
+        gpsa::Problem problem = std::apply(problem_of, p);
+        problem.dropout_p = dropout_p;
+        return emulator::tiled_slots(problem);
+    });
+    m.def(
+        "dropout_mask",
+        [](int rows, int columns, float dropout_p, const std::map<std::string, PyTensor>& tensors, int64_t image,
+           bool transposed) {
+            gpsa::Problem problem{};
+            problem.rows = rows;
+            problem.columns = columns;
+            problem.dropout_p = dropout_p;
+            emulator::dropout_mask(problem, arguments_of(tensors), image, transposed);
+        });
+    m.def("philox", &emulator::philox_words);
 }

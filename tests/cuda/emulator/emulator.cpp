@@ -66,25 +66,40 @@ size_t Region::cell(uintptr_t address, int bytes, const char* verb) const {
     return first;
 }
 
-void Region::read(uintptr_t address, int bytes) const {
+void Region::read(uintptr_t address, int bytes, int64_t thread) {
     const size_t first = cell(address, bytes, "read");
-    for (int i = 0; output && i < bytes / 2; ++i) {
-        if (!(cells[first + i] & written)) throw Error("read of " + name + " before it is written");
+    for (int i = 0; use != Use::input && i < bytes / 2; ++i) {
+        if (cells[first + i] & written) throw Error("read of " + name + " in the launch that writes it");
+        if (!(cells[first + i] & initialised)) throw Error("read of " + name + " before it is written");
+        int64_t& reader = readers[first + i];
+        reader = reader == nobody || reader == thread ? thread : several;
     }
 }
 
-void Region::write(uintptr_t address, int bytes) {
-    if (!output) throw Error("write to the input " + name);
+void Region::write(uintptr_t address, int bytes, int64_t thread) {
+    if (use == Use::input) throw Error("write to the input " + name);
     const size_t first = cell(address, bytes, "write");
     for (int i = 0; i < bytes / 2; ++i) {
         if (cells[first + i] & written) throw Error(name + " is written twice at byte " + std::to_string(2 * first));
+        if (readers[first + i] != nobody && readers[first + i] != thread) {
+            throw Error("write to " + name + " at byte " + std::to_string(2 * first) + ", read by another thread");
+        }
         cells[first + i] |= written;
     }
 }
 
+void Region::next_launch() {
+    for (uint8_t& cell : cells) {
+        if (cell & written) cell = valid | initialised;
+    }
+    readers.assign(use == Use::input ? 0 : cells.size(), nobody);
+}
+
 void Region::finish() const {
     const auto missing = std::count(cells.begin(), cells.end(), valid);
-    if (output && missing > 0) throw Error(std::to_string(2 * missing) + " bytes of " + name + " were never written");
+    if (use == Use::output && missing > 0) {
+        throw Error(std::to_string(2 * missing) + " bytes of " + name + " were never written");
+    }
 }
 
 // Bank conflicts and coalescing.
@@ -279,17 +294,21 @@ std::shared_ptr<Region> Machine::region(const void* data) const {
     return found->second;
 }
 
-void Machine::global_read(const Region& region, const void* address, int bytes) {
-    region.read(reinterpret_cast<uintptr_t>(address), bytes);
+int64_t Machine::thread_in_launch() const {
+    return (int64_t{block[1]} * blocks_x + block[0]) * thread_count() + current;
+}
+
+void Machine::global_read(Region& region, const void* address, int bytes) {
+    region.read(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
     warps[current / 32].global_loads.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
 void Machine::global_write(Region& region, const void* address, int bytes) {
-    region.write(reinterpret_cast<uintptr_t>(address), bytes);
+    region.write(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
     warps[current / 32].global_stores.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
-void Machine::copy_async(int64_t to, int begin, int end, const Region& region, const void* from, bool is_valid) {
+void Machine::copy_async(int64_t to, int begin, int end, Region& region, const void* from, bool is_valid) {
     check_bounds("cp.async", to, begin, end, 16);
     if (is_valid) global_read(region, from, 16);
     warps[current / 32].copies.record(current % 32, to, 16);
@@ -488,6 +507,8 @@ void Machine::launch(
     reads.assign(cells.size() * warps.size(), Access{});
     random.seed(options.seed);
     error.clear();
+    blocks_x = grid_x;
+    for (const auto& [address, region] : regions) region->next_launch();
     Machine* const before = std::exchange(machine, this);
     try {
         for (int y = 0; y < grid_y; ++y) {

@@ -43,25 +43,35 @@ struct Counters {
     Wavefronts ldmatrix, copy, load, store;
 };
 
+/// What a tensor in global memory is for: only read; written, every element; written and read again by later launches.
+enum class Use { input, output, workspace };
+
 /// A tensor in global memory: which bytes belong to it, and what has been written.
+///
+/// Blocks of a launch may run in any order, and so must not read what the launch writes: an element is read before the
+/// launch that writes it or after it, but for a thread that reads an element and then writes it.
 class Region {
 public:
-    Region(std::string name, bool output) : name(std::move(name)), output(output) {}
+    Region(std::string name, Use use) : name(std::move(name)), use(use) {}
 
     /// Adds the elements of a tensor: its first byte, bytes of an element, sizes and strides (in elements).
     void add(uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
-    void read(uintptr_t address, int bytes) const;
-    void write(uintptr_t address, int bytes);
+    void read(uintptr_t address, int bytes, int64_t thread);
+    void write(uintptr_t address, int bytes, int64_t thread);
+    /// Another launch follows: what has been written can be read and written again.
+    void next_launch();
     /// Throws unless every element of an output has been written.
     void finish() const;
 
     const std::string name;
-    const bool output;
+    const Use use;
 
 private:
-    static constexpr uint8_t valid = 1, written = 2;
+    static constexpr uint8_t valid = 1, written = 2, initialised = 4;
+    static constexpr int64_t nobody = -1, several = -2;
     uintptr_t begin = 0;
-    std::vector<uint8_t> cells;  // one for 2 bytes
+    std::vector<uint8_t> cells;    // one for 2 bytes
+    std::vector<int64_t> readers;  // of what is written, too: the thread, counted over all blocks
     size_t cell(uintptr_t address, int bytes, const char* verb) const;
 };
 
@@ -96,7 +106,7 @@ public:
     Options options;
     std::map<uintptr_t, std::shared_ptr<Region>> regions;  // by the first byte of the tensor
 
-    /// Runs `body` by every thread of every block.
+    /// Runs `body` by every thread of every block. Launches follow one another as in a stream.
     void launch(int grid_x, int grid_y, int threads, int shared_bytes, const std::function<void()>& body);
 
     // For the primitives: what the running thread does.
@@ -109,9 +119,9 @@ public:
     char* shared_read(int64_t offset, int begin, int end, int bytes);
     char* shared_write(int64_t offset, int begin, int end, int bytes);
     void log_shared(bool is_store, int64_t offset, int bytes);
-    void global_read(const Region& region, const void* address, int bytes);
+    void global_read(Region& region, const void* address, int bytes);
     void global_write(Region& region, const void* address, int bytes);
-    void copy_async(int64_t to, int begin, int end, const Region& region, const void* from, bool valid);
+    void copy_async(int64_t to, int begin, int end, Region& region, const void* from, bool valid);
     void copy_commit();
     void copy_wait(int pending);
     void barrier(int number, int count, const char* name);
@@ -165,9 +175,10 @@ private:
     std::vector<Array> arrays;
     std::mt19937_64 random;
     Fiber scheduler;
-    int current = 0, block[2] = {0, 0};
+    int current = 0, block[2] = {0, 0}, blocks_x = 0;
     const std::function<void()>* body = nullptr;
     std::string error;
+    int64_t thread_in_launch() const;
 
     static void fiber_main();
     void run_block(int x, int y);

@@ -1,46 +1,10 @@
-// Compiles the kernels' own sources for the host.
+// Compiles the whole-image forward kernel's own sources for the host.
 #include "kernels.h"
-
+#include "memory.h"
 #include "whole_image_forward.cuh"
 
 namespace gpsa::emulator {
 namespace {
-
-/// The tensors of a launch, known to the machine by name and by their first byte.
-class Memory {
-public:
-    Memory(Machine& machine, const Arguments& arguments) : arguments(arguments) {
-        for (const auto& [name, argument] : arguments) {
-            auto& region = machine.regions[argument.data];
-            if (!region) region = std::make_shared<Region>(name, argument.output);
-            region->add(argument.data, argument.element, argument.sizes, argument.strides);
-        }
-    }
-
-    Tensor tensor(const std::string& name) const {
-        const auto found = arguments.find(name);
-        if (found == arguments.end()) return {};
-        const auto& strides = found->second.strides;
-        return {reinterpret_cast<void*>(found->second.data), strides[0], strides[1], strides[2]};
-    }
-
-    float* floats(const std::string& name) const {
-        const auto found = arguments.find(name);
-        return found == arguments.end() ? nullptr : reinterpret_cast<float*>(found->second.data);
-    }
-
-private:
-    const Arguments& arguments;
-};
-
-Counters run(Machine& machine, const Problem& problem, int blocks_y, int shared_bytes, const Options& options,
-             const std::function<void()>& kernel) {
-    machine.options = options;
-    const int images = static_cast<int>(problem.batch) * problem.heads;
-    machine.launch(images, blocks_y, whole_image_threads, shared_bytes, kernel);
-    for (const auto& [address, region] : machine.regions) region->finish();
-    return machine.counters;
-}
 
 template <typename Visit>
 void dispatch(const Problem& problem, Visit visit) {
@@ -59,6 +23,7 @@ void dispatch(const Problem& problem, Visit visit) {
 
 Counters forward(const Problem& problem, const Arguments& arguments, int parts, const Options& options) {
     Machine machine;
+    machine.options = options;
     const Memory memory(machine, arguments);
     Forward call{};
     call.problem = problem;
@@ -69,13 +34,14 @@ Counters forward(const Problem& problem, const Arguments& arguments, int parts, 
     call.gate = memory.floats("gate");
     call.out = memory.tensor("out");
     call.logsumexp = memory.floats("logsumexp");
-    Counters counters;
     dispatch(problem, [&](auto config) {
         using Kernel = WholeImageForward<decltype(config)>;
-        counters = run(machine, problem, parts, Kernel::shared_bytes(problem, parts), options,
-                       [&] { Kernel::run(call, parts); });
+        const int images = static_cast<int>(problem.batch) * problem.heads;
+        const int shared_bytes = Kernel::shared_bytes(problem, parts);
+        machine.launch(images, parts, whole_image_threads, shared_bytes, [&] { Kernel::run(call, parts); });
     });
-    return counters;
+    for (const auto& [address, region] : machine.regions) region->finish();
+    return machine.counters;
 }
 
 int forward_shared_bytes(const Problem& problem, int parts) {

@@ -22,7 +22,13 @@ using Arguments = std::map<std::string, Argument>;
 /// the query rows of a (batch, head). `logsumexp` may be missing from the arguments.
 Counters forward(const Problem& problem, const Arguments& arguments, int parts, const Options& options);
 
+/// The same for the backward kernel.
+Counters backward(const Problem& problem, const Arguments& arguments, const Options& options);
+
 /// Bytes of shared memory that the forward kernel wants.
 int forward_shared_bytes(const Problem& problem, int parts);
+
+/// Whether the backward kernel serves a problem where a block can have so many bytes of shared memory.
+bool backward_fits(const Problem& problem, int shared_bytes);
 
 }  // namespace gpsa::emulator

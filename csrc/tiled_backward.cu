@@ -1,0 +1,13 @@
+// Launches the tiled backward kernels.
+#include "tiled_backward.cuh"
+#include "tiled_launch.h"
+
+namespace gpsa {
+
+const char* launch_tiled_backward(const Backward& call, cudaStream_t stream) {
+    return tiled::dispatch(call.problem, [&](auto config) {
+        return tiled_backward<decltype(config)>(call, TiledLauncher{Device::current(), stream});
+    });
+}
+
+}  // namespace gpsa

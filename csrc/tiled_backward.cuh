@@ -1,0 +1,444 @@
+// Backward for any number of tokens: the positional branch goes to `grad_v` and its sums (tiled_position.cuh), then one
+// block per 64 query rows of a (batch, head) makes dQ, and one per 64 keys dK and dV.
+//
+//   dP = dO V^T,   delta = rowsum(dO * O_content),   dS = P * (dP - delta)
+//   dQ = (1 - g) scale dS K,   dK = (1 - g) scale dS^T Q,   dV = (1 - g) P^T dO + g R^T dO
+//
+// The scores are computed by both, so that every element of a result is summed by one warp. 64 keys and values (queries
+// and gradients) are in shared memory while the next 64 are copied. Global traffic of a block: K and V (Q and dO) of
+// the image once, its own rows of all else that it reads or writes once.
+//
+// With attention dropout both branches have one mask M, O_content is what is left of the content, and
+//   dP = M * (dO V^T) / (1 - p),   dV = (M * ((1 - g) P + g R))^T dO / (1 - p);
+// R's entries are formed beside those of P, and so are the sums for its weights.
+#pragma once
+
+#include "dropout.cuh"
+#include "tiled_position.cuh"
+
+namespace gpsa {
+
+struct TiledBackwardCall {
+    Backward backward;
+    const float* statistics;
+    float* delta;  // (B, H, N)
+    int slots;
+};
+
+/// dQ, delta, and in the block's slot of `sums` minus the sum of delta; with dropout the sums of the position, too.
+template <typename Config, bool has_dropout>
+struct TiledQueryGradient {
+    using E = typename Config::E;
+    using Call = TiledBackwardCall;
+    static constexpr int channels = Config::channels;
+    static constexpr int blocks_per_multiprocessor = channels > 64 ? 1 : has_dropout || channels > 48 ? 2 : 3;
+
+    static int shared_bytes() { return 6 * tile_tokens * channels * 2 + 4 * 4 * 4; }
+    static int64_t blocks(const Call& call) {
+        const Problem& problem = call.backward.problem;
+        return problem.batch * problem.heads * tiled::tiles(problem);
+    }
+
+    GPSA_DEVICE static void run(const Call& arguments) {
+        const Backward& call = arguments.backward;
+        const Problem& problem = call.problem;
+        const int head_dim = problem.head_dim;
+        const Place at(problem);
+
+        SharedMemory memory;
+        const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
+        const Tile grads{memory.array<E>(tile_tokens * channels, "gradients")};
+        const Shared<E> keys = memory.array<E>(2 * tile_tokens * channels, "keys");
+        const Shared<E> values = memory.array<E>(2 * tile_tokens * channels, "values");
+        const Shared<float> partial = memory.array<float>(4 * 4, "sums");
+        const Tile contents{values, tile_tokens};  // in the second stage's place, before it is used
+        const auto copy = [&](const Tile& to, const Tensor& from, int start) {
+            copy_rows(to, image_of<const E>(from, at.batch, at.head) + start * from.token, from.token,
+                      at.tokens - start, tile_tokens, head_dim);
+        };
+        const auto fetch = [&](int start, int stage) {
+            copy({keys, stage * tile_tokens}, call.k, start);
+            copy({values, stage * tile_tokens}, call.v, start);
+            copy_commit();
+        };
+        copy(queries, call.q, at.first);
+        copy(grads, call.grad_out, at.first);
+        copy(contents, call.content, at.first);
+        fetch(0, 0);
+        copy_wait<0>();
+        sync_block();
+
+        Left q[channels / 16], grad[channels / 16];
+        load_rows(q, Tile{queries.base, 16 * warp()});
+        load_rows(grad, Tile{grads.base, 16 * warp()});
+        Row row(call, arguments.delta, at, grad, Tile{values, tile_tokens + 16 * warp()});
+        sync_block();  // all have read the content
+
+        Position position(call, arguments.statistics, at);
+        const float log2_scale = problem.scale * log2_e;
+        Sum sums[channels / 8] = {};
+        int stage = 0;
+#pragma unroll 1
+        for (int start = 0; start < at.tokens; start += tile_tokens, stage ^= 1) {
+            if (start + tile_tokens < at.tokens) fetch(start + tile_tokens, stage ^ 1);
+            const Tile k{keys, stage * tile_tokens}, v{values, stage * tile_tokens};
+#pragma unroll 1  // unrolled, its addresses would be kept in registers
+            for (int tile = 0; tile < tile_tokens / 16; ++tile) {
+                const auto key = [&](int j, int chunk) { return k.chunk(j, chunk, tile); };
+                const auto value = [&](int j, int chunk) { return v.chunk(j, chunk, tile); };
+                Sum scores[2] = {}, grad_weights[2] = {};
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    multiply<E>(scores, q[s], load_right_over_channels<E>(s, key));
+                    multiply<E>(grad_weights, grad[s], load_right_over_channels<E>(s, value));
+                }
+                position.add(grad_weights, at.row, start + 16 * tile);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float& s = scores[n].values[i];
+                        const bool exists = start + 16 * tile + 8 * n + fragment_column() + i % 2 < at.tokens;
+                        const float weight = exp2_approx(s * log2_scale - row.log2_sum[i / 2]);
+                        s = exists ? weight * (grad_weights[n].values[i] - row.delta[i / 2]) : 0;
+                    }
+                }
+                const Left a = as_left<E>(scores);
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    multiply<E>(&sums[2 * s], a, load_right_over_tokens<E>(s, key));
+                }
+            }
+            copy_wait<0>();
+            sync_block();
+        }
+
+        const float closed = sigmoid(-load(Global<const float>(call.gate) + at.head));
+        scale_rows<channels>(sums, closed * problem.scale);
+        store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, at, head_dim);
+        float of_block[4];
+        position.sums[3] -= row.sum_of_deltas();
+        add_up(of_block, position.sums, partial);
+        if (thread() == 0) {
+            const int64_t index = at.image * arguments.slots + at.first / tile_tokens;
+            const Global<float> slot = Global<float>(call.sums) + 4 * index;
+            for (int n = 0; n < 4; ++n) store(slot + n, of_block[n]);
+        }
+    }
+
+private:
+    using Tile = Rows<E, channels>;
+
+    /// Of rows g and g + 8: log2 of the sum of exponentials, and delta.
+    struct Row {
+        float log2_sum[2], delta[2];
+
+        GPSA_DEVICE Row(const Backward& call, float* deltas, const Place& at, const Left* grad, const Tile& contents) {
+            Left content[channels / 16];
+            load_rows(content, contents);
+            const int64_t image = at.image * at.tokens;
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                float sum = 0;
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const Pair a = unpack<E>(grad[s].words[part + 2 * half]);
+                        const Pair b = unpack<E>(content[s].words[part + 2 * half]);
+                        sum += a.low * b.low + a.high * b.high;
+                    }
+                }
+                delta[part] = row_sum(sum);
+                const int token = at.row + fragment_row() + 8 * part;
+                const bool exists = token < at.tokens;
+                log2_sum[part] =
+                    exists ? load(Global<const float>(call.logsumexp) + (image + token)) * log2_e : INFINITY;
+                if (exists && fragment_column() == 0) store(Global<float>(deltas) + (image + token), delta[part]);
+            }
+        }
+        /// This lane's, each of them once in the warp; those of rows that do not exist are 0.
+        GPSA_DEVICE float sum_of_deltas() const { return fragment_column() == 0 ? delta[0] + delta[1] : 0; }
+    };
+
+    /// What the position adds under dropout: the mask, and this lane's part of the sums.
+    struct NoPosition {
+        float sums[4] = {};
+        GPSA_DEVICE NoPosition(const Backward&, const float*, const Place&) {}
+        GPSA_DEVICE void add(Sum*, int, int) {}
+    };
+    struct Masked : DensePosition {
+        const Dropout dropout;
+        float sums[4] = {}, mean_x[2], mean_y[2], mean_square[2];
+
+        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Place& at)
+            : DensePosition(call.problem, call.pos_weight, statistics, at.head, at.row),
+              dropout(call.problem, at.image) {
+            for (int part = 0; part < 2; ++part) {
+                mean_x[part] = this->x.mean(this->row_x[part]);
+                mean_y[part] = this->y.mean(this->row_y[part]);
+                mean_square[part] = this->x.mean_square(this->row_x[part]) + this->y.mean_square(this->row_y[part]);
+            }
+        }
+        /// grad_weights = M * grad_weights / (1 - p); dR/dw = R * (offset - its mean under R).
+        GPSA_DEVICE void add(Sum* grad_weights, int row, int key) {
+            const uint32_t keep = dropout.keep(row, key);
+            this->entries(key, [&](int n, int i, float entry, int part, float dx, float dy) {
+                float& grad = grad_weights[n].values[i];
+                grad = keep >> (4 * n + i) & 1 ? grad * dropout.keep_scale : 0;
+                const float share = entry * grad;
+                sums[0] += share * (dx - mean_x[part]);
+                sums[1] += share * (dy - mean_y[part]);
+                sums[2] += share * (dx * dx + dy * dy - mean_square[part]);
+                sums[3] += share;
+            });
+        }
+    };
+    using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
+};
+
+/// dK and dV. What `grad_v` holds, the position's share without the gate, is read and written over.
+template <typename Config, bool has_dropout>
+struct TiledKeyGradient {
+    using E = typename Config::E;
+    using Call = TiledBackwardCall;
+    static constexpr int channels = Config::channels;
+    static constexpr int blocks_per_multiprocessor = channels > 64 ? 1 : has_dropout || channels > 48 ? 2 : 3;
+    static constexpr int row_numbers = has_dropout ? 5 : 2;  // per query: log2 of its sum, delta; its place in the grid
+
+    static int shared_bytes() { return 6 * tile_tokens * channels * 2 + 2 * row_numbers * tile_tokens * 4; }
+    static int64_t blocks(const Call& call) {
+        const Problem& problem = call.backward.problem;
+        return problem.batch * problem.heads * tiled::tiles(problem);
+    }
+
+    GPSA_DEVICE static void run(const Call& arguments) {
+        const Backward& call = arguments.backward;
+        const Problem& problem = call.problem;
+        const int head_dim = problem.head_dim;
+        const Place at(problem);
+
+        SharedMemory memory;
+        const Tile keys{memory.array<E>(tile_tokens * channels, "keys")};
+        const Tile values{memory.array<E>(tile_tokens * channels, "values")};
+        const Shared<E> queries = memory.array<E>(2 * tile_tokens * channels, "queries");
+        const Shared<E> grads = memory.array<E>(2 * tile_tokens * channels, "gradients");
+        const Shared<float> numbers = memory.array<float>(2 * row_numbers * tile_tokens, "numbers of queries");
+        const Tile own_keys{keys.base, 16 * warp()}, own_values{values.base, 16 * warp()};
+        const auto copy = [&](const Tile& to, const Tensor& from, int start) {
+            copy_rows(to, image_of<const E>(from, at.batch, at.head) + start * from.token, from.token,
+                      at.tokens - start, tile_tokens, head_dim);
+        };
+        const auto fetch = [&](int start, int stage) {
+            copy({queries, stage * tile_tokens}, call.q, start);
+            copy({grads, stage * tile_tokens}, call.grad_out, start);
+            copy_commit();
+        };
+        // A number for each thread: queries that do not exist get weight exp2(-inf) = 0, and delta 0.
+        const auto load_number = [&](int start) {
+            const int query = start + thread() % tile_tokens;
+            const bool is_delta = thread() >= tile_tokens;
+            if (query >= at.tokens) return is_delta ? 0 : INFINITY;
+            const Global<const float> from(is_delta ? arguments.delta : call.logsumexp);
+            return load(from + (at.image * at.tokens + query)) * (is_delta ? 1 : log2_e);
+        };
+        const auto store_number = [&](float number, int stage) {
+            store(numbers + (stage * row_numbers * tile_tokens + thread()), number);
+        };
+        const Position position(call, arguments.statistics, at);
+
+        copy(keys, call.k, at.first);
+        copy(values, call.v, at.first);
+        fetch(0, 0);
+        store_number(load_number(0), 0);
+        position.store_places(numbers + 2 * tile_tokens, 0);
+        copy_wait<0>();
+        sync_block();
+
+        Left k[channels / 16], v[channels / 16];
+        if constexpr (resident) {
+            load_rows(k, own_keys);
+            load_rows(v, own_values);
+        }
+        const float log2_scale = problem.scale * log2_e;
+        Sum grad_k[channels / 8] = {}, grad_v[channels / 8] = {};
+        int stage = 0;
+#pragma unroll 1
+        for (int start = 0; start < at.tokens; start += tile_tokens, stage ^= 1) {
+            const bool more = start + tile_tokens < at.tokens;
+            float number = 0;
+            if (more) {
+                fetch(start + tile_tokens, stage ^ 1);
+                number = load_number(start + tile_tokens);
+            }
+            const Tile q{queries, stage * tile_tokens}, grad{grads, stage * tile_tokens};
+            const Shared<float> of_stage = numbers + stage * row_numbers * tile_tokens;
+#pragma unroll 1  // unrolled, its addresses would be kept in registers
+            for (int tile = 0; tile < tile_tokens / 16; ++tile) {
+                const auto query = [&](int j, int chunk) { return q.chunk(j, chunk, tile); };
+                const auto gradient = [&](int j, int chunk) { return grad.chunk(j, chunk, tile); };
+                Sum weights[2] = {}, grad_weights[2] = {}, mixed[2];  // keys are the rows, queries the columns
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    if constexpr (!resident) {
+                        k[s] = load_left<E>(s, [&](int i, int chunk) { return own_keys.chunk(i, chunk); });
+                        v[s] = load_left<E>(s, [&](int i, int chunk) { return own_values.chunk(i, chunk); });
+                    }
+                    multiply<E>(weights, k[s], load_right_over_channels<E>(s, query));
+                    multiply<E>(grad_weights, v[s], load_right_over_channels<E>(s, gradient));
+                }
+                const auto number_of = [&](int which, int n, int i) {
+                    const int column = 16 * tile + 8 * n + fragment_column() + i % 2;
+                    return load(of_stage + (which * tile_tokens + column));
+                };
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        weights[n].values[i] = exp2_approx(weights[n].values[i] * log2_scale - number_of(0, n, i));
+                    }
+                }
+                position.add(mixed, grad_weights, weights, start + 16 * tile, at.row, number_of);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        weights[n].values[i] *= grad_weights[n].values[i] - number_of(1, n, i);
+                    }
+                }
+                const Left a = as_left<E>(mixed), b = as_left<E>(weights);
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    multiply<E>(&grad_v[2 * s], a, load_right_over_tokens<E>(s, gradient));
+                    multiply<E>(&grad_k[2 * s], b, load_right_over_tokens<E>(s, query));
+                }
+            }
+            if (more) {
+                store_number(number, stage ^ 1);
+                position.store_places(numbers + ((stage ^ 1) * row_numbers + 2) * tile_tokens, start + tile_tokens);
+            }
+            copy_wait<0>();
+            sync_block();
+        }
+
+        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float open = sigmoid(gate), closed = sigmoid(-gate);
+        if constexpr (!has_dropout) {
+            fetch_own_rows(own_values, call.grad_v, at, head_dim);
+            copy_wait<0>();
+            sync_warp();
+            Sum place[channels / 8];
+            unstage_rows<E, channels>(place, own_values);
+#pragma unroll
+            for (int n = 0; n < channels / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    grad_v[n].values[i] = closed * grad_v[n].values[i] + open * place[n].values[i];
+                }
+            }
+        }
+        scale_rows<channels>(grad_v, position.keep_scale());
+        scale_rows<channels>(grad_k, closed * problem.scale);
+        store_own_rows(grad_v, own_values, call.grad_v, at, head_dim);
+        store_own_rows(grad_k, own_keys, call.grad_k, at, head_dim);
+    }
+
+private:
+    using Tile = Rows<E, channels>;
+    static constexpr bool resident = channels <= 64;  // whether a warp keeps its keys and values in registers
+
+    struct NoPosition {
+        GPSA_DEVICE NoPosition(const Backward&, const float*, const Place&) {}
+        GPSA_DEVICE float keep_scale() const { return 1; }
+        GPSA_DEVICE void store_places(Shared<float>, int) const {}
+
+        template <typename Number>
+        GPSA_DEVICE void add(Sum* mixed, Sum*, const Sum* weights, int, int, Number) const {
+            mixed[0] = weights[0];
+            mixed[1] = weights[1];
+        }
+    };
+
+    /// What the position adds under dropout. Three numbers per query: x, y, and log2 of R's normaliser.
+    struct Masked {
+        const GridAxis x, y;
+        const Dropout dropout;
+        float open, closed, key_x[2], key_y[2];
+
+        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Place& at)
+            : x(call.problem, call.pos_weight, statistics, at.head, true),
+              y(call.problem, call.pos_weight, statistics, at.head, false),
+              dropout(call.problem, at.image) {
+            const float gate = load(Global<const float>(call.gate) + at.head);
+            open = sigmoid(gate);
+            closed = sigmoid(-gate);
+            for (int part = 0; part < 2; ++part) {
+                const int key = at.row + fragment_row() + 8 * part;
+                key_x[part] = static_cast<float>(key % x.size);
+                key_y[part] = static_cast<float>(key / x.size);
+            }
+        }
+        GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
+
+        GPSA_DEVICE void store_places(Shared<float> to, int start) const {
+            if (thread() >= tile_tokens) return;
+            const int query_x = (start + thread()) % x.size, query_y = (start + thread()) / x.size;
+            const bool exists = query_y < y.size;
+            store(to + thread(), static_cast<float>(query_x));
+            store(to + (tile_tokens + thread()), static_cast<float>(query_y));
+            store(to + (2 * tile_tokens + thread()),
+                  exists ? x.normaliser(query_x) + y.normaliser(query_y) : INFINITY);
+        }
+
+        /// mixed = M * ((1 - g) P + g R), grad_weights = M * grad_weights / (1 - p).
+        template <typename Number>
+        GPSA_DEVICE void add(
+            Sum* mixed, Sum* grad_weights, const Sum* weights, int query, int key, Number number) const {
+            const uint32_t keep = dropout.keep_transposed(query, key);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float dx = key_x[i / 2] - number(2, n, i), dy = key_y[i / 2] - number(3, n, i);
+                    const float entry = exp2_approx(x.score(dx) + y.score(dy) - number(4, n, i));
+                    const bool kept = keep >> (4 * n + i) & 1;
+                    mixed[n].values[i] = kept ? closed * weights[n].values[i] + open * entry : 0;
+                    grad_weights[n].values[i] = kept ? grad_weights[n].values[i] * dropout.keep_scale : 0;
+                }
+            }
+        }
+    };
+    using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
+};
+
+/// The launches of a backward call, in order: `launch(kernel, call)` for each, until one says why not.
+template <typename Config, typename Launch>
+const char* tiled_backward(const Backward& call, Launch launch) {
+    const Problem& problem = call.problem;
+    const tiled::BackwardWorkspace workspace(problem);
+    auto* const statistics = workspace.array<float>(call.workspace, workspace.statistics);
+    const int slots = tiled::slots(problem);
+    const TiledBackwardCall attention{
+        call, statistics, workspace.array<float>(call.workspace, workspace.delta), slots};
+    const char* error = launch(PositionStatistics{}, StatisticsCall{problem, call.pos_weight, statistics});
+    if (problem.dropout_p > 0) {
+        if (!error) error = launch(TiledQueryGradient<Config, true>{}, attention);
+        return error ? error : launch(TiledKeyGradient<Config, true>{}, attention);
+    }
+    const Tensor mixed = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
+    const Tensor mixed_grad = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
+    const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
+    const int slot_y = tiled::tiles(problem), slot_x = slot_y + along_y.blocks();
+    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, 0, 0};
+    const MixCall grad_y{
+        problem, along_y, call.pos_weight, statistics, call.grad_out, mixed_grad, mixed, call.sums, slots, slot_y};
+    const MixCall grad_x{
+        problem, along_x, call.pos_weight, statistics, mixed_grad, call.grad_v, call.v, call.sums, slots, slot_x};
+    if (!error) error = launch(MixLines<Config, false>{}, values);
+    if (!error) error = launch(MixLines<Config, true>{}, grad_y);
+    if (!error) error = launch(MixLines<Config, true>{}, grad_x);
+    if (!error) error = launch(TiledQueryGradient<Config, false>{}, attention);
+    return error ? error : launch(TiledKeyGradient<Config, false>{}, attention);
+}
+
+}  // namespace gpsa

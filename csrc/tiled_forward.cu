@@ -1,0 +1,13 @@
+// Launches the tiled forward kernels.
+#include "tiled_launch.h"
+#include "tiled_forward.cuh"
+
+namespace gpsa {
+
+const char* launch_tiled_forward(const Forward& call, cudaStream_t stream) {
+    return tiled::dispatch(call.problem, [&](auto config) {
+        return tiled_forward<decltype(config)>(call, TiledLauncher{Device::current(), stream});
+    });
+}
+
+}  // namespace gpsa

@@ -1,0 +1,30 @@
+// How a tiled kernel is launched. Host code of nvcc only.
+#pragma once
+
+#include "launch.h"
+#include "tiled.h"
+
+namespace gpsa {
+
+template <typename Kernel>
+__global__ void __launch_bounds__(tiled_threads, Kernel::blocks_per_multiprocessor)
+    tiled_kernel(const __grid_constant__ typename Kernel::Call call) {
+    Kernel::run(call);
+}
+
+/// Launches a kernel for a call, with the blocks and the shared memory that it asks for.
+struct TiledLauncher {
+    Device device;
+    cudaStream_t stream;
+
+    template <typename Kernel>
+    const char* operator()(Kernel, const typename Kernel::Call& call) const {
+        const int64_t blocks = Kernel::blocks(call);
+        if (blocks > 0x7fffffff) return "the problem needs more than 2^31 blocks";
+        return launch(
+            tiled_kernel<Kernel>, dim3(static_cast<unsigned>(blocks)), tiled_threads, Kernel::shared_bytes(), device,
+            stream, call);
+    }
+};
+
+}  // namespace gpsa

@@ -1,0 +1,31 @@
+// Launches the whole-image backward kernels.
+#include "launch.h"
+#include "whole_image_backward.cuh"
+
+namespace gpsa {
+namespace {
+
+constexpr int most_threads = 32 * whole_image_tokens / 16;  // 128 registers a thread
+
+template <typename Kernel>
+__global__ void __launch_bounds__(most_threads) whole_image_backward(const __grid_constant__ Backward call) {
+    Kernel::run(call);
+}
+
+}  // namespace
+
+bool whole_image_backward_fits(const Problem& problem, const Device& device) {
+    return whole_image::backward_fits(problem, device.shared_bytes);
+}
+
+const char* launch_whole_image_backward(const Backward& call, cudaStream_t stream) {
+    return whole_image::dispatch_backward(call.problem, [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads));
+        return launch(
+            whole_image_backward<Kernel>, grid, Kernel::threads_for(call.problem), Kernel::shared_bytes(call.problem),
+            Device::current(), stream, call);
+    });
+}
+
+}  // namespace gpsa

@@ -1,0 +1,46 @@
+"""The library as users get it: built by pip into a wheel, installed into an empty folder.
+
+Compiled for the default architectures, without a GPU. The objects are kept in ``build/``: only what changed is compiled
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    if shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])) is None:
+        pytest.skip("nvcc is not installed")
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    subprocess.run([*command, str(ROOT)], check=True, env=environment | {"GPSA_BUILD_CUDA": "1"})
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder that holds the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    subprocess.run([*command, str(wheel)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(site) -> Path:
+    return site / "gpsa_kernels" / "_cuda" / "gpsa_cuda.so"

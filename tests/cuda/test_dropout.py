@@ -1,0 +1,65 @@
+"""The dropout mask that all CUDA kernels draw: Philox, its rate, and that nothing but its coordinates decides."""
+
+from __future__ import annotations
+
+import math
+
+import emulation
+import pytest
+import torch
+
+# of the reference implementation's known-answer tests for philox4x32-10: counter, key, words
+VECTORS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
+def test_known_answers(counter, key, words):
+    assert emulation.kernels().philox(counter, key) == words
+
+
+def expected_mask(tokens, dropout_p, seed, image):
+    """One draw for (i, j), (i, j + 8), (i + 8, j), (i + 8, j + 8), by the definition."""
+    mask = torch.zeros(tokens, tokens, dtype=torch.int16)
+    for i in range(tokens):
+        for j in range(tokens):
+            counter = [i - i % 16 + i % 8, j - j % 16 + j % 8, image & 0xFFFFFFFF, image >> 32]
+            words = emulation.kernels().philox(counter, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
+            mask[i, j] = words[i // 8 % 2 * 2 + j // 8 % 2] >= dropout_p * 2**32
+    return mask
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("seed", "image"), [(0, 0), (-5, 3), (2**40 + 1, 2**33 + 2)])
+def test_both_orientations_draw_the_same_mask(transposed, seed, image):
+    mask = emulation.dropout_mask((3, 7), 0.25, seed, image, transposed)
+    assert torch.equal(mask, expected_mask(21, 0.25, seed, image))
+
+
+@pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.9])
+def test_keep_rate(dropout_p):
+    kept = emulation.dropout_mask((16, 16), dropout_p, 7, 1, False).double()
+    deviation = math.sqrt(dropout_p * (1 - dropout_p))
+    assert abs(kept.mean() - (1 - dropout_p)) < 5 * deviation / 256
+    for step in (1, 8):  # neighbours, and what one draw decides together, are independent
+        for a, b in ((kept[step:], kept[:-step]), (kept[:, step:], kept[:, :-step])):
+            covariance = ((a - (1 - dropout_p)) * (b - (1 - dropout_p))).mean()
+            assert abs(covariance) < 5 * deviation**2 / math.sqrt(a.numel())
+
+
+def test_nothing_and_everything():
+    assert emulation.dropout_mask((4, 8), 0.0, 7, 1, False).all()
+    assert not emulation.dropout_mask((4, 8), 1.0, 7, 1, False).any()
+
+
+def test_seed_and_image_change_the_mask():
+    masks = [emulation.dropout_mask((4, 8), 0.5, seed, image, False) for seed in (0, 1, 2**32) for image in (0, 1)]
+    for i, mask in enumerate(masks):
+        assert not any(torch.equal(mask, other) for other in masks[:i])
