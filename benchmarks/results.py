@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine_code import Code
+
 Row = dict[str, Any]
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
@@ -93,11 +95,8 @@ ROWS: dict[str, dict[str, type]] = {
         "status": str,
         "reason?": str,
         "architecture?": str,
-        "registers?": int,
-        "spills?": int,
         "shared?": int,
-        "matrix_instructions?": int,
-        "instructions?": int,
+        **{f"{name}?": int for name in Code._fields},
     },
 }
 STATUSES = ("ok", "wrong", "failed", "unavailable")

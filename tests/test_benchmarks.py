@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     floors,
     gpu_report,
     machine,
+    machine_code,
     measure,
     models,
     peers,
@@ -541,10 +542,21 @@ def test_static_rows(monkeypatch):
     assert len(found) == len(variants(90)) > 0
     run = {**RUN, "device_type": "none", "triton": "3.6.0", "rows": found}
     results.check({"schema": 1, "runs": [run]})
-    assert f"| sm_90 | triton: {found[0]['workload']} | 128 | 0 | 4096 | 10 | 500 |" in report.static(run)
+    shown = [row["workload"] for row in found if "bfloat16 D=48" in row["workload"]]
+    assert len(shown) > 10
+    assert all(
+        f"| sm_90 | triton: {workload} | 128 | 0 | 4096 | 10 | 500 |" in report.static(run) for workload in shown
+    )
 
 
-def test_static_rows_of_the_cuda_library(tmp_path):
+def test_static_rows_of_the_cuda_library(tmp_path, monkeypatch):
+    code = machine_code.Code(128, 0, 10, 5, 4, 3, 2, 0, 0, 500)
+    kernels = ("kernel<Config<Bfloat16, 48>>", "kernel<Config<Half, 48>>", "tiled_kernel<PositionStatistics>")
+    monkeypatch.setattr(machine_code, "read", lambda library: {("sm_90", name): code for name in kernels})
+    compiled = list(estimates.cuda_rows(tmp_path))
+    results.check({"schema": 1, "runs": [{**RUN, "device_type": "none", "rows": compiled}]})
+    table = report.static({**RUN, "rows": compiled})
+    assert [f"cuda: {name} | 128 | 0 | | 10 | 500 |" in table for name in kernels] == [True, False, True]
     pytest.importorskip("triton")
     (found,) = estimates.cuda_rows(tmp_path / "none.so")
     assert (found["status"], found["reason"]) == ("unavailable", "the library has not been built")
