@@ -7,6 +7,7 @@ the call to the end of the work on the device, as a user sees them.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _serve(pipe: Connection, peer: str, workload: ModelWorkload, device: str, th
     try:
         job = Job(peer, workload, device)
         facts = {"dim": job.model.embed_dim, "proof": job.proof(job.called)}
-        if peer == REFERENCE:
+        if peer == REFERENCE and not workload.compiled:
             facts["truth"] = job.proof(job.model, low=False)
         if device == "cuda" or (job.training and not workload.compiled):
             facts["memory"] = memory(job, device)
@@ -156,6 +157,7 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
     """A row for every peer, whatever became of it."""
     rows: dict[str, Row] = {}
     workers: dict[str, _Worker] = {}
+    reference = _uncompiled_reference(workload, device) if workload.compiled else None
     for peer, backend in peers().items():
         rows[peer] = {**vars(workload), "workload": str(workload), "peer": peer}
         # one thing alone keeps a backend from a whole model: this device
@@ -174,7 +176,7 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
                 rows[peer] |= {"status": "failed", "reason": str(error)}
                 workers.pop(peer).stop()
         for peer in [peer for peer in facts if peer != DEIT]:
-            rows[peer] |= _proved(facts[peer], facts.get(REFERENCE), getattr(torch, workload.dtype))
+            rows[peer] |= _proved(facts[peer], reference or facts.get(REFERENCE), getattr(torch, workload.dtype))
             if "reason" in rows[peer]:
                 workers.pop(peer).stop()
         timed = timing.Interleaved(workers)
@@ -191,8 +193,22 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
     yield from rows.values()
 
 
+def _uncompiled_reference(workload: ModelWorkload, device: str) -> dict[str, Any] | None:
+    """timm's own model in a process of its own: that its compiled form dies keeps no other peer from being compared."""
+    worker = _Worker(REFERENCE, dataclasses.replace(workload, compiled=False), device)
+    try:
+        return worker.start()
+    except RuntimeError:
+        return None
+    finally:
+        worker.stop()
+
+
 def _proved(own: dict[str, Any], reference: dict[str, Any] | None, dtype: torch.dtype) -> Row:
-    """How far a model is from timm's in float32 and how far it may be; with a reason where that is too far."""
+    """How far a model is from timm's in float32 and how far it may be; with a reason where that is too far.
+
+    ``reference``: timm's own model, not compiled.
+    """
     if reference is None:
         return {"status": "failed", "reason": "there is nothing to compare it with: timm's own model failed"}
     truth = _tensors(reference["truth"])

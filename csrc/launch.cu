@@ -20,15 +20,14 @@ bool is_empty(const Problem& problem) {
 }
 
 // The rule: whole-image kernels serve all that they can. The tiled backward kernels read the content branch's own
-// output; of the forward kernels only the tiled ones write it, and only these know attention dropout.
+// output, which of the forward kernels only the tiled ones write.
 
 bool is_tiled_backward(const Problem& problem, const Device& device) {
     return !whole_image_backward_fits(problem, device);
 }
 
 bool is_tiled_forward(const Problem& problem, bool content) {
-    const int64_t tokens = static_cast<int64_t>(problem.rows) * problem.columns;
-    return content || problem.dropout_p > 0 || tokens > whole_image_tokens;
+    return content || !whole_image::forward_fits(problem);
 }
 
 }  // namespace

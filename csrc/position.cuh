@@ -26,12 +26,12 @@ public:
     /// Called by all threads; the normalisers can be used after the next barrier of the block.
     GPSA_DEVICE void prepare() const {
         for (int i = thread(); i < size; i += threads()) {
-            float largest = score(-i);
+            float largest = score(static_cast<float>(-i));
 #pragma unroll 1
-            for (int j = 1; j < size; ++j) largest = maximum(largest, score(j - i));
+            for (int j = 1; j < size; ++j) largest = maximum(largest, score(static_cast<float>(j - i)));
             float sum = 0;
 #pragma unroll 1
-            for (int j = 0; j < size; ++j) sum += exp2_approx(score(j - i) - largest);
+            for (int j = 0; j < size; ++j) sum += exp2_approx(score(static_cast<float>(j - i)) - largest);
             store(normaliser + i, largest + log2_approx(sum));
         }
     }
@@ -58,7 +58,7 @@ public:
         Left a;
         for (int part = 0; part < 2; ++part) {
             const int i = row + fragment_row() + 8 * part;
-            const float shift = load(normaliser + smaller(i, size - 1));
+            const float shift = log2_normaliser(i);
             for (int half = 0; half < 2; ++half) {
                 const int j = column + fragment_column() + 8 * half;
                 a.words[part + 2 * half] = pack<E>(entry(i, j, shift), entry(i, j + 1, shift));
@@ -73,8 +73,7 @@ public:
         Left a;
         for (int half = 0; half < 2; ++half) {
             const int i = column + fragment_column() + 8 * half;
-            const float low = load(normaliser + smaller(i, size - 1));
-            const float high = load(normaliser + smaller(i + 1, size - 1));
+            const float low = log2_normaliser(i), high = log2_normaliser(i + 1);
             for (int part = 0; part < 2; ++part) {
                 const int j = row + fragment_row() + 8 * part;
                 a.words[part + 2 * half] = pack<E>(entry(i, j, low), entry(i + 1, j, high));
@@ -112,30 +111,28 @@ public:
         }
     }
 
-    /// log2 of an entry of A: score(j - i) - log2_normaliser(i).
-    GPSA_DEVICE float score(int distance) const {
-        const float d = static_cast<float>(distance);
-        return d * (linear + square * d);
-    }
-    GPSA_DEVICE float log2_normaliser(int i) const { return load(normaliser + i); }
+    /// log2 of an entry of A is score(j - i) - log2_normaliser(i); the last coordinate's where there is no i.
+    GPSA_DEVICE float score(float d) const { return d * (linear + square * d); }
+    GPSA_DEVICE float log2_normaliser(int i) const { return load(normaliser + smaller(i, size - 1)); }
 
 private:
     const float linear, square;
     const Shared<float> normaliser;
 
     GPSA_DEVICE float entry(int i, int j, float shift) const {
-        return i < size && j < size ? exp2_approx(score(j - i) - shift) : 0.0f;
+        return i < size && j < size ? exp2_approx(score(static_cast<float>(j - i)) - shift) : 0.0f;
     }
 };
 
-/// R entry by entry, one exponential each: with attention dropout the product of tables is of no use.
+/// R entry by entry, one exponential each: with attention dropout the product of tables is of no use. `AnyAxis` knows
+/// the axis' `size`, `score(distance)` and `log2_normaliser(coordinate)`.
+template <typename AnyAxis>
 class DensePosition {
 public:
     struct Place {
         int x, y;
     };
-
-    GPSA_DEVICE DensePosition(const Axis& along_x, const Axis& along_y) : along_x(along_x), along_y(along_y) {}
+    const AnyAxis along_x, along_y;
 
     GPSA_DEVICE Place place(int token) const {
         const int y = static_cast<unsigned>(token) / static_cast<unsigned>(along_x.size);
@@ -145,11 +142,62 @@ public:
         return along_x.log2_normaliser(query.x) + along_y.log2_normaliser(query.y);
     }
     GPSA_DEVICE float weight(Place query, float log2_normaliser, Place key) const {
-        return exp2_approx(along_x.score(key.x - query.x) + along_y.score(key.y - query.y) - log2_normaliser);
+        const auto dx = static_cast<float>(key.x - query.x), dy = static_cast<float>(key.y - query.y);
+        return exp2_approx(along_x.score(dx) + along_y.score(dy) - log2_normaliser);
+    }
+};
+
+/// The entries of R that belong to accumulators of scores of 16 query rows.
+template <typename AnyAxis>
+class DenseRows {
+public:
+    /// Of a token, whole numbers.
+    struct Coordinates {
+        float x, y;
+    };
+
+    GPSA_DEVICE DenseRows(const DensePosition<AnyAxis>& position, int first_row) : position(position) {
+        for (int part = 0; part < 2; ++part) {
+            row[part] = position.place(first_row + fragment_row() + 8 * part);
+            normaliser[part] = position.log2_normaliser(row[part]);
+        }
     }
 
-private:
-    const Axis along_x, along_y;
+    GPSA_DEVICE static Coordinates coordinates(typename DensePosition<AnyAxis>::Place place) {
+        return {static_cast<float>(place.x), static_cast<float>(place.y)};
+    }
+
+    /// Of two accumulators of the keys from `key` on: visit(n, i, entry, part, dx, dy) for values[i] of the n-th, an
+    /// element of row g + 8 part; the entry is 0 where there is no key.
+    template <typename Visit>
+    GPSA_DEVICE void entries(int key, Visit visit) const {
+        entries_at([&](int i) { return coordinates(position.place(key + i)); }, visit);
+    }
+
+    /// The same of keys whose coordinates are at(0) to at(15).
+    template <typename At, typename Visit>
+    GPSA_DEVICE void entries_at(At at, Visit visit) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const Coordinates to = at(8 * n + fragment_column() + c);
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    const Coordinates from = coordinates(row[part]);
+                    const float dx = to.x - from.x, dy = to.y - from.y;
+                    const float score = position.along_x.score(dx) + position.along_y.score(dy) - normaliser[part];
+                    const bool exists = to.y < static_cast<float>(position.along_y.size);
+                    visit(n, 2 * part + c, exists ? exp2_approx(score) : 0.0f, part, dx, dy);
+                }
+            }
+        }
+    }
+
+protected:
+    const DensePosition<AnyAxis> position;
+    typename DensePosition<AnyAxis>::Place row[2];
+    float normaliser[2];
 };
 
 /// Rows row to row + 15 of a line, those below `size`, rounded, where `at(coordinate, chunk)` says.

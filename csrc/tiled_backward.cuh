@@ -167,17 +167,19 @@ private:
         GPSA_DEVICE NoPosition(const Backward&, const float*, const Place&) {}
         GPSA_DEVICE void add(Sum*, int, int) {}
     };
-    struct Masked : DensePosition {
+    struct Masked : DenseRows<GridAxis> {
         const Dropout dropout;
         float sums[4] = {}, mean_x[2], mean_y[2], mean_square[2];
 
         GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Place& at)
-            : DensePosition(call.problem, call.pos_weight, statistics, at.head, at.row),
+            : DenseRows(dense_position(call.problem, call.pos_weight, statistics, at.head), at.row),
               dropout(call.problem, at.image) {
             for (int part = 0; part < 2; ++part) {
-                mean_x[part] = this->x.mean(this->row_x[part]);
-                mean_y[part] = this->y.mean(this->row_y[part]);
-                mean_square[part] = this->x.mean_square(this->row_x[part]) + this->y.mean_square(this->row_y[part]);
+                const GridAxis &x = this->position.along_x, &y = this->position.along_y;
+                const auto place = this->row[part];
+                mean_x[part] = x.mean(place.x);
+                mean_y[part] = y.mean(place.y);
+                mean_square[part] = x.mean_square(place.x) + y.mean_square(place.y);
             }
         }
         /// grad_weights = M * grad_weights / (1 - p); dR/dw = R * (offset - its mean under R).
@@ -387,7 +389,7 @@ private:
             store(to + thread(), static_cast<float>(query_x));
             store(to + (tile_tokens + thread()), static_cast<float>(query_y));
             store(to + (2 * tile_tokens + thread()),
-                  exists ? x.normaliser(query_x) + y.normaliser(query_y) : INFINITY);
+                  exists ? x.log2_normaliser(query_x) + y.log2_normaliser(query_y) : INFINITY);
         }
 
         /// mixed = M * ((1 - g) P + g R), grad_weights = M * grad_weights / (1 - p).

@@ -176,9 +176,10 @@ private:
     };
     struct DropoutMask {
         const Dropout dropout;
-        const DensePosition dense;
+        const DenseRows<GridAxis> dense;
         GPSA_DEVICE DropoutMask(const Forward& call, const float* statistics, const Place& at)
-            : dropout(call.problem, at.image), dense(call.problem, call.pos_weight, statistics, at.head, at.row) {}
+            : dropout(call.problem, at.image),
+              dense(dense_position(call.problem, call.pos_weight, statistics, at.head), at.row) {}
         GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "position.cuh"
 #include "tiled_rows.cuh"
 
 namespace gpsa {
@@ -27,7 +28,7 @@ public:
           square(load(Global<const float>(pos_weight) + (3 * head + 2)) * log2_e),
           statistics(Global<const float>(statistics) + (int64_t{3} * head * stride + (is_x ? 0 : problem.columns))) {}
 
-    GPSA_DEVICE float normaliser(int i) const { return load(statistics + smaller(i, size - 1)); }
+    GPSA_DEVICE float log2_normaliser(int i) const { return load(statistics + smaller(i, size - 1)); }
     GPSA_DEVICE float mean(int i) const { return load(statistics + (stride + smaller(i, size - 1))); }
     GPSA_DEVICE float mean_square(int i) const { return load(statistics + (2 * stride + smaller(i, size - 1))); }
 
@@ -43,46 +44,11 @@ private:
     const Global<const float> statistics;
 };
 
-/// The positional map where R V is no product of two, under attention dropout: its entries Ay[y_i, y_j] Ax[x_i, x_j]
-/// for accumulators of scores of 16 query rows.
-class DensePosition {
-public:
-    GPSA_DEVICE DensePosition(
-        const Problem& problem, const float* pos_weight, const float* statistics, int head, int first_row)
-        : x(problem, pos_weight, statistics, head, true), y(problem, pos_weight, statistics, head, false) {
-        for (int part = 0; part < 2; ++part) {
-            const int query = first_row + fragment_row() + 8 * part;
-            row_x[part] = query % x.size;
-            row_y[part] = query / x.size;
-            normaliser[part] = x.normaliser(row_x[part]) + y.normaliser(row_y[part]);
-        }
-    }
-
-    /// Of two accumulators of the keys from `key` on: visit(n, i, entry, part, dx, dy) for values[i] of the n-th, an
-    /// element of row g + 8 part, the entry is 0 where there is no key.
-    template <typename Visit>
-    GPSA_DEVICE void entries(int key, Visit visit) const {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int j = key + 8 * n + fragment_column() + c, key_x = j % x.size, key_y = j / x.size;
-#pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    const auto dx = static_cast<float>(key_x - row_x[part]);
-                    const auto dy = static_cast<float>(key_y - row_y[part]);
-                    const float score = x.score(dx) + y.score(dy) - normaliser[part];
-                    visit(n, 2 * part + c, key_y < y.size ? exp2_approx(score) : 0.0f, part, dx, dy);
-                }
-            }
-        }
-    }
-
-protected:
-    const GridAxis x, y;
-    int row_x[2], row_y[2];
-    float normaliser[2];
-};
+/// R entry by entry, from those statistics.
+GPSA_DEVICE DensePosition<GridAxis> dense_position(
+    const Problem& problem, const float* pos_weight, const float* statistics, int head) {
+    return {{problem, pos_weight, statistics, head, true}, {problem, pos_weight, statistics, head, false}};
+}
 
 struct StatisticsCall {
     Problem problem;
@@ -251,7 +217,7 @@ private:
         GPSA_DEVICE Table(
             const Call&, const GridAxis& axis, SharedMemory&, int64_t, int, int, int, int own_row) {
             for (int part = 0; part < 2; ++part) {
-                normaliser[part] = axis.normaliser(own_row + fragment_row() + 8 * part);
+                normaliser[part] = axis.log2_normaliser(own_row + fragment_row() + 8 * part);
             }
         }
         GPSA_DEVICE void prepare() {}
@@ -302,7 +268,8 @@ private:
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int i = start + 8 * n + fragment_column() + c;
-                    const float normaliser = axis.normaliser(i), mean = axis.mean(i), mean_square = axis.mean_square(i);
+                    const float normaliser = axis.log2_normaliser(i);
+                    const float mean = axis.mean(i), mean_square = axis.mean_square(i);
 #pragma unroll
                     for (int part = 0; part < 2; ++part) {
                         const int j = own_row + fragment_row() + 8 * part;

@@ -42,6 +42,14 @@ const char* dispatch(const Problem& problem, Visit visit) {
                                            : with_channels<Bfloat16>(problem, visit);
 }
 
+constexpr int dropout_channels = 64;  // with more there are no registers for scores, R and the output
+
+/// Whether the forward kernels serve a problem.
+inline bool forward_fits(const Problem& problem) {
+    return static_cast<int64_t>(problem.rows) * problem.columns <= whole_image_tokens &&
+           (problem.dropout_p == 0 || problem.head_dim <= dropout_channels);
+}
+
 /// Into how many blocks the query rows of a (batch, head) are split: enough to give every multiprocessor one, and no
 /// more than there are tiles of 16 rows for all warps of a block.
 inline int parts(const Problem& problem, int multiprocessors) {

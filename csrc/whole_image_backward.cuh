@@ -116,7 +116,7 @@ struct WholeImageBackward {
             const Shared<float> parts = delta_parts + step % 2 * (threads() / 32) * 16;
             if constexpr (has_dropout) {
                 const Dropout dropout(problem, block_x());
-                const DensePosition position(longer, shorter);
+                const DensePosition<Axis> position{longer, shorter};
                 Sum weights[2];
                 drop(
                     weights, grad_p, grad_longer, grad_shorter, p, dropout, position, means, shorter_means, 16 * step,
@@ -219,8 +219,8 @@ private:
     /// and the warp's keys add to the gradients of the positional weights, R * M * dP (d - mean of d) each.
     GPSA_DEVICE static void drop(
         Sum* weights, Sum* grad_p, WeightGradient& grad_x, WeightGradient& grad_y, const Sum* p, const Dropout& dropout,
-        const DensePosition& position, Shared<float> means_x, Shared<float> means_y, int first_query, int first_key,
-        int tokens, float closed, float open) {
+        const DensePosition<Axis>& position, Shared<float> means_x, Shared<float> means_y, int first_query,
+        int first_key, int tokens, float closed, float open) {
         const uint32_t keep = dropout.keep_transposed(first_query, first_key);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {

@@ -12,29 +12,30 @@ constexpr int most_blocks = 3;
 constexpr int most_blocks = 2;
 #endif
 
-template <typename Config>
-constexpr int blocks_per_multiprocessor = Config::channels > 64                                 ? 1
-                                          : Config::key_tiles == 4                              ? 3
-                                          : Config::channels == 48 && Config::key_tiles == 13 ? most_blocks
-                                                                                              : 2;
+template <typename Kernel>
+constexpr int blocks_per_multiprocessor =
+    Kernel::channels > 64                                                                   ? 1
+    : Kernel::key_tiles == 4                                                                ? 3
+    : Kernel::channels == 48 && Kernel::key_tiles == 13 && !Kernel::has_dropout ? most_blocks
+                                                                                            : 2;
 
-template <typename Config>
-__global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor<Config>)
+template <typename Kernel>
+__global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor<Kernel>)
     whole_image_forward(const __grid_constant__ Forward call, int parts) {
-    WholeImageForward<Config>::run(call, parts);
+    Kernel::run(call, parts);
 }
 
 }  // namespace
 
 const char* launch_whole_image_forward(const Forward& call, cudaStream_t stream) {
-    return whole_image::dispatch(call.problem, [&](auto config) {
-        using Config = decltype(config);
+    return whole_image::dispatch_forward(call.problem, [&](auto kernel) {
+        using Kernel = decltype(kernel);
         const Device device = Device::current();
         const int parts = whole_image::parts(call.problem, device.multiprocessors);
         const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads), parts);
         return launch(
-            whole_image_forward<Config>, grid, whole_image_threads,
-            WholeImageForward<Config>::shared_bytes(call.problem, parts), device, stream, call, parts);
+            whole_image_forward<Kernel>, grid, whole_image_threads, Kernel::shared_bytes(call.problem, parts), device,
+            stream, call, parts);
     });
 }
 

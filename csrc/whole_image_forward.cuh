@@ -4,18 +4,22 @@
 //
 // In shared memory, 16 bits: K, V (N, D), Q (rows of this part, D), and one buffer (N, D) that holds V mixed along one
 // axis, then the positional branch, then the output. In registers: for 16 query rows of a warp, all their scores.
+// With attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P, there is one
+// product with V, and the rows of Q make way for those of the output.
 // Global traffic of a block: K, V, its rows of Q and of O, each once, 16 bytes at a time; 4 numbers of parameters.
 #pragma once
 
 #include <cfloat>
 
+#include "dropout.cuh"
 #include "position.cuh"
 #include "whole_image.h"
 
 namespace gpsa {
 
-template <typename Config>
+template <typename Config, bool has_dropout_>
 struct WholeImageForward {
+    static constexpr bool has_dropout = has_dropout_;
     using E = typename Config::E;
     static constexpr int channels = Config::channels;
     static constexpr int key_tiles = Config::key_tiles;
@@ -30,9 +34,8 @@ struct WholeImageForward {
         const int tokens = problem.rows * problem.columns, query_rows = whole_image::part_rows(tokens, parts);
         const auto bytes = [](int elements, int size) { return (elements * size + 15) / 16 * 16; };
         return bytes(key_value_rows(tokens) * channels, 2) +
-               bytes((query_rows < tokens ? query_rows : tokens) * channels, 2) +
-               bytes(GridRows<E, channels>::elements(problem.rows, problem.columns), 2) +
-               bytes(problem.rows + problem.columns, 4);
+               bytes((query_rows < tokens ? query_rows : tokens) * channels, 2) + bytes(position_elements(problem), 2) +
+               bytes(problem.rows + problem.columns + place_numbers, 4);
     }
 
     GPSA_DEVICE static void run(const Forward& call, int parts) {
@@ -48,9 +51,11 @@ struct WholeImageForward {
         const Shared<E> keys_values = memory.array<E>(key_value_rows(tokens) * channels, "keys and values");
         const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
         const Rows<E, channels> q{memory.array<E>(smaller(part_rows, tokens) * channels, "queries")};
-        const int grid_elements = GridRows<E, channels>::elements(problem.rows, problem.columns);
-        const GridRows<E, channels> position{memory.array<E>(grid_elements, "position"), problem.columns};
-        const Shared<float> normalisers = memory.array<float>(problem.rows + problem.columns, "normalisers");
+        const GridRows<E, channels> position{  // not used with dropout
+            has_dropout ? q.base : memory.array<E>(position_elements(problem), "position"), problem.columns};
+        const int coordinates = problem.rows + problem.columns;
+        const Shared<float> normalisers = memory.array<float>(coordinates + place_numbers, "normalisers and places");
+        const Shared<float> places = normalisers + coordinates;
 
         using whole_image::rows_of;
         copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, keys, head_dim);
@@ -65,10 +70,13 @@ struct WholeImageForward {
         const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
         along_x.prepare();
         along_y.prepare();
+        if constexpr (has_dropout) store_places({along_x, along_y}, places);
 
-        copy_wait<1>();
-        sync_block();
-        mix_position<E>(along_x, along_y, v, position);
+        if constexpr (!has_dropout) {
+            copy_wait<1>();
+            sync_block();
+            mix_position<E>(along_x, along_y, v, position);
+        }
         copy_wait<0>();
         sync_block();
 
@@ -78,21 +86,43 @@ struct WholeImageForward {
             Sum scores[2 * key_tiles] = {};
             score(scores, q, row, row_count, k);
             const Softmax softmax = exponentiate(scores, problem.scale, tokens);
-            Sum content[channels / 8] = {};
-            weigh(content, scores, v);
             const int token = first_row + row;
-            const float gate = load(Global<const float>(call.gate) + head);  // here, to spare a register above
-            const float closed = sigmoid(-gate);                             // 1 - g would lose its digits as g -> 1
-            blend(position, token, tokens, sigmoid(gate), content, closed / softmax.sum[0], closed / softmax.sum[1]);
-            sync_warp();
-            store_rows(out, call.out.token, token, tokens, 0, channels / 8, head_dim, [&](int i, int chunk) {
-                return position.chunk(i, chunk);
-            });
-            if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+            const auto store_out = [&](auto at) {
+                sync_warp();
+                store_rows(out, call.out.token, token, tokens, 0, channels / 8, head_dim, at);
+            };
+            Sum content[channels / 8] = {};
+            if constexpr (has_dropout) {
+                if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+                const Dropout dropout(problem, block_x());
+                const DenseRows<Axis> dense({along_x, along_y}, token);
+                const float gate = load(Global<const float>(call.gate) + head);
+                const float open = sigmoid(gate) * dropout.keep_scale, closed = sigmoid(-gate) * dropout.keep_scale;
+                const Mixture mixture{dropout, dense, places, token,
+                                      {closed / softmax.sum[0], closed / softmax.sum[1]}, open};
+                weigh(content, scores, v, tokens, mixture);
+                sync_warp();
+                store_line<E, channels>(content, row, row_count, [&](int i, int chunk) { return q.chunk(i, chunk); });
+                store_out([&](int i, int chunk) { return q.chunk(i - first_row, chunk); });
+            } else {
+                weigh(content, scores, v, tokens, [](Sum*, int) {});
+                const float gate = load(Global<const float>(call.gate) + head);  // here, to spare a register above
+                const float closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
+                blend(
+                    position, token, tokens, sigmoid(gate), content, closed / softmax.sum[0], closed / softmax.sum[1]);
+                store_out([&](int i, int chunk) { return position.chunk(i, chunk); });
+                if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+            }
         }
     }
 
 private:
+    static constexpr int place_numbers = has_dropout ? 2 * keys : 0;
+
+    GPSA_HOST_DEVICE static int position_elements(const Problem& problem) {
+        return has_dropout ? 0 : GridRows<E, channels>::elements(problem.rows, problem.columns);
+    }
+
     /// Of rows g and g + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
     struct Softmax {
         float shift[2], sum[2];
@@ -168,10 +198,45 @@ private:
         }
     }
 
-    /// content = P V, P rounded to 16 bits.
-    GPSA_DEVICE static void weigh(Sum* content, const Sum* weights, const Rows<E, channels>& v) {
+    /// The coordinates of every key: formed in the loop over rows, the compiler would keep them in registers.
+    GPSA_DEVICE static void store_places(const DensePosition<Axis>& position, Shared<float> places) {
+        for (int key = thread(); key < keys; key += threads()) {
+            const auto [x, y] = DenseRows<Axis>::coordinates(position.place(key));
+            store(places + key, x);
+            store(places + (keys + key), y);
+        }
+    }
+
+    /// What turns the exponentials of 16 query rows into M * ((1 - g) P + g R), M the scaled mask.
+    struct Mixture {
+        const Dropout& dropout;
+        const DenseRows<Axis>& dense;
+        const Shared<float> places;
+        const int query;
+        const float share[2], open;
+
+        GPSA_DEVICE void operator()(Sum* scores, int tile) const {
+            const uint32_t keep = dropout.keep(query, 16 * tile);
+            const auto place = [&](int i) {
+                const Shared<float> at = places + (16 * tile + i);
+                return typename DenseRows<Axis>::Coordinates{load(at), load(at + keys)};
+            };
+            dense.entries_at(place, [&](int n, int i, float entry, int part, float, float) {
+                float& weight = scores[n].values[i];
+                weight = keep >> (4 * n + i) & 1 ? share[part] * weight + open * entry : 0.0f;
+            });
+        }
+    };
+
+    /// content = P V, P rounded to 16 bits, after `change(weights of 16 keys, tile)`.
+    template <typename Change>
+    GPSA_DEVICE static void weigh(
+        Sum* content, Sum* weights, const Rows<E, channels>& v, int tokens, Change change) {
 #pragma unroll
         for (int tile = 0; tile < key_tiles; ++tile) {
+            // a branch that keeps the masks of later tiles, and their registers, from being drawn ahead
+            if (has_dropout && 16 * tile >= tokens) break;
+            change(&weights[2 * tile], tile);
             const Left a = as_left<E>(&weights[2 * tile]);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
@@ -194,4 +259,19 @@ private:
     }
 };
 
+namespace whole_image {
+
+/// Calls `visit` with the WholeImageForward for a problem that `forward_fits`.
+template <typename Visit>
+const char* dispatch_forward(const Problem& problem, Visit visit) {
+    return dispatch(problem, [&](auto config) {
+        using Config = decltype(config);
+        if constexpr (Config::channels <= dropout_channels) {
+            if (problem.dropout_p > 0) return visit(WholeImageForward<Config, true>{});
+        }
+        return visit(WholeImageForward<Config, false>{});
+    });
+}
+
+}  // namespace whole_image
 }  // namespace gpsa

@@ -232,6 +232,34 @@ def test_models_are_proved():
     assert models._proved(bad, None, torch.float32)["status"] == "failed"
 
 
+class WorkerOfACompiledModel:
+    """Stands in for a process; timm's compiled model dies."""
+
+    def __init__(self, peer: str, workload: ModelWorkload, _: str) -> None:
+        self.dies = peer == models.REFERENCE and workload.compiled
+
+    def start(self) -> dict[str, object]:
+        if self.dies:
+            raise RuntimeError("the process died with exit code -6")
+        ones = [torch.ones(3).numpy()]
+        return {"dim": 192, "proof": ones, "truth": ones}
+
+    def __call__(self) -> float:
+        return 1e-3
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_compiled_reference_that_dies_keeps_no_other_from_being_compared(monkeypatch):
+    monkeypatch.setattr(models, "_Worker", WorkerOfACompiledModel)
+    workload = ModelWorkload("tiny", 32, 1, "float32", "inference", compiled=True)
+    found = {row["peer"]: row for row in models.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES)}
+    assert found["timm"]["reason"] == "the process died with exit code -6"
+    assert found["gpsa_kernels sdpa"]["status"] == found["DeiT, SDPA"]["status"] == "ok"
+    assert found["gpsa_kernels sdpa"]["deviation"] == 0
+
+
 def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 

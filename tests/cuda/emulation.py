@@ -120,6 +120,8 @@ def forward(
     grid_size: tuple[int, int],
     scale: float,
     *,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
     save: bool = False,
     parts: int = 1,
     seed: int = 0,
@@ -144,10 +146,11 @@ def forward(
     out = empty_like_output(q) if out is None else out
     logsumexp = torch.full(q.shape[:3], torch.nan) if save else None
     inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
+    inputs["seed"] = torch.tensor([dropout_seed])
     tensors = {name: _argument(t.detach()) for name, t in inputs.items()} | {"out": _argument(out, output=True)}
     if logsumexp is not None:
         tensors["logsumexp"] = _argument(logsumexp, output=True)
-    counts = module.forward(_problem(q, grid_size, scale), tensors, parts, seed, deferred_copies)
+    counts = module.forward(_problem(q, grid_size, scale), dropout_p, tensors, parts, seed, deferred_copies)
     return Result(out, logsumexp, counts)
 
 
@@ -195,8 +198,7 @@ def backward(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, options):
-        kernel = tiled_forward if "dropout_p" in options else forward
-        result = kernel(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
+        result = forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
         ctx.save_for_backward(q, k, v, pos_weight, gate, result.logsumexp)
         ctx.settings = grid_size, scale, options
         return result.out
@@ -219,8 +221,7 @@ def attention(
     scale: float,
     **options: object,
 ) -> Tensor:
-    """The forward kernel, and the backward kernel behind it; ``options`` go to both. Dropout is in the backward kernel
-    alone, and the tiled forward kernel goes before it."""
+    """The forward kernel, and the backward kernel behind it; ``options`` go to both."""
     return _Attention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
 
 

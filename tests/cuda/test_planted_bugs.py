@@ -39,8 +39,8 @@ FORWARD_BUGS = {
     ),
     "missing sync_warp before the store": (
         "whole_image_forward.cuh",
-        "            sync_warp();\n",
-        "",
+        "                sync_warp();\n                store_rows",
+        "                store_rows",
         r"race: .* shared array position",
     ),
     "missing cp.async wait": (
@@ -270,7 +270,70 @@ BACKWARD_BUGS = {
     ),
 }
 
-DROPOUT_BUGS = {
+FORWARD_DROPOUT_BUGS = {
+    "missing sync_warp before the store": (
+        "whole_image_forward.cuh",
+        "                sync_warp();\n                store_rows",
+        "                store_rows",
+        r"race: .* shared array queries",
+    ),
+    "missing sync_warp before the output takes Q's place": (
+        "whole_image_forward.cuh",
+        "                sync_warp();\n                store_line",
+        "                store_line",
+        r"race: write to shared array queries",
+    ),
+    "the output in the place of another part's rows": (
+        "whole_image_forward.cuh",
+        "store_line<E, channels>(content, row, row_count,",
+        "store_line<E, channels>(content, token, tokens,",
+        r"outside of|race",
+    ),
+    "the mask of the transposed scores": (
+        "whole_image_forward.cuh",
+        "dropout.keep(query, 16 * tile)",
+        "dropout.keep_transposed(query, 16 * tile)",
+        None,
+    ),
+    "the mask of another image": (
+        "whole_image_forward.cuh",
+        "const Dropout dropout(problem, block_x());",
+        "const Dropout dropout(problem, block_x() + 1);",
+        None,
+    ),
+    "the mask of another part's queries": (
+        "whole_image_forward.cuh",
+        "places, token,",
+        "places, row,",
+        None,
+    ),
+    "the position of another part's queries": (
+        "whole_image_forward.cuh",
+        "dense({along_x, along_y}, token);",
+        "dense({along_x, along_y}, row);",
+        None,
+    ),
+    "what is kept not scaled up": (
+        "whole_image_forward.cuh",
+        "sigmoid(gate) * dropout.keep_scale",
+        "sigmoid(gate)",
+        None,
+    ),
+    "the last keys left out": (
+        "whole_image_forward.cuh",
+        "16 * tile >= tokens",
+        "16 * tile + 16 >= tokens",
+        None,
+    ),
+    "the content not normalised": (
+        "whole_image_forward.cuh",
+        "{closed / softmax.sum[0], closed / softmax.sum[1]}",
+        "{closed, closed}",
+        None,
+    ),
+}
+
+BACKWARD_DROPOUT_BUGS = {
     "the mask of the untransposed scores": (
         "whole_image_backward.cuh",
         "dropout.keep_transposed(first_query, first_key)",
@@ -336,6 +399,10 @@ def backward(module, **settings):
     return [grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:])]
 
 
+def dropout_forward(module, **settings):
+    return forward(module, dropout_p=DROPOUT_P, dropout_seed=5, **settings)
+
+
 def dropout_backward(module, **settings):
     return backward(module, dropout_p=DROPOUT_P, dropout_seed=5, **settings)
 
@@ -345,11 +412,12 @@ def formula(kernel, dtype):
     """What a kernel's results are compared with, every step in a dtype."""
     tensors, grad_out = problem()
     arguments = [t.to(dtype) for t in tensors], grad_out.to(dtype), GRID_SIZE, SCALE
-    if kernel is dropout_backward:
+    if kernel in (dropout_forward, dropout_backward):
         mask = masks(tensors[0], GRID_SIZE, DROPOUT_P, seed=5)
-        return with_gradients(dropped_out, *arguments, mask, DROPOUT_P)[1:]
-    results = with_gradients(literal, *arguments)
-    return results[:1] if kernel is forward else results[1:]
+        results = with_gradients(dropped_out, *arguments, mask, DROPOUT_P)
+    else:
+        results = with_gradients(literal, *arguments)
+    return results[:1] if kernel in (forward, dropout_forward) else results[1:]
 
 
 def run(kernel, module, **settings):
@@ -365,7 +433,12 @@ def run(kernel, module, **settings):
     return None
 
 
-BUGS = {forward: FORWARD_BUGS, backward: BACKWARD_BUGS, dropout_backward: DROPOUT_BUGS}
+BUGS = {
+    forward: FORWARD_BUGS,
+    backward: BACKWARD_BUGS,
+    dropout_forward: FORWARD_DROPOUT_BUGS,
+    dropout_backward: BACKWARD_DROPOUT_BUGS,
+}
 
 
 @pytest.mark.parametrize("kernel", BUGS)

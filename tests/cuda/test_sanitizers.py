@@ -40,15 +40,17 @@ grads = {name: halves(0xFFFF) for name in ("grad_q", "grad_k", "grad_v")}
 sums = array.array("f", [float("nan")] * (4 * heads))
 logsumexp = array.array("f", [0.25 * dim * 0.5 + math.log(tokens)] * (heads * tokens))  # of equal scores
 seed_of_dropout = array.array("q", [5])
-backward_inputs = {"grad_out": tensor(q), "seed": (seed_of_dropout.buffer_info()[0], 8, [1], [1], False)}
+inputs["seed"] = seed_of_dropout.buffer_info()[0], 8, [1], [1], False
+backward_inputs = {"grad_out": tensor(q)}
 backward_inputs["logsumexp"] = floats(logsumexp, [1, heads, tokens], [heads * tokens, tokens, 1])
 outputs = {name: tensor(memory, True) for name, memory in grads.items()}
 outputs["sums"] = floats(sums, [1, heads, 1, 4], [4 * heads, 4, 4, 1], True)
 
 for seed in (0, 1):
     for deferred in (False, True):
-        out[:] = halves(0xFFFF)
-        module.forward(problem, inputs | {"out": tensor(out, True)}, 2, seed, deferred)
+        for dropout_p in (0.3, 0.0):
+            out[:] = halves(0xFFFF)
+            module.forward(problem, dropout_p, inputs | {"out": tensor(out, True)}, 2, seed, deferred)
         assert set(out) <= set(range(0x3FFE, 0x4003)), "a mean of equal values is that value, but for rounding"
         for dropout_p in (0.0, 0.3):
             module.backward(problem, dropout_p, inputs | backward_inputs | outputs, seed, deferred)

@@ -1,4 +1,4 @@
-"""Attention dropout in the whole-image backward kernel, behind the tiled forward kernel, on the emulator."""
+"""Attention dropout in the whole-image kernels, on the emulator."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dropped import assert_exact_with_dropout
 from reference import inputs
 
 DTYPES = [torch.float16, torch.bfloat16]
+# every native head_dim with short, middle and long rows of scores
 SHAPES = [
     (1, 1, (1, 1), 8),
     (2, 2, (3, 6), 16),
@@ -16,6 +17,10 @@ SHAPES = [
     (1, 1, (17, 3), 64),
     (1, 2, (14, 14), 48),
     (1, 1, (32, 8), 32),
+    (1, 1, (9, 13), 24),
+    (1, 1, (13, 9), 64),
+    (1, 1, (16, 14), 48),
+    (1, 1, (15, 17), 56),
 ]
 
 
@@ -43,6 +48,31 @@ def test_flat_and_steep_positions(weight):
     q, k, v, pos_weight, gate = inputs(1, 2, (2, 17), 16, torch.bfloat16)
     tensors = [q, k, v, torch.full_like(pos_weight, weight), gate]
     assert_exact_with_dropout(emulation.attention, tensors, (2, 17), 0.3, seed=5)
+
+
+def forward(grid_size=(5, 9), head_dim=48, dropout_p=0.3, **kwargs):
+    tensors = [t.detach() for t in inputs(1, 2, grid_size, head_dim, torch.float16)]
+    return emulation.forward(*tensors, grid_size, head_dim**-0.5, dropout_p=dropout_p, dropout_seed=5, **kwargs)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("deferred_copies", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neither_parts_nor_schedules_change_a_bit_of_the_output(parts, deferred_copies, seed):
+    kwargs = {"parts": parts, "deferred_copies": deferred_copies, "seed": seed}
+    assert torch.equal(forward(**kwargs).out, forward().out)
+
+
+def test_where_nothing_is_kept_the_output_is_zero():
+    out = forward(dropout_p=1.0).out
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_traffic_and_bank_conflicts_of_the_forward_kernel():
+    counts = forward((14, 14)).counts
+    floor = 2 * 4 * 196 * 48 * 2
+    assert floor <= counts["global_read"] + counts["global_written"] <= 1.05 * floor
+    assert counts["ldmatrix_conflicts"] == counts["copy_conflicts"] == 0
 
 
 def run(grid_size=(5, 9), head_dim=48, dropout_p=0.3, dropout_seed=5, **kwargs):

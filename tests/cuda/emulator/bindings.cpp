@@ -49,9 +49,10 @@ static std::map<std::string, int64_t> counts_of(const emulator::Counters& c) {
 PYBIND11_MODULE(gpsa_emulated, m) {
     m.def(
         "forward",
-        [](std::tuple<int64_t, int, int, int, int, bool, float> p, const std::map<std::string, PyTensor>& tensors,
-           int parts, uint64_t seed, bool deferred_copies) {
-            const gpsa::Problem problem = std::apply(problem_of, p);
+        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
+           const std::map<std::string, PyTensor>& tensors, int parts, uint64_t seed, bool deferred_copies) {
+            gpsa::Problem problem = std::apply(problem_of, p);
+            problem.dropout_p = dropout_p;
             return counts_of(emulator::forward(problem, arguments_of(tensors), parts, {seed, deferred_copies}));
         });
     m.def(

@@ -9,11 +9,11 @@ namespace {
 template <typename Visit>
 void dispatch(const Problem& problem, Visit visit) {
 #ifdef GPSA_ONE_KERNEL  // what the planted bugs are compiled for, in a fraction of the time
-    static_cast<void>(problem);
-    visit(WholeImage<Half, 48, 4>{});
+    using Config = WholeImage<Half, 48, 4>;
+    problem.dropout_p > 0 ? visit(WholeImageForward<Config, true>{}) : visit(WholeImageForward<Config, false>{});
 #else
-    whole_image::dispatch(problem, [&](auto config) {
-        visit(config);
+    whole_image::dispatch_forward(problem, [&](auto kernel) {
+        visit(kernel);
         return static_cast<const char*>(nullptr);
     });
 #endif
@@ -27,6 +27,7 @@ Counters forward(const Problem& problem, const Arguments& arguments, int parts, 
     const Memory memory(machine, arguments);
     Forward call{};
     call.problem = problem;
+    call.problem.seed = memory.find<int64_t>("seed");
     call.q = memory.tensor("q");
     call.k = memory.tensor("k");
     call.v = memory.tensor("v");
@@ -34,8 +35,8 @@ Counters forward(const Problem& problem, const Arguments& arguments, int parts, 
     call.gate = memory.floats("gate");
     call.out = memory.tensor("out");
     call.logsumexp = memory.floats("logsumexp");
-    dispatch(problem, [&](auto config) {
-        using Kernel = WholeImageForward<decltype(config)>;
+    dispatch(problem, [&](auto kernel) {
+        using Kernel = decltype(kernel);
         const int images = static_cast<int>(problem.batch) * problem.heads;
         const int shared_bytes = Kernel::shared_bytes(problem, parts);
         machine.launch(images, parts, whole_image_threads, shared_bytes, [&] { Kernel::run(call, parts); });
@@ -46,7 +47,7 @@ Counters forward(const Problem& problem, const Arguments& arguments, int parts, 
 
 int forward_shared_bytes(const Problem& problem, int parts) {
     int bytes = 0;
-    dispatch(problem, [&](auto config) { bytes = WholeImageForward<decltype(config)>::shared_bytes(problem, parts); });
+    dispatch(problem, [&](auto kernel) { bytes = decltype(kernel)::shared_bytes(problem, parts); });
     return bytes;
 }
 
