@@ -53,8 +53,11 @@ def without_position(peer: str) -> bool:
 
 
 def headline(run: Run, direction: str) -> list[Row]:
-    """All peers at the first workload in one direction, of the run's section with torch.compile if it got so far."""
-    for section in ("compiled", "operator"):
+    """The peers at the first workload in one direction; on a GPU of the section with torch.compile, if it is there.
+
+    On a CPU nearly everyone is slower beside compiled peers, so these stay in a table of their own.
+    """
+    for section in ("compiled", "operator") if run["device_type"] == "cuda" else ("operator", "compiled"):
         rows = select(run, section=section, direction=direction)
         if rows:
             first = [row for row in rows if row["workload"] == rows[0]["workload"]]
@@ -102,7 +105,7 @@ def summary(run: Run) -> str:
     rows = compared(run)
     ratios = [(label, speedups(found)) for label, found in rows]
     peers = unique(peer for _, found in ratios for peer in found)
-    others = ["SDPA + positional map", "FlexAttention twice"]
+    others = ["eager, position once", "SDPA + positional map", "FlexAttention twice"]
     columns = ["timm, compiled", *others, *(peer for peer in peers if is_ours(peer) and not peer.endswith(" eager"))]
     columns = [peer for peer in columns if peer in peers and not peer.endswith("auto, compiled")]
     used = [row["rounds"] for _, found in rows for row in found if "rounds" in row]
