@@ -7,7 +7,7 @@ no Python at all, so one serves every torch >= 2.10 of its CUDA major and every 
                           but not for an editable install, which would take minutes
     TORCH_CUDA_ARCH_LIST  architectures, as for torch's own extensions: "8.0;9.0+PTX"
     CUDA_HOME             where bin/nvcc is, if not the one on PATH or in /usr/local/cuda
-    MAX_JOBS              parallel compilers, the number of processors by default
+    MAX_JOBS              files compiled in parallel, and architectures of each; by default as many as processors
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class Nvcc(NamedTuple):
         return cls(path, version[1], frozenset(map(int, re.findall(r"compute_(\d+)\b", ask("--list-gpu-arch")))))
 
 
+def jobs() -> str:
+    return os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+
+
 def architectures(nvcc: Nvcc) -> list[str]:
     """What to compile for, as nvcc writes it: ["sm_80", ..., "compute_120"]; compute_* is PTX."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -138,7 +142,7 @@ class Build(NamedTuple):
         """The rules, with one object per source file of ``csrc/``, recompiled when it or a header changes."""
         codes = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in self.architectures]
         common = [self.nvcc.path, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        kernel = [*common, *codes]
+        kernel = [*common, *codes, f"--threads={jobs()}"]  # architectures side by side: few files, long ones
         register = [
             *common,
             f"-I{self.torch.path / 'include'}",
@@ -170,8 +174,7 @@ class Build(NamedTuple):
         folder = ROOT / "build" / "-".join(["cuda", self.nvcc.version, *self.architectures])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file())
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        if subprocess.run([self.ninja, "-C", str(folder), "-j", jobs]).returncode != 0:
+        if subprocess.run([self.ninja, "-C", str(folder), "-j", jobs()]).returncode != 0:
             sys.exit("gpsa_kernels: the CUDA library did not compile, see above; GPSA_BUILD_CUDA=0 installs without it")
         metadata = {
             "version": runpy.run_path(str(ROOT / "gpsa_kernels" / "_version.py"))["__version__"],
