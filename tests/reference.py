@@ -121,11 +121,12 @@ def assert_as_exact_as_eager(
     grid_size: tuple[int, int],
     scale: float | None = None,
     device: str = "cpu",
+    eager: Callable[..., Tensor] = literal,
     **kwargs: object,
 ) -> None:
     """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
 
-    ``function`` runs on ``device``, what it is compared with on the CPU.
+    ``function`` runs on ``device``, what it is compared with on the CPU. A stricter ``eager`` makes a stricter rule.
 
     To eager's error is added what rounding alone explains, since eager is sometimes luckier than anybody has to be (a
     softmax over one token has an exact gradient; float64 eager is the truth itself): one rounding of the result and of
@@ -136,7 +137,7 @@ def assert_as_exact_as_eager(
     scale = q.size(-1) ** -0.5 if scale is None else scale
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(q.dtype)
     truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale)
-    eager = with_gradients(literal, tensors, grad_out, grid_size, scale)
+    low_precision = with_gradients(eager, tensors, grad_out, grid_size, scale)
     there = [t.detach().to(device) for t in tensors]
     ours = with_gradients(function, there, grad_out.to(device), grid_size, scale=scale, **kwargs)
     ours = [t.cpu() for t in ours]
@@ -145,7 +146,7 @@ def assert_as_exact_as_eager(
     summed = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
     batch, _, tokens, head_dim = q.shape
     terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
-    for name, expected, low, got in zip(NAMES, truth, eager, ours, strict=True):
+    for name, expected, low, got in zip(NAMES, truth, low_precision, ours, strict=True):
         assert got.dtype == q.dtype
         assert got.shape == expected.shape
         assert got.isfinite().all(), name

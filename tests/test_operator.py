@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from reference import assert_as_exact_as_eager, inputs, literal, loops, with_gradients
+from reference import NAMES, assert_as_exact_as_eager, inputs, literal, loops, with_gradients
 
+import gpsa_kernels
 from gpsa_kernels import gpsa_attention
+from gpsa_kernels.backends import Backend, eager, sdpa
+from gpsa_kernels.backends.base import Forward
 
 BACKENDS = ("eager", "sdpa")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -134,13 +139,15 @@ def test_expanded_output_gradient(backend, dtype):
         assert torch.equal(a, b)
 
 
-def test_strided_last_dimension_goes_to_eager():
-    q, k, v, pos_weight, gate = (t.detach() for t in inputs(1, 2, (3, 4), 8))
-    sideways = k.transpose(2, 3).contiguous().transpose(2, 3)
-    expected = gpsa_attention(q, k, v, pos_weight, gate, (3, 4), backend="eager")
-    torch.testing.assert_close(gpsa_attention(q, sideways, v, pos_weight, gate, (3, 4)), expected)
-    with pytest.raises(RuntimeError, match=r"k's last dimension has stride 12.*contiguous"):
-        gpsa_attention(q, sideways, v, pos_weight, gate, (3, 4), backend="sdpa")
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_strided_last_dimension_goes_to_eager(name):
+    """torch's flash attention on the CPU would read past it and return other numbers."""
+    tensors = dict(zip(NAMES[1:], (t.detach() for t in inputs(1, 2, (3, 4), 8)), strict=True))
+    expected = gpsa_attention(**tensors, grid_size=(3, 4), backend="eager")
+    tensors[name] = tensors[name].mT.contiguous().mT
+    assert torch.equal(gpsa_attention(**tensors, grid_size=(3, 4)), expected)
+    with pytest.raises(RuntimeError, match=rf"{name}'s last dimension has stride 12.*contiguous"):
+        gpsa_attention(**tensors, grid_size=(3, 4), backend="sdpa")
 
 
 # ---- extreme values ------------------------------------------------------------------------------------------------
@@ -167,6 +174,18 @@ def test_a_nearly_closed_gate_keeps_the_content_gradient(backend, dtype, gate):
     tensors = inputs(2, 2, (4, 5), 8, dtype)
     tensors[4].data.fill_(gate)
     assert_as_exact_as_eager(gpsa_attention, tensors, (4, 5), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("gate", [-8.0, 0.0, 4.0, 8.0, 12.0])
+@pytest.mark.parametrize(("grid_size", "head_dim"), [((4, 5), 8), ((14, 14), 48)], ids=str)
+def test_sdpa_blends_16_bit_branches_in_float32(dtype, gate, grid_size, head_dim):
+    """The composition, which is what GPUs and compilers run, beside the eager backend, which rounds its result only."""
+    tensors = inputs(2, 2, grid_size, head_dim, dtype)
+    tensors[4].data.fill_(gate)
+    underflows = torch.sigmoid(torch.tensor(-gate)) < torch.finfo(dtype).tiny  # the content's share of a gradient
+    rule = {} if underflows else {"eager": partial(eager.compose, dropout_p=0.0)}
+    assert_as_exact_as_eager(partial(sdpa.compose, dropout_p=0.0), tensors, grid_size, **rule)
 
 
 @backends
@@ -266,3 +285,18 @@ def test_dropout_gradient_uses_the_forward_mask(dropout_p):
 
 def test_dropping_everything_gives_zero():
     assert not gpsa_attention(*inputs(1, 2, (2, 3), 4), (2, 3), dropout_p=1.0).any()
+
+
+def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
+    seeds = []
+
+    def record(q, k, v, pos_weight, gate, seed, *_):
+        seeds.append(seed.item())
+        return Forward(torch.empty_like(q), q.new_empty(0), q.new_empty(0))
+
+    recorder = Backend("recorder", lambda: None, lambda *_: None, forward=record, kernel_devices=frozenset({"cpu"}))
+    monkeypatch.setitem(gpsa_kernels.BACKENDS, "recorder", recorder)
+    tensors = [t.detach() for t in inputs(1, 1, (1, 1), 1)]
+    for _ in range(64):
+        gpsa_attention(*tensors, (1, 1), dropout_p=0.5, backend="recorder")
+    assert all({seed >> bit & 1 for seed in seeds} == {0, 1} for bit in range(64))
