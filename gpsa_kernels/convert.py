@@ -216,7 +216,7 @@ def _difference(layer: nn.Module, kind: _Kind) -> str | None:
             torch.randn(1, tokens, dim, generator=generator, device="cpu", dtype=torch.float32) for tokens in (4, 9)
         ]
         outputs = [trial(x) for x in inputs]
-        _switch(trial, kind, {"backend": "eager"} if kind is _GPSA else {})
+        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {})
         for x, expected in zip(inputs, outputs, strict=True):
             if not isinstance(expected, Tensor):
                 return f"its forward returns a {type(expected).__name__}, not a tensor"

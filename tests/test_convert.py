@@ -99,6 +99,14 @@ class ClassToken(OriginalGPSA):
         return torch.cat((x[:, :1], super().forward(x)), dim=1)
 
 
+class OwnSettings(OriginalGPSA):
+    """Names two of its attributes as FusedGPSA does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backend, self.grid_size = "theirs", 14
+
+
 class OtherScale(TimmMHSA):
     def forward(self, x):
         return super().forward(1.001 * x)
@@ -243,6 +251,14 @@ def test_cached_offsets_follow_the_parameters():
     unfuse(fuse(model).float())
     assert model.rel_indices.dtype == torch.float32
     assert model(tokens().float()).dtype == torch.float32
+
+
+def test_settings_win_over_attributes_of_their_names_which_unfuse_gives_back():
+    model = layer(OwnSettings)
+    before = dict(vars(model))
+    fuse(model, backend="eager", grid_size=(2, 6))
+    assert (model.backend, model.grid_size) == ("eager", (2, 6))
+    assert vars(unfuse(model)) == before
 
 
 def test_second_call_changes_nothing():

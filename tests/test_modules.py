@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import nn
 
 from gpsa_kernels import FusedGPSA, SelfAttention
 from gpsa_kernels.analysis import gates, non_locality
-from gpsa_kernels.backends.eager import relative_offsets
+from gpsa_kernels.backends.eager import attention_map, relative_offsets
 
 backends = pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
 
@@ -117,6 +119,16 @@ def test_dropout_is_for_training():
     torch.testing.assert_close(layer(x), spelled_out(layer, x, (3, 3)))
 
 
+@pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_submodule_decides_whether_attention_is_dropped(kind, training):
+    """As in timm, so that it can be frozen or kept up (Monte Carlo dropout) apart from the layer."""
+    layer = kind(8, 2, attn_drop=0.5).train(not training)
+    layer.attn_drop.train(training)
+    x = torch.randn(2, 9, 8)
+    assert torch.equal(layer(x), layer(x)) != training
+
+
 @backends
 def test_position_bias_gets_a_zero_gradient(backend):
     layer = FusedGPSA(8, 2, backend=backend)
@@ -155,17 +167,28 @@ def test_get_attention():
     assert layer.pos_proj.weight.grad.any()
 
 
-def test_get_attention_map():
+def test_get_attention_computes_in_float32_under_autocast():
     layer = FusedGPSA(8, 2).eval()
     x = torch.randn(2, 9, 8)
-    distance, attention = layer.get_attention_map(x, return_map=True)
-    assert distance.shape == (2,)
-    assert attention.shape == (2, 9, 9)
-    assert torch.equal(layer.get_attention_map(x), distance)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention = layer.get_attention(x)
+        q, k = (t.float() for t in layer._queries_and_keys(x))
+    expected = attention_map(q, k, layer.pos_proj.weight, layer.gating_param, (3, 3), layer.scale)
+    assert torch.equal(attention, expected.bfloat16())
+
+
+@pytest.mark.parametrize(("tokens", "grid_size", "columns"), [(9, None, 3), (16, (2, 8), 8)])
+def test_get_attention_map(tokens, grid_size, columns):
+    layer = FusedGPSA(8, 2).eval()
+    x = torch.randn(2, tokens, 8)
+    distance, attention = layer.get_attention_map(x, return_map=True, grid_size=grid_size)
+    assert torch.equal(attention, layer.get_attention(x, grid_size).mean(0))
+    assert torch.equal(layer.get_attention_map(x, grid_size=grid_size), distance)
     by_hand = torch.zeros(2)
-    for i in range(9):
-        for j in range(9):
-            by_hand += attention[:, i, j] * ((i // 3 - j // 3) ** 2 + (i % 3 - j % 3) ** 2) ** 0.5 / 9
+    for i in range(tokens):
+        for j in range(tokens):
+            steps = i // columns - j // columns, i % columns - j % columns
+            by_hand += attention[:, i, j] * math.hypot(*steps) / tokens
     torch.testing.assert_close(distance, by_hand)
 
 
@@ -206,6 +229,7 @@ def test_gates():
     model = nn.Sequential(FusedGPSA(8, 2), nn.Sequential(FusedGPSA(8, 4)))
     assert {name: tuple(g.shape) for name, g in gates(model).items()} == {"0": (2,), "1.0": (4,)}
     assert torch.equal(gates(model)["0"], torch.sigmoid(torch.ones(2)))
+    assert not any(g.requires_grad for g in gates(model).values())
 
 
 def test_self_attention():

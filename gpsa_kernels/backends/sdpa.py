@@ -148,8 +148,6 @@ def backward(
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, content, logsumexp, 0.0, False, scale=scale
     )
