@@ -242,6 +242,7 @@ class ConViT(nn.Module):
         return self.norm(x)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        # where nothing is kept, torch's checkpoint still reads the random generators, which a CUDA graph cannot capture
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
