@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +107,21 @@ def test_a_library_that_cannot_be_loaded(folder, content, words):
     assert_reason("its library cannot be loaded", words)
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_library_that_loads_is_loaded_once(folder, monkeypatch, gpu):
+    (folder / "build.json").write_text(json.dumps(GOOD))
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert cuda.unavailable() == cuda.unavailable() == (None if gpu else "no CUDA device was found")
+    assert loaded == [str(folder / "gpsa_cuda.so")]
+    tensors = inputs(1, 1, (2, 2), 8, torch.float16)
+    reason = "its kernels run on CUDA tensors, and q is on cpu" if gpu else "no CUDA device was found"
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run this call: {reason}"):
+        gpsa_attention(*tensors, (2, 2), backend="cuda")
+
+
 def test_a_broken_library_does_not_break_the_import(tmp_path):
     package = Path(gpsa_kernels.__file__).parent
     shutil.copytree(package, tmp_path / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__", "_cuda"))
@@ -156,16 +175,37 @@ def stand_in_sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, d
     return SLOTS, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
 
 
+REGISTRATION = (Path(__file__).parents[2] / "csrc" / "register.cpp").read_text()
+SCHEMAS = ["".join(re.findall(r'"(.*?)"', found)) for found in re.findall(r"library\.def\(([^;]*)\);", REGISTRATION)]
+
+ARGUMENTS = {s.split("(")[0]: [argument.name for argument in torch._C.parse_schema(s).arguments] for s in SCHEMAS}
+
+
 @pytest.fixture
-def _available(monkeypatch):
-    """As if the library had loaded; finding that out reads files, which no compiler can trace."""
-    monkeypatch.setattr(torch.ops, "gpsa_cuda", SimpleNamespace(sizes=stand_in_sizes), raising=False)
+def register(monkeypatch):
+    """Puts Python functions in the library's place: real operators, of the schemas in csrc/register.cpp."""
+    library = torch.library.Library("gpsa_cuda_stand_in", "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+
+    def register(**functions: Callable) -> None:
+        for name, function in functions.items():
+            library.impl(name, function, "CompositeExplicitAutograd")
+
+    monkeypatch.setattr(torch.ops, "gpsa_cuda", torch.ops.gpsa_cuda_stand_in, raising=False)
     cuda._sizes.cache_clear()
+    yield register
+    cuda._sizes.cache_clear()
+    library._destroy()
+
+
+@pytest.fixture
+def _available(monkeypatch, register):
+    """As if the library had loaded; finding that out reads files, which no compiler can trace."""
+    register(sizes=stand_in_sizes)
     monkeypatch.setattr(cuda, "_load", lambda: None if Path(__file__).read_text() else "impossible")
     monkeypatch.setattr(cuda, "_code_for", lambda device: None if Path(__file__).read_text() else "impossible")
     torch._dynamo.reset()
-    yield
-    cuda._sizes.cache_clear()
 
 
 def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48, dtype: torch.dtype = torch.bfloat16):
@@ -213,6 +253,8 @@ def test_the_public_function_on_fake_tensors():
         torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing where no GPU is
         try:
             assert gpsa_attention(*float32, (14, 14), backend="cuda").dtype == torch.float16
+            with pytest.raises(RuntimeError, match=r"q is torch\.float64"):  # which autocast leaves alone
+                gpsa_attention(*cuda_tensors(dtype=torch.float64), (14, 14), backend="cuda")
         finally:
             torch.set_autocast_enabled("cuda", False)
         with pytest.raises(RuntimeError, match=r"take float16 and bfloat16, and q is torch\.float32"):
@@ -251,7 +293,9 @@ def branches(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, grid: tuple[in
     return [literal(q, k, v, pos_weight, gate, grid, scale) for gate in gates]
 
 
-def stand_in_forward(q, k, v, pos_weight, gate, seed, out, content, logsumexp, workspace, rows, columns, scale, p):
+def stand_in_forward(
+    q, k, v, pos_weight, gate, seed, out, content, logsumexp, workspace, rows, columns, scale, dropout_p
+):
     """gpsa_cuda::forward by the formula, with what the kernels ask for asserted."""
     check_arguments((q, k, v, out), pos_weight, gate, workspace, FORWARD_BYTES)
     assert (content is not None) == (logsumexp is not None and rows * columns > 256)
@@ -265,11 +309,27 @@ def stand_in_forward(q, k, v, pos_weight, gate, seed, out, content, logsumexp, w
 
 
 def stand_in_backward(
-    grad_out, q, k, v, pos_weight, gate, seed, content, logsumexp, grad_q, grad_k, grad_v, sums, workspace, *settings
+    grad_out,
+    q,
+    k,
+    v,
+    pos_weight,
+    gate,
+    seed,
+    content,
+    logsumexp,
+    grad_q,
+    grad_k,
+    grad_v,
+    sums,
+    workspace,
+    rows,
+    columns,
+    scale,
+    dropout_p,
 ):
     """gpsa_cuda::backward by the formula."""
     check_arguments((grad_out, q, k, v, grad_q, grad_k, grad_v), pos_weight, gate, workspace, BACKWARD_BYTES)
-    rows, columns, scale, _ = settings
     assert logsumexp.isfinite().all()
     assert (content is not None) == (rows * columns > 256)
     with torch.enable_grad():
@@ -304,13 +364,9 @@ def check_arguments(tokens: tuple[Tensor, ...], pos_weight: Tensor, gate: Tensor
 
 
 @pytest.fixture
-def _stand_in(monkeypatch):
+def _stand_in(register):
     """The formula in the kernels' place, on the CPU: everything between the operator and them runs as it will."""
-    operators = SimpleNamespace(forward=stand_in_forward, backward=stand_in_backward, sizes=stand_in_sizes)
-    monkeypatch.setattr(torch.ops, "gpsa_cuda", operators, raising=False)
-    cuda._sizes.cache_clear()
-    yield
-    cuda._sizes.cache_clear()
+    register(forward=stand_in_forward, backward=stand_in_backward, sizes=stand_in_sizes)
 
 
 def operator(q, k, v, pos_weight, gate, grid_size, scale):
@@ -333,8 +389,10 @@ def misaligned_start(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape) for t in tensors)
 
 
-def odd_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.nn.functional.pad(t, (0, 1))[..., :-1] for t in tensors)
+def odd_stride(axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """All strides but that of batch (0), heads (1) or tokens (2) are multiples of 16 bytes."""
+    rows = (torch.nn.functional.pad(t.flatten(axis + 1), (0, 4))[..., :-4] for t in tensors)
+    return tuple(row.unflatten(axis + 1, t.shape[axis + 1 :]) for row, t in zip(rows, tensors, strict=True))
 
 
 def expanded(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -342,11 +400,17 @@ def expanded(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("layout", [packed, misaligned_start, odd_stride, expanded])
+@pytest.mark.parametrize(
+    "layout",
+    [packed, misaligned_start, *(partial(odd_stride, axis) for axis in range(3)), expanded],
+    ids=["packed", "misaligned start", "odd batch", "odd head", "odd token", "expanded"],
+)
 def test_any_strides(layout):
     tensors = inputs(2, 2, (3, 4), 8, torch.float16)
     laid_out = layout(*tensors[:3])
     assert all(not t.is_contiguous() or t.data_ptr() % 16 for t in laid_out)
+    if isinstance(layout, partial):
+        assert [axis for axis in range(3) if laid_out[0].stride(axis) % 8] == [*layout.args]
     out = operator(*laid_out, *tensors[3:], (3, 4), 0.3)
     plain = operator(*(t.clone(memory_format=torch.contiguous_format) for t in laid_out), *tensors[3:], (3, 4), 0.3)
     assert torch.equal(out, plain)
@@ -385,6 +449,69 @@ def test_results_have_the_strides_that_fake_tensors_promise(grid_size):
             fakes = [mode.from_tensor(t) for t in tensors]
             fake = torch.ops.gpsa.attention_forward(*fakes, None, *settings, save)
         assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in fake]
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("workspaces", [(0, 0), (24, 40)])
+@pytest.mark.parametrize("saves_content", [True, False])
+def test_what_the_kernels_are_called_with(register, save, workspaces, saves_content):
+    calls = {}
+    register(
+        forward=lambda *arguments: calls.update(forward=arguments),
+        backward=lambda *arguments: calls.update(backward=arguments),
+        sizes=lambda *shape: (SLOTS, *workspaces, saves_content),
+    )
+    q, k, v = torch.randn(2, 12, 3, 2, 8, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
+    pos_weight, gate, seed = torch.randn(3, 2, dtype=torch.float64).T, torch.randn(2).half(), torch.tensor([7])
+    settings = (3, 4), 0.3, 0.1
+    out, content, logsumexp = cuda.forward(q, k, v, pos_weight, gate, seed, *settings, save)
+    grads = cuda.backward(v, q, k, v, pos_weight, gate, seed, content, torch.zeros(2, 2, 12), *settings)
+
+    def as_passed(*tensors: Tensor | None) -> list[tuple | None]:
+        return [t if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+
+    named = {name: dict(zip(ARGUMENTS[name], arguments, strict=True)) for name, arguments in calls.items()}
+    for call, size in zip(named.values(), workspaces, strict=True):
+        assert as_passed(call["q"], call["k"], call["v"], call["seed"]) == as_passed(q, k, v, seed)  # not copied
+        for name, given in (("pos_weight", pos_weight), ("gate", gate)):
+            assert call[name].is_contiguous()
+            assert torch.equal(call[name], given.float())
+        assert (call["workspace"] is None) == (size == 0)
+        assert size == 0 or (call["workspace"].dtype, call["workspace"].shape) == (torch.uint8, (size,))
+        assert [call[name] for name in ("rows", "columns", "scale", "dropout_p")] == [3, 4, 0.3, 0.1]
+    forward, backward = named["forward"], named["backward"]
+    heads_last = (192, 8, 16, 1)
+    assert as_passed(forward["out"]) == as_passed(out)
+    for t in (out, *grads[:3]):
+        assert (t.shape, t.stride(), t.dtype) == ((2, 2, 12, 8), heads_last, torch.bfloat16)
+    kept = [content if save and saves_content else None, logsumexp if save else None]
+    assert as_passed(forward["content"], forward["logsumexp"]) == as_passed(*kept)
+    assert content.shape == (out.shape if save and saves_content else (0,))
+    assert (logsumexp.shape, logsumexp.dtype) == ((2, 2, 12) if save else (0,), torch.float32)
+    assert as_passed(backward["grad_out"], backward["content"]) == as_passed(v, content if saves_content else None)
+    assert as_passed(backward["grad_q"], backward["grad_k"], backward["grad_v"]) == as_passed(*grads[:3])
+    assert (backward["sums"].shape, backward["sums"].dtype) == ((2, 2, SLOTS, 4), torch.float32)
+
+
+@pytest.mark.parametrize("stand_in", [stand_in_forward, stand_in_backward, stand_in_sizes])
+def test_the_functions_behind_the_schemas_name_the_same_arguments_in_the_same_order(stand_in):
+    name = stand_in.__name__.removeprefix("stand_in_")
+    (parameters,) = re.findall(rf"\n[\w:<>, ]+ {name}\((.*?)\) {{", REGISTRATION, re.DOTALL)
+    assert [parameter.split()[-1] for parameter in parameters.split(",")] == ARGUMENTS[name]
+    assert list(inspect.signature(stand_in).parameters) == ARGUMENTS[name]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"), [("cuda:3", 0, 3), ("cuda:0", 4, 0), ("cuda", 4, 2), ("cuda", 0, -1)]
+)
+def test_sizes_are_asked_for_the_device_of_q(monkeypatch, register, device, gpus, expected):
+    asked = []
+    register(sizes=lambda *shape: asked.append(shape) or (SLOTS, 0, 0, False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    q = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, size=[5, 3, 12, 8].__getitem__)
+    cuda._sizes_for(q, (3, 4), 0.1)
+    assert asked == [(5, 3, 3, 4, 8, True, 0.1, expected)]
 
 
 def test_a_batch_of_nothing_has_gradients_of_zero():
