@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import NAMES, assert_as_exact_as_eager, inputs
+from reference import NAMES, assert_as_exact_as_eager, inputs, literal, with_gradients
 
 from gpsa_kernels import gpsa_attention
 
@@ -60,6 +60,21 @@ def test_open_and_closed_gates(target, dtype, grid_size, logit):
 def test_flat_and_steep_positions(target, dtype, grid_size, weight):
     q, k, v, pos_weight, gate = inputs(1, 2, grid_size, 16, dtype)
     check([q, k, v, torch.full_like(pos_weight, weight), gate], grid_size, target)
+
+
+def test_squared_offsets_that_float16_cannot_hold(target):
+    """The first of 520 rows looks at itself and at the last alike, so that d/dw2 of its map is 519² / 4."""
+    grid_size = (520, 1)
+    q, k, v, *_ = inputs(1, 1, grid_size, 8, torch.float16)
+    pos_weight, gate = torch.tensor([[0.0, -519 / 64, 1 / 64]]), torch.zeros(1)
+    grad_out = torch.randn(q.shape).half()
+    there = [t.detach().to(target.device) for t in (q, k, v, pos_weight, gate)]
+    found = with_gradients(gpsa_attention, there, grad_out.to(target.device), grid_size, backend=target.backend)
+    doubles = [t.double() for t in (q, k, v, pos_weight, gate)]
+    expected = with_gradients(literal, doubles, grad_out.double(), grid_size, 8**-0.5)
+    half_the_digits = torch.finfo(torch.float16).eps ** 0.5
+    for name, a, b in zip(NAMES, expected, found, strict=True):
+        assert (b.cpu().double() - a).norm() < half_the_digits * a.norm(), name
 
 
 @pytest.mark.parametrize("factor", [30.0, 1e3])
