@@ -35,6 +35,19 @@ _library.define(
 )
 
 
+def _check_dropout(
+    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, grid_size: tuple[int, int], dropout_p: float, backend: str
+) -> None:
+    """Raises where a kernel would drop nothing in silence."""
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"seed must be a tensor for dropout_p > 0, got None and dropout_p={dropout_p}")
+    if dropout_p == 0 and seed is not None:
+        raise ValueError("seed must be None for dropout_p = 0, got a tensor")
+    reason = BACKENDS[backend].unsupported(q, k, v, grid_size, dropout_p) if dropout_p > 0 else None
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
@@ -52,6 +65,7 @@ def _forward(
     backend: str,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_dropout(q, k, v, seed, (rows, columns), dropout_p, backend)
     kernel = BACKENDS[backend].forward
     assert kernel is not None, f"backend {backend!r} has no kernels"
     return kernel(q, k, v, pos_weight, gate, seed, (rows, columns), scale, dropout_p, save)
@@ -73,6 +87,7 @@ def _backward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_dropout(q, k, v, seed, (rows, columns), dropout_p, backend)
     kernel = BACKENDS[backend].backward
     assert kernel is not None, f"backend {backend!r} has no kernels"
     return kernel(
@@ -108,6 +123,7 @@ def _forward_fake(
     backend: str,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_dropout(q, k, v, seed, (rows, columns), dropout_p, backend)
     dtype = accumulation_dtype(q.dtype)
     saves_content = save and BACKENDS[backend].saves_content(q, (rows, columns), dropout_p)
     content = empty_output(q) if saves_content else q.new_empty(0)
@@ -116,8 +132,22 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, *_: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    seed: Tensor | None,
+    content: Tensor,
+    logsumexp: Tensor,
+    rows: int,
+    columns: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_dropout(q, k, v, seed, (rows, columns), dropout_p, backend)
     grads = (empty_output(q), empty_output(q), empty_output(q))
     return *grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape)
 
@@ -269,9 +299,16 @@ def _backward_autograd(grad_out: Tensor, *rest: Any) -> tuple[Tensor | None, ...
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
 
+def _knows_autocast(device: str) -> bool:
+    return is_autocast_available(device)
+
+
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # the compiler cannot trace the question
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast casts to on a type of device; None where it is off or, as on meta, not known."""
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _knows_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 

@@ -44,7 +44,9 @@ def gpsa_attention(
         scale: factor of the content scores, D ** -0.5 if None.
         dropout_p: probability with which entries of the mixed attention map are dropped, one mask for both branches.
             As in ``scaled_dot_product_attention`` it acts whenever it is not 0.
-        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``.
+        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``. "eager" has all
+            derivatives, the others first ones by ``backward()``; in forward mode and inside a transform of torch.func
+            "auto" is "eager".
 
     Returns:
         (B, H, N, D) in q's dtype (the autocast dtype under autocast), laid out so that
@@ -53,8 +55,8 @@ def gpsa_attention(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why. Also when a gradient of
-            the result is differentiated again.
+        RuntimeError: the backend asked for by name cannot run this call; the message says why. Also, unless the backend
+            is "eager", when a gradient of the result is differentiated again.
     """
     _check_tensors(q, k, v, pos_weight, gate)
     rows, columns = _check_grid(grid_size, q.shape[2])
