@@ -171,7 +171,7 @@ transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _differentiated_by_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _unsupported(what: str) -> RuntimeError:
+def _refusal(what: str) -> RuntimeError:
     return RuntimeError(
         f'fused attention has first derivatives only, by backward(): {what}. backend="eager" has all derivatives'
     )
@@ -182,9 +182,9 @@ def _check_transforms(*tensors: Tensor) -> None:
     if not transformed():
         return
     if any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors):
-        raise _unsupported("it is differentiated in forward mode")
+        raise _refusal("it is differentiated in forward mode")
     if torch._C._are_functorch_transforms_active() and any(t.requires_grad for t in tensors):
-        raise _unsupported("it is differentiated by torch.func")
+        raise _refusal("it is differentiated by torch.func")
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -199,7 +199,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise _unsupported("its gradients were computed with create_graph=True and are being differentiated again")
+        raise _refusal("its gradients were computed with create_graph=True and are being differentiated again")
 
 
 def _first_order(inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -229,7 +229,7 @@ def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     itself.
     """
     if _differentiated_by_transform():
-        raise _unsupported("it is differentiated by torch.func or in forward mode")
+        raise _refusal("it is differentiated by torch.func or in forward mode")
     if torch.compiler.is_compiling() or transformed():
         return tensors
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):

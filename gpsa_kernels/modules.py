@@ -222,7 +222,7 @@ class FusedGPSA(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention on torch's ``scaled_dot_product_attention``, with the parameter names of timm's MHSA.
 
-    There is nothing to fuse, so a GPSA ``backend`` is taken for the sake of models that give all layers the same.
+    ``backend`` takes the names that :class:`FusedGPSA` takes, so that a model can give all its layers the same.
 
     Args:
         dim: channels of the tokens.

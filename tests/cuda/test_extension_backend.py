@@ -273,7 +273,8 @@ def stand_in_backward(
     rows, columns, scale, _ = settings
     assert logsumexp.isfinite().all()
     assert (content is not None) == (rows * columns > 256)
-    with torch.enable_grad():
+    autograd = (torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet.from_raw_repr(0))
+    with torch._C._ForceDispatchKeyGuard(*autograd), torch.enable_grad():  # which is not there below the operator
         leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
         expanded = pos_weight.double().expand(q.size(0), -1, -1).contiguous().requires_grad_()
         parts = [
