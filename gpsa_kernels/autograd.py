@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd import forward_ad
 
@@ -39,11 +40,13 @@ def _check_dropout(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, grid_size: tuple[int, int], dropout_p: float, backend: str
 ) -> None:
     """Raises where a kernel would drop nothing in silence."""
-    if dropout_p > 0 and seed is None:
+    if dropout_p == 0:
+        if seed is not None:
+            raise ValueError("seed must be None for dropout_p = 0, got a tensor")
+        return
+    if seed is None:
         raise ValueError(f"seed must be a tensor for dropout_p > 0, got None and dropout_p={dropout_p}")
-    if dropout_p == 0 and seed is not None:
-        raise ValueError("seed must be None for dropout_p = 0, got a tensor")
-    reason = BACKENDS[backend].unsupported(q, k, v, grid_size, dropout_p) if dropout_p > 0 else None
+    reason = BACKENDS[backend].unsupported(q, k, v, grid_size, dropout_p)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
 
@@ -157,7 +160,7 @@ def _backward_fake(
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work: cheap, as every call asks."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 
 def _differentiated_by_transform() -> bool:
@@ -178,12 +181,10 @@ def _refusal(what: str) -> RuntimeError:
 
 
 def _check_transforms(*tensors: Tensor) -> None:
-    """Raises in an autograd kernel where a transform would otherwise lose its derivative in silence."""
-    if not transformed():
-        return
+    """Raises in an autograd kernel, inside a transform, where its derivative would be lost in silence."""
     if any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors):
         raise _refusal("it is differentiated in forward mode")
-    if torch._C._are_functorch_transforms_active() and any(t.requires_grad for t in tensors):
+    if _are_functorch_transforms_active() and any(t.requires_grad for t in tensors):
         raise _refusal("it is differentiated by torch.func")
 
 
@@ -281,7 +282,8 @@ def _forward_autograd(
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = (rows, columns, scale, dropout_p, backend)
-    _check_transforms(q, k, v, pos_weight, gate)
+    if transformed():
+        _check_transforms(q, k, v, pos_weight, gate)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, pos_weight, gate)):
         return _Attention.apply(q, k, v, pos_weight, gate, seed, *settings)
     with torch._C._AutoDispatchBelowAutograd():
@@ -290,7 +292,8 @@ def _forward_autograd(
 
 def _backward_autograd(grad_out: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     inputs = (grad_out, *rest[:5])
-    _check_transforms(*inputs)
+    if transformed():
+        _check_transforms(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.gpsa.attention_backward(grad_out, *rest)
     return _first_order(inputs, grads)

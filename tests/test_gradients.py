@@ -222,6 +222,7 @@ def test_the_operator_refuses_transforms(way):
         way(operator, [t.detach() for t in inputs(1, 2, grid_size, 4)])
 
 
+@pytest.mark.usefixtures("_sdpa")
 @pytest.mark.parametrize("backend", ["eager", "auto", "sdpa"])
 @calls
 def test_vmap(build, backend):
