@@ -35,7 +35,7 @@ def fuse(
 
     Args:
         model: any module, a GPSA layer itself included.
-        backend: of the fused layers, see :func:`gpsa_kernels.gpsa_attention`.
+        backend: of the fused layers, see :func:`gpsa_kernels.gpsa_attention` and :class:`SelfAttention`.
         self_attention: whether the plain self-attention layers of a model with GPSA layers (linear ``qkv``, C to 3C,
             ``proj``, ``num_heads``, nothing else) become :class:`SelfAttention`, which computes the same.
         grid_size: (rows, columns) of the token grid for every fused layer; a square inferred from the token count if
@@ -58,7 +58,7 @@ def fuse(
         if _is_gpsa(layer):
             kind, settings = _GPSA, {"backend": backend, "grid_size": grid_size}
         elif self_attention and _is_self_attention(layer):
-            kind, settings = _SELF_ATTENTION, {}
+            kind, settings = _SELF_ATTENTION, {"backend": backend}
         else:
             continue
         reason = _obstacle(layer, kind)
@@ -216,7 +216,7 @@ def _difference(layer: nn.Module, kind: _Kind) -> str | None:
             torch.randn(1, tokens, dim, generator=generator, device="cpu", dtype=torch.float32) for tokens in (4, 9)
         ]
         outputs = [trial(x) for x in inputs]
-        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {})
+        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {"backend": "eager"})
         for x, expected in zip(inputs, outputs, strict=True):
             if not isinstance(expected, Tensor):
                 return f"its forward returns a {type(expected).__name__}, not a tensor"

@@ -135,7 +135,7 @@ class ConViT(nn.Module):
         local_up_to_layer: the number of GPSA blocks, which come first. The class token joins after them.
         locality_strength: alpha of the convolutional initialisation, see :meth:`FusedGPSA.local_init`.
         use_pos_embed: whether to add a learned position embedding to the patch tokens.
-        backend: of the GPSA layers, see :func:`gpsa_kernels.gpsa_attention`.
+        backend: of the attention layers, see :func:`gpsa_kernels.gpsa_attention` and :class:`SelfAttention`.
         device: where the parameters are created.
         dtype: of the parameters.
 
@@ -197,11 +197,12 @@ class ConViT(nn.Module):
                 "qkv_bias": qkv_bias,
                 "attn_drop": attn_drop_rate,
                 "proj_drop": drop_rate,
+                "backend": backend,
                 **factory,
             }
             attn: FusedGPSA | SelfAttention
             if index < local_up_to_layer:
-                attn = FusedGPSA(locality_strength=locality_strength, backend=backend, **shared)
+                attn = FusedGPSA(locality_strength=locality_strength, **shared)
             else:
                 attn = SelfAttention(**shared)
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate, **factory)

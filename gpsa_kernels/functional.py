@@ -44,7 +44,9 @@ def gpsa_attention(
         scale: factor of the content scores, D ** -0.5 if None.
         dropout_p: probability with which entries of the mixed attention map are dropped, one mask for both branches.
             As in ``scaled_dot_product_attention`` it acts whenever it is not 0.
-        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``.
+        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``. "eager" has all
+            derivatives, the others first ones by ``backward()``; in forward mode and inside a transform of torch.func
+            "auto" is "eager".
 
     Returns:
         (B, H, N, D) in q's dtype (the autocast dtype under autocast), laid out so that
@@ -53,8 +55,8 @@ def gpsa_attention(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: shapes, devices, grid, scale, dropout_p or the backend's name do not fit.
-        RuntimeError: the backend asked for by name cannot run this call; the message says why. Also when a gradient of
-            the result is differentiated again.
+        RuntimeError: the backend asked for by name cannot run this call; the message says why. Also, unless the backend
+            is "eager", when a gradient of the result is differentiated again.
     """
     _check_tensors(q, k, v, pos_weight, gate)
     rows, columns = _check_grid(grid_size, q.shape[2])
@@ -78,8 +80,9 @@ def gpsa_attention(
         return out
     assert chosen.compose is not None, f"backend {chosen.name!r} has no kernels for {q.device.type}"
     q, k, v = autograd.autocast_inputs(q, k, v)
-    q, k, v, pos_weight, gate = autograd.first_order(q, k, v, pos_weight, gate)
-    with torch.autocast(q.device.type, enabled=False):
+    if not chosen.all_derivatives:
+        q, k, v, pos_weight, gate = autograd.first_order(q, k, v, pos_weight, gate)
+    with autograd.without_autocast(q.device.type):
         return chosen.compose(q, k, v, pos_weight, gate, (rows, columns), scale, dropout_p)
 
 
@@ -99,7 +102,10 @@ def select_backend(
         RuntimeError: the backend asked for by name cannot run these tensors; the message says why.
     """
     if name == "auto":
+        transformed = autograd.transformed()
         for candidate in BACKENDS.values():
+            if transformed and not candidate.all_derivatives:
+                continue
             if candidate.by_name_only or candidate.unavailable() is not None:
                 continue
             if candidate.unsupported(q, k, v, grid_size, dropout_p) is None:
@@ -128,7 +134,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Te
         if t.shape != shape:
             raise ValueError(f"{name} must have q's shape {tuple(shape)}, got {tuple(t.shape)}")
         # under autocast q, k and v are cast to one dtype before any work, as SDPA's are
-        if t.dtype != dtype and not torch.is_autocast_enabled(device.type):
+        if t.dtype != dtype and autograd.autocast_dtype(device.type) is None:
             raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
     for name, t, expected in (("pos_weight", pos_weight, (shape[1], 3)), ("gate", gate, (shape[1],))):
         if t.shape != expected:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpsa_kernels import autograd
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.backends.eager import attention_map, relative_offsets
@@ -29,8 +30,8 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_settings(backend: str, grid_size: tuple[int, int] | None) -> None:
-    """Raises ValueError where a GPSA layer cannot be made with these, naming the argument."""
+def check_settings(backend: str, grid_size: tuple[int, int] | None = None) -> None:
+    """Raises ValueError where a layer cannot be made with these, naming the argument."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if grid_size is not None and not (len(grid_size) == 2 and all(isinstance(n, int) and n > 0 for n in grid_size)):
@@ -164,7 +165,7 @@ class FusedGPSA(nn.Module):
         grid_size = self._grid(x.shape[1], grid_size)
         q, k = self._queries_and_keys(x)
         dtype = accumulation_dtype(q.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with autograd.without_autocast(x.device.type):
             attention = attention_map(
                 q.to(dtype), k.to(dtype), self._pos_weight(), self.gating_param, grid_size, self.scale
             )
@@ -221,6 +222,8 @@ class FusedGPSA(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention on torch's ``scaled_dot_product_attention``, with the parameter names of timm's MHSA.
 
+    ``backend`` takes the names that :class:`FusedGPSA` takes, so that a model can give all its layers the same.
+
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; ``dim`` must be a multiple of it.
@@ -228,11 +231,13 @@ class SelfAttention(nn.Module):
         qk_scale: factor of the scores, head_dim ** -0.5 if None.
         attn_drop: dropout probability of the attention map, in training.
         proj_drop: dropout probability of the output, in training.
+        backend: "eager" writes the softmax out in plain PyTorch, which has all derivatives; every other calls torch's
+            ``scaled_dot_product_attention``, "auto" only where first derivatives by ``backward()`` are enough.
         device: where the parameters are created.
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``.
+        ValueError: ``dim`` is not a multiple of ``num_heads``, or ``backend`` unknown.
     """
 
     def __init__(
@@ -244,13 +249,16 @@ class SelfAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         *,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_settings(backend)
         self.dim = dim
         self.num_heads = num_heads
         self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -258,7 +266,7 @@ class SelfAttention(nn.Module):
         self.apply(init_linear)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}"
+        return f"dim={self.dim}, num_heads={self.num_heads}, backend={self.backend!r}"
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_tokens(x, self.dim)
@@ -268,13 +276,20 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
         q, k, v = self._queries_keys_values(x)
-        dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+        if self.backend == "eager" or (self.backend == "auto" and autograd.transformed()):
+            out = self.attn_drop(self._attention_map(q, k)) @ v
+        else:
+            q, k, v = autograd.first_order(q, k, v)
+            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The attention map (B, H, N, N) of ``x`` (B, N, dim)."""
         q, k, _ = self._queries_keys_values(x)
+        return self._attention_map(q, k)
+
+    def _attention_map(self, q: Tensor, k: Tensor) -> Tensor:
         return (self.scale * (q @ k.transpose(-2, -1))).softmax(dim=-1)
 
     def get_attention_map(self, x: Tensor, return_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -190,12 +190,42 @@ def test_self_attention_can_be_left():
 def test_settings_reach_every_layer():
     model = fuse(timm_convit(image_size=32, **SMALL), backend="eager", grid_size=(1, 4))
     assert {(b.attn.backend, b.attn.grid_size) for b in model.blocks[:2]} == {("eager", (1, 4))}
+    assert model.blocks[2].attn.backend == "eager"
     own = randomized(ConViT(embed_dim=192, num_heads=4, image_size=(16, 64), **SMALL)).eval()
     own.load_state_dict(model.state_dict())
     # timm's model takes the 2x2 patches of a square for the 1x4 that the layers are told of
     x = torch.randn(1, 3, 16, 64, dtype=torch.float64)
     square = torch.cat((torch.cat(x.chunk(4, dim=3)[:2], dim=3), torch.cat(x.chunk(4, dim=3)[2:], dim=3)), dim=2)
     assert_rounded(model.eval()(square), own(x), own)
+
+
+def gradient_penalty(model, x):
+    """The gradient of a penalty with respect to what comes after all attention."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), model.head.weight)[0]
+
+
+def forward_mode(model, x):
+    return torch.func.jvp(model, (x,), (x.cos(),))[1]
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_other_derivatives_are_timms_or_refused(self_attention):
+    model = timm_convit(image_size=32, **SMALL).eval()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected, tangent = gradient_penalty(model, x), forward_mode(model, x)
+    fuse(model, self_attention=self_attention)
+    torch.testing.assert_close(forward_mode(model, x), tangent)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        gradient_penalty(model, x)
+    for block in model.blocks:
+        block.attn.backend = "eager"
+    torch.testing.assert_close(gradient_penalty(model, x), expected)
+    for block in model.blocks:
+        block.attn.backend = "sdpa"
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        forward_mode(model, x)
 
 
 # ---- there and back -------------------------------------------------------------------------------------------------

@@ -1,16 +1,27 @@
-"""Differentiation: exact in float64, for any subset of inputs, once."""
+"""Differentiation: exact in float64, for any subset of inputs; once by every backend, in every way by eager."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
-from reference import NAMES, inputs, with_gradients
+from models import randomized
+from reference import NAMES, inputs, literal, with_gradients
+from torch import nn
+from torch.autograd import forward_ad
 
-from gpsa_kernels import gpsa_attention
+from gpsa_kernels import BACKENDS, ConViT, FusedGPSA, SelfAttention, gpsa_attention
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
+
+
+@pytest.fixture(params=["kernels", "composed"])
+def _sdpa(request, monkeypatch):
+    """The backend sdpa as it runs on the CPU, and as it runs elsewhere."""
+    if request.param == "composed":
+        monkeypatch.setitem(BACKENDS, "sdpa", dataclasses.replace(BACKENDS["sdpa"], kernel_devices=frozenset()))
 
 
 @backends
@@ -22,8 +33,6 @@ def test_gradcheck(backend, grid_size):
 
 def test_closed_form_matches_autograd_of_the_composition():
     """The gradients that sdpa writes down by hand, against autograd's of the same computation."""
-    from gpsa_kernels.backends import BACKENDS
-
     sdpa = BACKENDS["sdpa"]
     tensors = inputs(3, 2, (4, 5), 8)
     grad_out = torch.randn(3, 2, 20, 8, dtype=torch.float64)
@@ -50,24 +59,6 @@ def test_any_subset_may_be_frozen(backend):
                 torch.testing.assert_close(leaf.grad, expected[name])
             else:
                 assert leaf.grad is None
-
-
-@backends
-def test_second_derivatives_raise(backend):
-    tensors = inputs(1, 2, (2, 3), 4)
-    out = gpsa_attention(*tensors, (2, 3), backend=backend)
-    for grad in torch.autograd.grad(out.sum(), tensors, create_graph=True):
-        with pytest.raises(RuntimeError, match="first derivatives only"):
-            torch.autograd.grad(grad.sum(), tensors, allow_unused=True, retain_graph=True)
-
-
-@backends
-def test_a_gradient_penalty_raises_instead_of_being_left_out(backend):
-    tensors = inputs(1, 2, (2, 3), 4)
-    out = gpsa_attention(*tensors, (2, 3), backend=backend)
-    (grad,) = torch.autograd.grad(out.sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives only"):
-        (out.square().sum() + grad.square().sum()).backward()
 
 
 @backends
@@ -120,3 +111,187 @@ def test_saved_for_backward_is_far_less_than_eager_keeps(backend):
         assert sum(saved.values()) == 4 * one + small  # q, k, v and the content branch's output
     else:
         assert sum(saved.values()) > 8 * (4 * one + small)
+
+
+# ---- in every way ----------------------------------------------------------------------------------------------------
+
+REFUSED = 'fused attention has first derivatives only.*backend="eager" has all derivatives'
+
+
+def _attention(backend):
+    """The operator as a function of its five tensors."""
+    grid_size = (2, 3)
+    return lambda *tensors: gpsa_attention(*tensors, grid_size, backend=backend), inputs(1, 2, grid_size, 4)
+
+
+def _gate_alone(backend):
+    *rest, gate = inputs(1, 2, (2, 3), 4)
+    return lambda gate: gpsa_attention(*(t.detach() for t in rest), gate, (2, 3), backend=backend), [gate]
+
+
+def _layer(kind):
+    def build(backend):
+        torch.manual_seed(0)
+        return randomized(kind(8, 2, backend=backend)), [torch.randn(2, 4, 8, dtype=torch.float64)]
+
+    return build
+
+
+def _model(backend):
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "num_heads": 2, "depth": 3, "local_up_to_layer": 2, "image_size": 8, "patch_size": 4}
+    model = randomized(ConViT(num_classes=3, backend=backend, **sizes)).eval()
+    return model, [torch.randn(1, 3, 8, 8, dtype=torch.float64)]
+
+
+CALLS = {
+    "operator": _attention,
+    "gate alone": _gate_alone,
+    "FusedGPSA": _layer(FusedGPSA),
+    "SelfAttention": _layer(SelfAttention),
+    "ConViT": _model,
+}
+calls = pytest.mark.parametrize("build", CALLS.values(), ids=CALLS)
+
+
+@calls
+def test_eager_has_all_derivatives(build):
+    function, tensors = build("eager")
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True, fast_mode=True)
+
+
+def _dual_numbers(function, tensors):
+    with forward_ad.dual_level():
+        out = function(*(forward_ad.make_dual(t, t.cos().detach()) for t in tensors))
+        return forward_ad.unpack_dual(out).tangent
+
+
+def _jvp(function, tensors):
+    return torch.func.jvp(function, tuple(tensors), tuple(t.cos() for t in tensors))[1]
+
+
+def _gradient_of_first(function):
+    return torch.func.grad(lambda first, *rest: function(first, *rest).square().sum())
+
+
+WAYS = {
+    "dual numbers": _dual_numbers,
+    "jvp": _jvp,
+    "jacfwd": lambda function, tensors: torch.func.jacfwd(function)(*tensors),
+    "jacrev": lambda function, tensors: torch.func.jacrev(function)(*tensors),
+    "grad": lambda function, tensors: _gradient_of_first(function)(*tensors),
+    "vmap of grad": lambda function, tensors: torch.vmap(_gradient_of_first(function))(*(t[None] for t in tensors)),
+    "vmap of jvp": lambda function, tensors: torch.vmap(lambda *t: _jvp(function, t))(*(t[None] for t in tensors)),
+    "jvp of vmap": lambda function, tensors: _jvp(torch.vmap(function), [t[None] for t in tensors]),
+    "jvp of grad": lambda function, tensors: _jvp(_gradient_of_first(function), tensors),
+}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@pytest.mark.usefixtures("_sdpa")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@ways
+@calls
+def test_transforms_are_right_or_refused(build, way, requires_grad):
+    """Right where the backend is chosen for the call, refused where it was asked for by name and is another."""
+    results = {}
+    for backend in ("eager", "auto", "sdpa"):
+        function, tensors = build(backend)
+        tensors = [t.detach().requires_grad_(requires_grad) for t in tensors]
+        if isinstance(function, nn.Module):
+            function.requires_grad_(requires_grad)
+        if backend == "sdpa":
+            with pytest.raises(RuntimeError, match=REFUSED):
+                way(function, tensors)
+        else:
+            results[backend] = way(function, tensors)
+    assert results["eager"].abs().max() > 0
+    torch.testing.assert_close(results["auto"], results["eager"])
+
+
+@ways
+def test_the_operator_refuses_transforms(way):
+    grid_size = (2, 3)
+
+    def operator(*tensors):
+        return torch.ops.gpsa.attention_forward(*tensors, None, *grid_size, 0.5, 0.0, "sdpa")[0]
+
+    with pytest.raises(RuntimeError, match=REFUSED):
+        way(operator, [t.detach() for t in inputs(1, 2, grid_size, 4)])
+
+
+@pytest.mark.usefixtures("_sdpa")
+@pytest.mark.parametrize("backend", ["eager", "auto", "sdpa"])
+@calls
+def test_vmap(build, backend):
+    function, tensors = build(backend)
+    expected = function(*tensors)
+    out = torch.vmap(function)(*(torch.stack((t, t)) for t in tensors))
+    torch.testing.assert_close(out, torch.stack((expected, expected)))
+
+
+@pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
+def test_per_sample_gradients(kind):
+    layer, (x,) = CALLS[kind.__name__]("auto")
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, x[None]).square().sum()
+
+    gradients = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for index, sample in enumerate(x):
+        layer.zero_grad()
+        layer(sample[None]).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(gradients[name][index], parameter.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_forward_mode(dtype):
+    torch._dynamo.reset()
+    results = []
+    for backend in ("eager", "auto", "sdpa"):
+        function, tensors = _attention(backend)
+        tensors = [t.detach().to(dtype) for t in tensors]
+        compiled = torch.compile(
+            lambda *tensors, f=function: _jvp(f, tensors), backend="aot_eager", fullgraph=backend != "sdpa"
+        )
+        if backend == "sdpa":
+            with pytest.raises(RuntimeError, match=f"(?s){REFUSED}"):
+                compiled(*tensors)
+        else:
+            results.append(compiled(*tensors))
+    torch.testing.assert_close(*results)
+    expected = _jvp(lambda *tensors: literal(*tensors, (2, 3), 0.5), inputs(1, 2, (2, 3), 4))
+    torch.testing.assert_close(results[0], expected.to(dtype))
+
+
+@pytest.mark.usefixtures("_sdpa")
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@calls
+def test_second_derivatives_are_refused(build, backend):
+    """With respect to the inputs, and to what comes after and is reached through the gradient of the output alone."""
+    function, tensors = build(backend)
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out = function(*tensors)
+    later = torch.ones_like(out).requires_grad_()
+    for gradient in torch.autograd.grad((later * out).sum(), tensors, create_graph=True):
+        penalty = gradient.square().sum()
+        for wanted in ([later], tensors):
+            with pytest.raises(RuntimeError, match=REFUSED):
+                torch.autograd.grad(penalty, wanted, retain_graph=True, allow_unused=True)
+            with pytest.raises(RuntimeError, match=REFUSED):
+                (out.sum() + penalty).backward(inputs=wanted, retain_graph=True)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            (out.sum() + penalty).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.functional.jvp(function, tuple(tensors), tuple(tensors))
+
+
+def test_a_tangent_that_comes_with_the_gradient_of_the_output_is_refused():
+    function, tensors = _attention("sdpa")
+    out = function(*tensors)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=REFUSED):
+        torch.autograd.grad(out, tensors, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))

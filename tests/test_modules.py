@@ -232,8 +232,9 @@ def test_gates():
     assert not any(g.requires_grad for g in gates(model).values())
 
 
-def test_self_attention():
-    layer = SelfAttention(12, 3, qkv_bias=True, qk_scale=0.3, dtype=torch.float64)
+@backends
+def test_self_attention(backend):
+    layer = SelfAttention(12, 3, qkv_bias=True, qk_scale=0.3, backend=backend, dtype=torch.float64)
     x = torch.randn(2, 7, 12, dtype=torch.float64)
     q, k, v = layer.qkv(x).view(2, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
     attention = F.softmax(0.3 * q @ k.mT, dim=-1)
@@ -242,3 +243,17 @@ def test_self_attention():
     assert list(layer.state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
     distance, mean_map = layer.get_attention_map(torch.randn(2, 9, 12, dtype=torch.float64), return_map=True)
     assert (distance.shape, mean_map.shape) == ((3,), (3, 9, 9))
+    layer.attn_drop.p = 1.0
+    assert torch.equal(layer(x), layer.proj.bias.expand_as(x))
+    assert f"backend={backend!r}" in repr(layer)
+
+
+@backends
+@pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
+def test_shapes_on_the_meta_device(kind, backend):
+    layer, x = kind(12, 3, backend=backend, device="meta"), torch.randn(2, 9, 12, device="meta")
+    out = layer(x)
+    assert (out.shape, out.device.type) == (x.shape, "meta")
+    assert layer.get_attention(x).shape == (2, 3, 9, 9)
+    grads = torch.autograd.grad(out.sum(), tuple(layer.parameters()))
+    assert [g.shape for g in grads] == [p.shape for p in layer.parameters()]

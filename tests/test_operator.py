@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from reference import NAMES, assert_as_exact_as_eager, inputs, literal, loops, with_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpsa_kernels
 from gpsa_kernels import gpsa_attention
@@ -14,6 +16,7 @@ from gpsa_kernels.backends import Backend, eager, sdpa
 from gpsa_kernels.backends.base import Forward
 
 BACKENDS = ("eager", "sdpa")
+ALL_KERNELS = ("sdpa", "triton", "cuda")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GRIDS = ((1, 1), (1, 2), (7, 9), (8, 8), (5, 13), (13, 5), (14, 14), (1, 197), (197, 1), (3, 11))
 
@@ -300,3 +303,26 @@ def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     for _ in range(64):
         gpsa_attention(*tensors, (1, 1), dropout_p=0.5, backend="recorder")
     assert all({seed >> bit & 1 for seed in seeds} == {0, 1} for bit in range(64))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+@pytest.mark.parametrize(
+    ("backend", "seeded", "dropout_p", "error", "message"),
+    [
+        *((name, False, 0.5, ValueError, "seed must be a tensor for dropout_p > 0") for name in ALL_KERNELS),
+        *((name, True, 0.0, ValueError, "seed must be None for dropout_p = 0") for name in ALL_KERNELS),
+        ("sdpa", True, 0.5, RuntimeError, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
+    ],
+)
+def test_the_registered_operator_refuses_dropout_that_would_drop_nothing(
+    backend, seeded, dropout_p, error, message, mode
+):
+    settings = (2, 3, 0.5, dropout_p, backend)
+    with mode():
+        q, k, v, out = torch.randn(4, 1, 2, 6, 8).unbind()
+        seed = torch.zeros(1, dtype=torch.int64) if seeded else None
+        tensors = (q, k, v, torch.randn(2, 3), torch.randn(2), seed)
+        with pytest.raises(error, match=message):
+            torch.ops.gpsa.attention_forward(*tensors, *settings)
+        with pytest.raises(error, match=message):
+            torch.ops.gpsa.attention_backward(out, *tensors, out, torch.randn(1, 2, 6), *settings)

@@ -154,6 +154,8 @@ class Backend:
         kernel_devices: the device types on which ``forward`` and ``backward`` run.
         saves_content: whether ``forward`` fills :attr:`Forward.content` where there is a backward pass.
         by_name_only: whether ``backend="auto"`` passes it over.
+        all_derivatives: whether ``compose`` can be differentiated in every way that PyTorch knows: again, in forward
+            mode, by torch.func. Of the others there are first derivatives, and an error for the rest.
     """
 
     name: str
@@ -165,3 +167,4 @@ class Backend:
     kernel_devices: frozenset[str] = field(default_factory=frozenset)
     saves_content: SavesContent = lambda q, grid_size, dropout_p: True
     by_name_only: bool = False
+    all_derivatives: bool = False

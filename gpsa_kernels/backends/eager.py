@@ -69,4 +69,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dro
     return None
 
 
-BACKEND = Backend(name="eager", unavailable=lambda: None, unsupported=unsupported, compose=compose)
+BACKEND = Backend(
+    name="eager", unavailable=lambda: None, unsupported=unsupported, compose=compose, all_derivatives=True
+)

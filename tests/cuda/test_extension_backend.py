@@ -232,8 +232,9 @@ def test_fake_tensors(grid_size, head_dim, dropout_p, saves_content):
     heads_last = (tokens * 4 * head_dim, head_dim, 4 * head_dim, 1)
     with FakeTensorMode():
         tensors = cuda_tensors(grid_size, head_dim)
-        out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *settings, True)
-        grads = torch.ops.gpsa.attention_backward(out, *tensors, None, content, logsumexp, *settings)
+        seed = torch.empty(1, dtype=torch.int64, device="cuda") if dropout_p else None
+        out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, seed, *settings, True)
+        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, content, logsumexp, *settings)
     assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, head_dim), heads_last, torch.bfloat16)
     assert content.shape == (out.shape if saves_content else (0,))
     assert (logsumexp.shape, logsumexp.dtype) == ((2, 4, tokens), torch.float32)
@@ -332,7 +333,8 @@ def stand_in_backward(
     check_arguments((grad_out, q, k, v, grad_q, grad_k, grad_v), pos_weight, gate, workspace, BACKWARD_BYTES)
     assert logsumexp.isfinite().all()
     assert (content is not None) == (rows * columns > 256)
-    with torch.enable_grad():
+    autograd = (torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet.from_raw_repr(0))
+    with torch._C._ForceDispatchKeyGuard(*autograd), torch.enable_grad():  # which is not there below the operator
         leaves = [t.detach().double().requires_grad_() for t in (q, k, v)]
         expanded = pos_weight.double().expand(q.size(0), -1, -1).contiguous().requires_grad_()
         parts = [
