@@ -215,9 +215,9 @@ GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
     }
 }
 
-/// The part of g that dO carries when it has been mixed by the transposed tables and is rounded to 16 bits: all of it, so
-/// that in float16 a large gradient overflows only where g R^T dO does, but at least 1 / N, with which nothing overflows
-/// and small gradients keep more digits. What is left of g, open / early_share, follows in float32.
+/// The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits. All of it, so that what can
+/// overflow in float16 is of the size of dV, not of dV / g; but at least 1 / N, with which nothing overflows, so that
+/// small gradients do not underflow. What is left of g, open / early_share, follows in float32.
 GPSA_DEVICE float early_share(float open, int tokens) { return maximum(open, 1.0f / static_cast<float>(tokens)); }
 
 /// Values mixed along one axis: for each line of the grid along it, A (or A^T) times the line's tokens, times `factor`.

@@ -121,10 +121,10 @@ def gate_shares(gate, SUM: tl.constexpr):
 
 @triton.jit
 def early_share(position_share, tokens):
-    """The part of g that dO carries when it has been mixed by the transposed tables and is rounded to 16 bits.
+    """The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
 
-    All of it, so that in float16 a large gradient overflows only where g R^T dO does, but at least 1/N, with which
-    nothing overflows and small gradients keep more digits. What is left of g follows unrounded.
+    All of it, so that what can overflow in float16 is of the size of dV, not of dV / g; but at least 1/N, with which
+    nothing overflows, so that small gradients do not underflow. What is left of g follows in the dtype of sums.
     """
     return tl.maximum(position_share, 1.0 / tokens)
 
