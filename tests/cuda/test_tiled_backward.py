@@ -59,7 +59,7 @@ def test_open_and_closed_gates(dtype, logit):
 
 @pytest.mark.parametrize("grid_size", [(5, 14), (67, 2)], ids=str)
 @pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
-def test_large_gradients(grid_size, logit):
+def test_large_gradients_stay_finite(grid_size, logit):
     assert_large_gradients_stay_finite(emulation.tiled_attention, grid_size, logit)
 
 

@@ -55,13 +55,13 @@ def test_open_and_closed_gates(logit):
     assert_as_exact_as_eager(emulation.attention, [*tensors, torch.full_like(gate, logit)], (3, 6))
 
 
-@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2), (14, 14)], ids=str)
+@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2)], ids=str)
 @pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
-def test_large_gradients(grid_size, logit):
+def test_large_gradients_stay_finite(grid_size, logit):
     assert_large_gradients_stay_finite(emulation.attention, grid_size, logit)
 
 
-@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2), (14, 14)], ids=str)
+@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2)], ids=str)
 def test_a_small_share_keeps_its_digits(grid_size):
     assert_a_small_share_keeps_its_digits(emulation.attention, grid_size)
 

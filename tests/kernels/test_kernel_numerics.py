@@ -63,7 +63,7 @@ def test_open_and_closed_gates(target, dtype, grid_size, logit):
 
 @pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
 @pytest.mark.parametrize("grid_size", [(3, 6), (2, 17)], ids=str)
-def test_large_gradients(target, grid_size, logit):
+def test_large_gradients_stay_finite(target, grid_size, logit):
     assert_large_gradients_stay_finite(gpsa_attention, grid_size, logit, device=target.device, backend=target.backend)
 
 
