@@ -114,7 +114,7 @@ def row_products(a, b, SUM: tl.constexpr):
 
 @triton.jit
 def gate_shares(gate, SUM: tl.constexpr):
-    """g and 1 - g, which would have no digits left as g -> 1."""
+    """g and 1 - g, a sigmoid each: the difference would have no digits left as g -> 1."""
     logit = tl.load(gate).to(SUM)
     return 1.0 / (1.0 + tl.exp(-logit)), 1.0 / (1.0 + tl.exp(logit))
 
