@@ -125,6 +125,9 @@ public:
     void copy_commit();
     void copy_wait(int pending);
     void barrier(int number, int count, const char* name);
+    /// All lanes of the warp meet. True for the last one, which acts for all before any other goes on.
+    bool rendezvous(const char* name, void* lane);
+    /// The same, counting what the lanes did since they last met, then carrying `run` out; null: sync_warp.
     void collective(const char* name, Collective run, void* lane);
     std::shared_ptr<Region> region(const void* data) const;
 
@@ -152,7 +155,6 @@ private:
     struct Warp {
         std::vector<uint32_t> clock;
         uint64_t priority = 0;
-        const char* name = nullptr;  // the collective that lanes wait at
         uint32_t arrived = 0;
         void* lanes[32] = {};
         AccessLog loads, stores, copies, global_loads, global_stores;
