@@ -56,8 +56,10 @@ struct Backward {
 
 /// What a caller allocates, and whether it saves `content` for backward.
 struct Sizes {
-    int slots;                                      // rows of `sums` that a (batch, head) writes
-    int64_t forward_workspace, backward_workspace;  // bytes
+    int slots;                    // rows of `sums` that a (batch, head) writes
+    int64_t inference_workspace;  // bytes, of a forward call that saves nothing
+    int64_t forward_workspace;    // of one that saves what backward reads
+    int64_t backward_workspace;
     bool content;
 };
 

@@ -147,13 +147,13 @@ def test_devices_that_the_library_has_no_code_for(folder, monkeypatch, capabilit
 # ---- fake tensors --------------------------------------------------------------------------------------------------
 
 
-SLOTS, FORWARD_BYTES, BACKWARD_BYTES = 3, 24, 40
+SLOTS, INFERENCE_BYTES, FORWARD_BYTES, BACKWARD_BYTES = 3, 8, 24, 40
 
 
 def stand_in_sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, device):
     """gpsa_cuda::sizes of a device that never has enough shared memory for more than 48 channels."""
     assert (type(rows), type(head_dim), type(bfloat16), type(device)) == (int, int, bool, int)
-    return SLOTS, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
+    return SLOTS, INFERENCE_BYTES, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
 
 
 @pytest.fixture

@@ -30,6 +30,14 @@ struct Error : std::runtime_error {
 struct Options {
     uint64_t seed = 0;             // 0: warps and lanes in turn; else random priorities drawn from it
     bool deferred_copies = false;  // cp.async moves its bytes when they are waited for, else at once
+    bool only_recorded = false;    // launches are written down and not carried out
+};
+
+/// What a launcher asked for.
+struct Launch {
+    const char* kernel;  // its type's name, as typeid gives it
+    unsigned grid_x, grid_y;
+    int threads, shared_bytes;
 };
 
 /// Shared-memory accesses of one kind: wavefronts, and how many of them bank conflicts added.
@@ -104,6 +112,7 @@ class Machine {
 public:
     Counters counters;
     Options options;
+    std::vector<Launch> launches;
     std::map<uintptr_t, std::shared_ptr<Region>> regions;  // by the first byte of the tensor
 
     /// Runs `body` by every thread of every block. Launches follow one another as in a stream.
