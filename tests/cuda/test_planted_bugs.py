@@ -109,11 +109,11 @@ FORWARD_BUGS = {
         "for (float& sum : result.sum) if (lane() < 16) sum = row_sum(sum);",
         r"divergence: .* reached while .* is at ",
     ),
-    "a sync_warp that half a warp skips": (
-        "whole_image_forward.cuh",
-        "                sync_warp();\n                store_rows",
-        "                if (lane() < 16) sync_warp();\n                store_rows",
-        r"(divergence|deadlock).* sync_warp",
+    "a product that half a warp skips": (
+        "tiles.cuh",
+        "mma<E>(sums[1].values,",
+        "if (lane() < 16) mma<E>(sums[1].values,",
+        r"divergence: .* mma",
     ),
     "a collective called by some lanes": (
         "position.cuh",
