@@ -66,7 +66,7 @@ struct Sizes {
 /// For launches on a device; where there is none, as for an H100.
 Sizes sizes(const Problem& problem, int device);
 
-/// Null, or why nothing was launched.
+/// Null, or why not everything was launched, until this thread's next call.
 const char* launch_forward(const Forward& call, cudaStream_t stream);
 const char* launch_backward(const Backward& call, cudaStream_t stream);
 

@@ -253,7 +253,8 @@ def branches(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, grid: tuple[in
 
 def stand_in_forward(q, k, v, pos_weight, gate, seed, out, content, logsumexp, workspace, rows, columns, scale, p):
     """gpsa_cuda::forward by the formula, with what the kernels ask for asserted."""
-    check_arguments((q, k, v, out), pos_weight, gate, workspace, FORWARD_BYTES)
+    size = INFERENCE_BYTES if logsumexp is None else FORWARD_BYTES
+    check_arguments((q, k, v, out), pos_weight, gate, workspace, size)
     assert (content is not None) == (logsumexp is not None and rows * columns > 256)
     double = [t.double() for t in (q, k, v, pos_weight)]
     own, position = branches(*double, (rows, columns), scale)
