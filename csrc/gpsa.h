@@ -56,15 +56,17 @@ struct Backward {
 
 /// What a caller allocates, and whether it saves `content` for backward.
 struct Sizes {
-    int slots;                                      // rows of `sums` that a (batch, head) writes
-    int64_t forward_workspace, backward_workspace;  // bytes
+    int slots;                    // rows of `sums` that a (batch, head) writes
+    int64_t inference_workspace;  // bytes, of a forward call that saves nothing
+    int64_t forward_workspace;    // of one that saves what backward reads
+    int64_t backward_workspace;
     bool content;
 };
 
 /// For launches on a device; where there is none, as for an H100.
 Sizes sizes(const Problem& problem, int device);
 
-/// Null, or why nothing was launched.
+/// Null, or why not everything was launched, until this thread's next call.
 const char* launch_forward(const Forward& call, cudaStream_t stream);
 const char* launch_backward(const Backward& call, cudaStream_t stream);
 

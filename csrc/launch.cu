@@ -19,41 +19,38 @@ bool is_empty(const Problem& problem) {
     return problem.batch * problem.heads * problem.rows * problem.columns == 0;
 }
 
-// The rule: whole-image kernels serve all that they can. The tiled backward kernels read the content branch's own
-// output, which of the forward kernels only the tiled ones write.
-
-bool is_tiled_backward(const Problem& problem, const Device& device) {
-    return !whole_image_backward_fits(problem, device);
-}
-
-bool is_tiled_forward(const Problem& problem, bool content) {
-    return content || !whole_image::forward_fits(problem);
-}
-
 }  // namespace
 
+// The rule: whole-image kernels serve all that fits in a block's shared memory, tiled kernels the rest. The tiled
+// backward kernels read the content branch's own output, which of the forward kernels only the tiled ones write.
+
 Sizes sizes(const Problem& problem, int index) {
-    Device device = Device::of(index);
-    if (device.shared_bytes == 0) device.shared_bytes = 227 * 1024;  // an H100's
-    const bool content = is_tiled_backward(problem, device);
+    Device device{132, 227 * 1024};  // an H100's, where there is none
+    if (index >= 0) find_device(index, device);  // a failure is left to the launch to tell
+    const bool content = !whole_image_backward_fits(problem, device);
+    const int64_t tiled = tiled::ForwardWorkspace(problem).bytes;
+    const int64_t inference = whole_image_forward_parts(problem, device) > 0 ? 0 : tiled;
     return {
-        content ? tiled::slots(problem) : 1,
-        is_tiled_forward(problem, content) ? tiled::ForwardWorkspace(problem).bytes : 0,
+        content ? tiled::slots(problem) : 1, inference, content ? tiled : inference,
         content ? tiled::BackwardWorkspace(problem).bytes : 0, content};
 }
 
 const char* launch_forward(const Forward& call, cudaStream_t stream) {
     if (const char* reason = unsupported(call.problem)) return reason;
     if (is_empty(call.problem)) return nullptr;
-    const bool is_tiled = is_tiled_forward(call.problem, call.content.data != nullptr);
-    return is_tiled ? launch_tiled_forward(call, stream) : launch_whole_image_forward(call, stream);
+    const Launcher launch(stream);
+    if (launch.error) return launch.error;
+    const int parts = call.content.data ? 0 : whole_image_forward_parts(call.problem, launch.device);
+    return parts > 0 ? launch_whole_image_forward(call, parts, launch) : launch_tiled_forward(call, launch);
 }
 
 const char* launch_backward(const Backward& call, cudaStream_t stream) {
     if (const char* reason = unsupported(call.problem)) return reason;
     if (is_empty(call.problem)) return nullptr;
-    if (!is_tiled_backward(call.problem, Device::current())) return launch_whole_image_backward(call, stream);
-    return call.content.data ? launch_tiled_backward(call, stream) : "backward needs the content branch's own output";
+    const Launcher launch(stream);
+    if (launch.error) return launch.error;
+    if (whole_image_backward_fits(call.problem, launch.device)) return launch_whole_image_backward(call, launch);
+    return call.content.data ? launch_tiled_backward(call, launch) : "backward needs the content branch's own output";
 }
 
 }  // namespace gpsa

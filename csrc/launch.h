@@ -1,50 +1,136 @@
-// What the launchers share. Host code of nvcc only.
+// The launchers' only door to the machine, as primitives.h is the kernels'; and what one launcher knows of another.
+//
+// This is the CUDA runtime's side. Compiled for the host (the tests do it), find_device and Launcher come from
+// tests/cuda/emulator/launch_host.h, and so do __global__ and its like: a .cu file is plain C++ there.
 #pragma once
-
-#include <cuda_runtime.h>
 
 #include "gpsa.h"
 
 namespace gpsa {
 
+/// What decides which kernels serve a problem.
 struct Device {
-    int multiprocessors = 0, shared_bytes = 0;  // shared_bytes: the most that one block can ask for
+    int multiprocessors, shared_bytes;  // shared_bytes: the most that one block can ask for
+};
 
-    /// Zeros where there is no such device.
-    static Device of(int index) {
-        Device device;
-        if (index < 0) return device;
-        cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-        return device;
+}  // namespace gpsa
+
+#ifndef __CUDACC__
+#include "launch_host.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
+namespace gpsa {
+
+/// Null, or what failed and why, until this thread's next failure. Nobody else finds it as the last error.
+inline const char* failure(const char* what, cudaError_t error) {
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    thread_local char message[256];
+    snprintf(message, sizeof message, "%s: %s", what, cudaGetErrorString(error));
+    return message;
+}
+
+/// Null, or why nothing is known of a device. It is asked once.
+inline const char* find_device(int index, Device& device) {
+    static std::mutex mutex;
+    static std::map<int, Device> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(index);
+    if (found != known.end()) {
+        device = found->second;
+        return nullptr;
     }
-    static Device current() {
-        int index = 0;
-        return cudaGetDevice(&index) == cudaSuccess ? of(index) : Device{};
+    Device asked{};
+    const char* error = failure(
+        "cudaDevAttrMultiProcessorCount",
+        cudaDeviceGetAttribute(&asked.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    if (!error) {
+        error = failure(
+            "cudaDevAttrMaxSharedMemoryPerBlockOptin",
+            cudaDeviceGetAttribute(&asked.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    }
+    if (!error) device = known[index] = asked;
+    return error;
+}
+
+/// Launches kernels on a stream of the current device.
+class Launcher {
+public:
+    Device device{};
+    const char* error;  // why there is no device, or null
+
+    explicit Launcher(cudaStream_t stream) : stream(stream) {
+        error = failure("cudaGetDevice", cudaGetDevice(&index));
+        if (!error) error = find_device(index, device);
+    }
+
+    /// Null, or why the kernel was not launched. `entry(kernel)` is its __global__ function.
+    template <typename Kernel, typename Entry, typename... Arguments>
+    const char* operator()(
+        Kernel kernel, Entry entry, dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) const {
+        const auto function = entry(kernel);
+        if (shared_bytes > 0) {
+            if (const char* reason = allow_shared_memory(reinterpret_cast<const void*>(function))) return reason;
+        }
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared_bytes;
+        config.stream = stream;
+        return failure("kernel launch", cudaLaunchKernelEx(&config, function, arguments...));
+    }
+
+private:
+    const cudaStream_t stream;
+    int index = 0;
+
+    /// Allows a kernel what the device has, once, and not what a call asks for: other threads and graphs launch the
+    /// kernel with other sizes. The whole carve-out, so that as many blocks share a multiprocessor as can.
+    const char* allow_shared_memory(const void* function) const {
+        static std::mutex mutex;
+        static std::set<std::pair<const void*, int>> allowed;
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (allowed.count({function, index})) return nullptr;
+        cudaFuncAttributes attributes{};
+        const char* reason = failure("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, function));
+        if (reason) return reason;
+        const int most = device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+        reason = failure(
+            "cudaFuncAttributeMaxDynamicSharedMemorySize",
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+        if (reason) return reason;
+        reason = failure(
+            "cudaFuncAttributePreferredSharedMemoryCarveout",
+            cudaFuncSetAttribute(
+                function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+        if (!reason) allowed.insert({function, index});
+        return reason;
     }
 };
 
-/// Null, or why the kernel was not launched.
-template <typename... Parameters, typename... Arguments>
-const char* launch(
-    void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, const Device& device, cudaStream_t stream,
-    const Arguments&... arguments) {
-    if (shared_bytes > device.shared_bytes) return "the problem needs more shared memory than this GPU has";
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error == cudaSuccess) {
-        kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
-        error = cudaGetLastError();
-    }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+}  // namespace gpsa
+#endif
 
-const char* launch_whole_image_forward(const Forward& call, cudaStream_t stream);
-const char* launch_tiled_forward(const Forward& call, cudaStream_t stream);
-const char* launch_tiled_backward(const Backward& call, cudaStream_t stream);
-const char* launch_whole_image_backward(const Backward& call, cudaStream_t stream);
+namespace gpsa {
+
+/// Into how many blocks the whole-image forward kernels split the query rows of a (batch, head); 0: a block would need
+/// more shared memory than the device has, or the kernels do not serve the problem at all.
+int whole_image_forward_parts(const Problem& problem, const Device& device);
 
 /// Whether the whole-image backward kernels serve a problem on this device.
 bool whole_image_backward_fits(const Problem& problem, const Device& device);
+
+const char* launch_whole_image_forward(const Forward& call, int parts, const Launcher& launch);
+const char* launch_whole_image_backward(const Backward& call, const Launcher& launch);
+const char* launch_tiled_forward(const Forward& call, const Launcher& launch);
+const char* launch_tiled_backward(const Backward& call, const Launcher& launch);
 
 }  // namespace gpsa

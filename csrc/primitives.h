@@ -38,7 +38,6 @@ namespace gpsa {
 GPSA_DEVICE int thread() { return threadIdx.x; }
 GPSA_DEVICE int threads() { return blockDim.x; }
 GPSA_DEVICE int lane() { return threadIdx.x % 32; }
-GPSA_DEVICE int warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }  // shuffled: known to be uniform
 GPSA_DEVICE int block_x() { return blockIdx.x; }
 GPSA_DEVICE int block_y() { return blockIdx.y; }
 
@@ -219,6 +218,9 @@ GPSA_DEVICE void mma<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 }
 
 GPSA_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+/// This thread's warp. Shuffled, so that the compiler knows it to be the same in all lanes.
+GPSA_DEVICE int warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // Arithmetic of one thread.
 

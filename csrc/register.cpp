@@ -139,7 +139,8 @@ void forward(
     if (logsumexp) {
         call.logsumexp = floats_of("logsumexp", *logsumexp, q.size(0) * q.size(1) * q.size(2), q);
     }
-    call.workspace = workspace_of(workspace, sizes_for(call.problem, q).forward_workspace, q);
+    const gpsa::Sizes sizes = sizes_for(call.problem, q);
+    call.workspace = workspace_of(workspace, content ? sizes.forward_workspace : sizes.inference_workspace, q);
     launch_on(q, gpsa::launch_forward, call);
 }
 
@@ -181,8 +182,8 @@ void backward(
     launch_on(q, gpsa::launch_backward, call);
 }
 
-/// What backends/cuda.py has to allocate for a device: slots of `sums`, both workspaces' bytes, and whether `content`.
-std::tuple<int64_t, int64_t, int64_t, bool> sizes(
+/// What backends/cuda.py has to allocate for a device, as gpsa.h says.
+std::tuple<int64_t, int64_t, int64_t, int64_t, bool> sizes(
     int64_t batch, int64_t heads, int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p,
     int64_t device) {
     gpsa::Problem problem{};
@@ -194,7 +195,8 @@ std::tuple<int64_t, int64_t, int64_t, bool> sizes(
     problem.dropout_p = static_cast<float>(dropout_p);
     problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
     const gpsa::Sizes sizes = gpsa::sizes(problem, static_cast<int>(device));
-    return {sizes.slots, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
+    return {
+        sizes.slots, sizes.inference_workspace, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
 }
 
 }  // namespace
@@ -210,7 +212,7 @@ STABLE_TORCH_LIBRARY(gpsa_cuda, library) {
         "Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()");
     library.def(
         "sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float dropout_p, int device) "
-        "-> (int slots, int forward_workspace, int backward_workspace, bool content)");
+        "-> (int slots, int inference_workspace, int forward_workspace, int backward_workspace, bool content)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpsa_cuda, CompositeExplicitAutograd, library) {

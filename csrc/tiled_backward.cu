@@ -4,9 +4,9 @@
 
 namespace gpsa {
 
-const char* launch_tiled_backward(const Backward& call, cudaStream_t stream) {
+const char* launch_tiled_backward(const Backward& call, const Launcher& launch) {
     return tiled::dispatch(call.problem, [&](auto config) {
-        return tiled_backward<decltype(config)>(call, TiledLauncher{Device::current(), stream});
+        return tiled_backward<decltype(config)>(call, TiledLauncher{launch});
     });
 }
 

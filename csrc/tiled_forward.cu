@@ -4,9 +4,9 @@
 
 namespace gpsa {
 
-const char* launch_tiled_forward(const Forward& call, cudaStream_t stream) {
+const char* launch_tiled_forward(const Forward& call, const Launcher& launch) {
     return tiled::dispatch(call.problem, [&](auto config) {
-        return tiled_forward<decltype(config)>(call, TiledLauncher{Device::current(), stream});
+        return tiled_forward<decltype(config)>(call, TiledLauncher{launch});
     });
 }
 

@@ -1,4 +1,4 @@
-// How a tiled kernel is launched. Host code of nvcc only.
+// How a tiled kernel is launched.
 #pragma once
 
 #include "launch.h"
@@ -14,16 +14,15 @@ __global__ void __launch_bounds__(tiled_threads, Kernel::blocks_per_multiprocess
 
 /// Launches a kernel for a call, with the blocks and the shared memory that it asks for.
 struct TiledLauncher {
-    Device device;
-    cudaStream_t stream;
+    const Launcher& launch;
 
     template <typename Kernel>
-    const char* operator()(Kernel, const typename Kernel::Call& call) const {
+    const char* operator()(Kernel kernel, const typename Kernel::Call& call) const {
         const int64_t blocks = Kernel::blocks(call);
         if (blocks > 0x7fffffff) return "the problem needs more than 2^31 blocks";
+        const auto entry = [](auto k) { return tiled_kernel<decltype(k)>; };
         return launch(
-            tiled_kernel<Kernel>, dim3(static_cast<unsigned>(blocks)), tiled_threads, Kernel::shared_bytes(), device,
-            stream, call);
+            kernel, entry, dim3(static_cast<unsigned>(blocks)), tiled_threads, Kernel::shared_bytes(), call);
     }
 };
 

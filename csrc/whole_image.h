@@ -44,7 +44,7 @@ const char* dispatch(const Problem& problem, Visit visit) {
 
 constexpr int dropout_channels = 64;  // with more there are no registers for scores, R and the output
 
-/// Whether the forward kernels serve a problem.
+/// Whether the forward kernels serve a problem, given enough shared memory.
 inline bool forward_fits(const Problem& problem) {
     return static_cast<int64_t>(problem.rows) * problem.columns <= whole_image_tokens &&
            (problem.dropout_p == 0 || problem.head_dim <= dropout_channels);
@@ -56,8 +56,9 @@ inline int parts(const Problem& problem, int multiprocessors) {
     const int tiles = (problem.rows * problem.columns + 15) / 16;
     const int most = (tiles + whole_image_threads / 32 - 1) / (whole_image_threads / 32);
     const int64_t images = problem.batch * problem.heads;
-    const int64_t wanted = (multiprocessors + images - 1) / images;
-    return wanted < 1 ? 1 : static_cast<int>(wanted < most ? wanted : most);
+    const int64_t wanted = images > 0 ? (multiprocessors + images - 1) / images : 1;
+    const int64_t parts = wanted < most ? wanted : most;
+    return parts > 1 ? static_cast<int>(parts) : 1;
 }
 
 /// Query rows of a part, but for the last one's.

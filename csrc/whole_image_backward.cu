@@ -18,13 +18,13 @@ bool whole_image_backward_fits(const Problem& problem, const Device& device) {
     return whole_image::backward_fits(problem, device.shared_bytes);
 }
 
-const char* launch_whole_image_backward(const Backward& call, cudaStream_t stream) {
+const char* launch_whole_image_backward(const Backward& call, const Launcher& launch) {
     return whole_image::dispatch_backward(call.problem, [&](auto kernel) {
         using Kernel = decltype(kernel);
+        const auto entry = [](auto k) { return whole_image_backward<decltype(k)>; };
         const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads));
         return launch(
-            whole_image_backward<Kernel>, grid, Kernel::threads_for(call.problem), Kernel::shared_bytes(call.problem),
-            Device::current(), stream, call);
+            kernel, entry, grid, Kernel::threads_for(call.problem), Kernel::shared_bytes(call.problem), call);
     });
 }
 

@@ -27,15 +27,24 @@ __global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor
 
 }  // namespace
 
-const char* launch_whole_image_forward(const Forward& call, cudaStream_t stream) {
+int whole_image_forward_parts(const Problem& problem, const Device& device) {
+    if (!whole_image::forward_fits(problem)) return 0;
+    const int parts = whole_image::parts(problem, device.multiprocessors);
+    int bytes = 0;
+    whole_image::dispatch_forward(problem, [&](auto kernel) {
+        bytes = decltype(kernel)::shared_bytes(problem, parts);
+        return static_cast<const char*>(nullptr);
+    });
+    return bytes <= device.shared_bytes ? parts : 0;
+}
+
+const char* launch_whole_image_forward(const Forward& call, int parts, const Launcher& launch) {
     return whole_image::dispatch_forward(call.problem, [&](auto kernel) {
         using Kernel = decltype(kernel);
-        const Device device = Device::current();
-        const int parts = whole_image::parts(call.problem, device.multiprocessors);
+        const auto entry = [](auto k) { return whole_image_forward<decltype(k)>; };
         const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads), parts);
         return launch(
-            whole_image_forward<Kernel>, grid, whole_image_threads, Kernel::shared_bytes(call.problem, parts), device,
-            stream, call, parts);
+            kernel, entry, grid, whole_image_threads, Kernel::shared_bytes(call.problem, parts), call, parts);
     });
 }
 

@@ -140,7 +140,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dro
 
 class _Sizes(NamedTuple):
     slots: int  # rows of `sums` that a batch element and head writes
-    forward_workspace: int  # bytes
+    inference_workspace: int  # bytes, of a forward pass that saves nothing
+    forward_workspace: int  # of one that saves what backward reads
     backward_workspace: int
     content: bool  # whether backward reads the content branch's own output
 
@@ -206,7 +207,7 @@ def forward(
     logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32) if save else None
     torch.ops.gpsa_cuda.forward(
         *(_aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed, out, content, logsumexp),
-        *(_workspace(q, sizes.forward_workspace), *grid_size, scale, dropout_p),
+        *(_workspace(q, sizes.forward_workspace if save else sizes.inference_workspace), *grid_size, scale, dropout_p),
     )
     return Forward(
         out,

@@ -1,5 +1,5 @@
-// What every primitive does, lane by lane, as words on stdout. One program for both sides of csrc/primitives.h:
-// compiled by nvcc it runs on a GPU, by g++ on the emulator; test_primitives.py checks both.
+// What every primitive does, lane by lane, as words on stdout, by every warp of several blocks. One program for both
+// sides of csrc/primitives.h: compiled by nvcc it runs on a GPU, by g++ on the emulator; test_primitives.py checks both.
 //
 // Reads 256 elements of 16 bits from stdin: four 8x8 matrices. `conformance float16` or `conformance bfloat16`.
 #include <cstdio>
@@ -9,11 +9,16 @@
 
 using namespace gpsa;
 
-constexpr int elements = 256, lanes = 32, records = 12;
+constexpr int elements = 256, lanes = 32, records = 15;
+constexpr int blocks_x = 2, blocks_y = 3, warps = 3;
 
-/// Four words of every lane.
+/// Where this lane's four words of a record are.
+GPSA_DEVICE int place(int index) {
+    return ((((block_y() * blocks_x + block_x()) * warps + warp()) * records + index) * lanes + lane()) * 4;
+}
+
 GPSA_DEVICE void record(uint32_t* out, int index, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    store_chunk<uint32_t>(Global<uint32_t>(out) + (index * lanes + lane()) * 4, Chunk{{a, b, c, d}});
+    store_chunk<uint32_t>(Global<uint32_t>(out) + place(index), Chunk{{a, b, c, d}});
 }
 
 GPSA_DEVICE uint32_t bits(float x) {
@@ -25,9 +30,10 @@ GPSA_DEVICE uint32_t bits(float x) {
 template <typename E>
 GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     SharedMemory memory;
-    const Shared<E> tile = memory.array<E>(elements, "tile");
-    const Shared<E> copied = memory.array<E>(elements, "copied");
-    const Shared<float> numbers = memory.array<float>(lanes, "numbers");
+    const Shared<E> tile = memory.array<E>(warps * elements, "tile") + warp() * elements;
+    const Shared<E> copied = memory.array<E>(warps * elements, "copied") + warp() * elements;
+    const Shared<float> numbers = memory.array<float>(warps * lanes, "numbers");
+    const Shared<float> pairs = memory.array<float>(warps * lanes, "pairs");
 
     copy_async<E>(tile + 8 * lane(), Global<const E>(in) + 8 * lane(), true);
     copy_commit();
@@ -61,10 +67,16 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
            bits(exp2_approx(-140.0f)));
     record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)), 0);
 
-    store(numbers + lane(), own);
+    store(numbers + thread(), static_cast<float>(thread()));
     sync_block();
-    sync_named(1, lanes);
-    record(out, 9, bits(load(numbers + (31 - lane()))), 0, 0, 0);
+    store(pairs + thread(), -static_cast<float>(thread()));
+    if (warp() < 2) {
+        sync_named(1, 2 * lanes);
+    } else {
+        sync_named(2, lanes);
+    }
+    record(out, 9, bits(load(numbers + (threads() - 1 - thread()))),
+           bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))), 0, 0);
     copy_wait<0>();
     sync_warp();
     const Chunk half_copied = load_chunk<E>(copied + 8 * lane());
@@ -75,10 +87,17 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     store_chunk<E>(copied + 8 * lane(), load_chunk<E>(Global<const E>(in) + 8 * (31 - lane())));
     const Chunk chunk = load_chunk<E>(copied + 8 * lane());
     record(out, 11, load_pair<E>(tile + 8 * lane()), chunk.words[0], chunk.words[1], chunk.words[3]);
+
+    record(out, 12, thread(), threads(), lane(), warp());
+    const int64_t wide = load(Global<const int64_t>(reinterpret_cast<const int64_t*>(in)) + lane());
+    record(out, 13, block_x(), block_y(), static_cast<uint32_t>(wide), static_cast<uint32_t>(wide >> 32));
+    const Global<float> to = Global<float>(reinterpret_cast<float*>(out)) + place(14);
+    store(to, load(Global<const float>(reinterpret_cast<const float*>(in)) + lane()));
+    for (int n = 1; n < 4; ++n) store(to + n, own + n);
 }
 
-constexpr int shared_bytes = 2 * elements * 2 + lanes * 4;
-constexpr int words = records * lanes * 4;
+constexpr int shared_bytes = warps * (2 * elements * 2 + 2 * lanes * 4);
+constexpr int words = blocks_x * blocks_y * warps * records * lanes * 4;
 
 #ifdef __CUDACC__
 
@@ -94,7 +113,7 @@ bool run(const uint16_t* input, uint32_t* output) {
     cudaMalloc(&in, elements * 2);
     cudaMalloc(&out, words * 4);
     cudaMemcpy(in, input, elements * 2, cudaMemcpyHostToDevice);
-    kernel<E><<<1, lanes, shared_bytes>>>(in, out);
+    kernel<E><<<dim3(blocks_x, blocks_y), warps * lanes, shared_bytes>>>(in, out);
     cudaMemcpy(output, out, words * 4, cudaMemcpyDeviceToHost);
     const cudaError_t error = cudaDeviceSynchronize();
     if (error != cudaSuccess) fprintf(stderr, "%s\n", cudaGetErrorString(error));
@@ -112,7 +131,9 @@ bool run(const uint16_t* input, uint32_t* output) {
     in->add(address(input), 2, {elements}, {1});
     out->add(address(output), 4, {words}, {1});
     machine.regions = {{address(input), in}, {address(output), out}};
-    machine.launch(1, 1, lanes, shared_bytes, [&] { conformance<E>(reinterpret_cast<const E*>(input), output); });
+    machine.launch(blocks_x, blocks_y, warps * lanes, shared_bytes, [&] {
+        conformance<E>(reinterpret_cast<const E*>(input), output);
+    });
     out->finish();
     return true;
 }

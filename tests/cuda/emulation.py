@@ -10,9 +10,10 @@ import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,6 @@ from gpsa_kernels.backends.base import parameter_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "emulator"
-SOURCES = (
-    "emulator.cpp",
-    "primitives_host.cpp",
-    "kernels.cpp",
-    "backward_kernels.cpp",
-    "tiled_kernels.cpp",
-    "tiled_backward_kernels.cpp",
-    "bindings.cpp",
-)
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra")
 SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
@@ -52,18 +44,18 @@ def build(csrc: Path = ROOT / "csrc", flags: Sequence[str] = ()) -> Path:
     command = [os.environ.get("CXX", "g++"), *FLAGS, "-Wno-unknown-pragmas", *flags]
     command += [f"-I{csrc}", f"-I{EMULATOR}", *(f"-isystem{i}" for i in installed)]
 
-    def compiled(source: str) -> Path:
-        text = _run([*command, "-E", "-P", EMULATOR / source])
+    def compiled(source: Path) -> Path:
+        text = _run([*command, "-x", "c++", "-E", "-P", source])
         name = hashlib.sha256(" ".join([*FLAGS, *flags]).encode() + text).hexdigest()[:16]
         target = folder / f"{name}.o"
         if not target.exists():
             partial = folder / f"{name}.{os.getpid()}.o"
-            _run([*command, "-c", EMULATOR / source, "-o", partial])
+            _run([*command, "-x", "c++", "-c", source, "-o", partial])
             partial.replace(target)
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES))
+        objects = list(pool.map(compiled, sorted([*csrc.glob("*.cu"), *EMULATOR.glob("*.cpp")])))
     name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     if not library.exists():
@@ -89,9 +81,38 @@ def kernels() -> ModuleType:
     return load(build())
 
 
+class Device(NamedTuple):
+    """What decides which kernels serve a call."""
+
+    multiprocessors: int
+    shared_bytes: int  # the most that one block can ask for
+
+
+H100 = Device(132, 227 * 1024)
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid_x: int
+    grid_y: int
+    threads: int
+    shared_bytes: int
+
+
+class Sizes(NamedTuple):
+    """As gpsa.h says."""
+
+    slots: int
+    inference_workspace: int
+    forward_workspace: int
+    backward_workspace: int
+    content: bool
+
+
 @dataclass(frozen=True)
 class Result:
     out: Tensor
+    content: Tensor | None
     logsumexp: Tensor | None
     counts: dict[str, int]
 
@@ -100,9 +121,25 @@ def _argument(t: Tensor, output: bool = False) -> tuple[int, int, list[int], lis
     return t.data_ptr(), t.element_size(), list(t.shape), list(t.stride()), output
 
 
-def _problem(q: Tensor, grid_size: tuple[int, int], scale: float) -> tuple[int, int, int, int, int, bool, float]:
+Problem = tuple[int, int, int, int, int, bool, float, float]  # as bindings.cpp takes it
+
+
+def _problem(q: Tensor, grid_size: tuple[int, int], scale: float = 1.0, dropout_p: float = 0.0) -> Problem:
     batch, heads, _, head_dim = q.shape
-    return batch, heads, *grid_size, head_dim, q.dtype == torch.bfloat16, scale
+    return batch, heads, *grid_size, head_dim, q.dtype == torch.bfloat16, scale, dropout_p
+
+
+def sizes(q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0, device: Device = H100) -> Sizes:
+    return Sizes(*kernels().sizes(_problem(q, grid_size, 1.0, dropout_p), device))
+
+
+def launches(
+    q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0, device: Device = H100
+) -> list[list[Launch]]:
+    """What is launched on a device, which has a say in it: by a forward call that saves nothing, by one that saves what
+    backward reads, and by a backward call. Nothing runs, and q may have no memory."""
+    recorded = kernels().launches(_problem(q, grid_size, 1.0, dropout_p), device)
+    return [[Launch(*launch) for launch in call] for call in recorded]
 
 
 def empty_like_output(q: Tensor) -> Tensor:
@@ -123,17 +160,19 @@ def forward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
-    parts: int = 1,
+    parts: int | None = 1,
+    device: Device = H100,
     seed: int = 0,
     deferred_copies: bool = False,
     out: Tensor | None = None,
     module: ModuleType | None = None,
 ) -> Result:
-    """One launch of the forward kernel.
+    """A forward call.
 
     Args:
-        save: whether the logsumexp is wanted.
-        parts: blocks that share the query rows of a (batch, head).
+        save: whether the logsumexp is wanted, and the content branch's own output from kernels that write it.
+        parts: blocks of the whole-image kernel that share the query rows of a (batch, head); 0: the tiled kernels;
+            None: as launch_forward chooses for the device.
         seed: of the thread schedule; 0: threads in turn.
         deferred_copies: whether cp.async moves its bytes when they are waited for, or at once.
         out: where to write, if not into new memory.
@@ -143,15 +182,21 @@ def forward(
         RuntimeError: a kernel broke a rule; the message says which, where and by which thread.
     """
     module = kernels() if module is None else module
-    out = empty_like_output(q) if out is None else out
-    logsumexp = torch.full(q.shape[:3], torch.nan) if save else None
     inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
     inputs["seed"] = torch.tensor([dropout_seed])
-    tensors = {name: _argument(t.detach()) for name, t in inputs.items()} | {"out": _argument(out, output=True)}
-    if logsumexp is not None:
-        tensors["logsumexp"] = _argument(logsumexp, output=True)
-    counts = module.forward(_problem(q, grid_size, scale), dropout_p, tensors, parts, seed, deferred_copies)
-    return Result(out, logsumexp, counts)
+    outputs = {"out": empty_like_output(q) if out is None else out}
+    if save:
+        outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
+    if save and (parts == 0 or (parts is None and sizes(q, grid_size, dropout_p, device).content)):
+        outputs["content"] = empty_like_output(q)
+    tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
+    tensors |= {name: _argument(t, output=True) for name, t in outputs.items()}
+    problem = _problem(q, grid_size, scale, dropout_p)
+    counts = module.forward(problem, tensors, parts, device, seed, deferred_copies)
+    return Result(outputs["out"], outputs.get("content"), outputs.get("logsumexp"), counts)
+
+
+tiled_forward = partial(forward, parts=0)
 
 
 @dataclass(frozen=True)
@@ -174,6 +219,7 @@ def backward(
     grid_size: tuple[int, int],
     scale: float,
     *,
+    content: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     seed: int = 0,
@@ -181,34 +227,39 @@ def backward(
     outputs: Sequence[Tensor] | None = None,
     module: ModuleType | None = None,
 ) -> Gradients:
-    """One launch of the backward kernel; ``outputs``: where to write the gradients of q, k and v, if not into new
-    memory; else as :func:`forward`."""
+    """A backward call, of the tiled kernels where ``content`` is given; ``outputs``: where to write the gradients of q,
+    k and v, if not into new memory; else as :func:`forward`."""
     module = kernels() if module is None else module
     outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
-    sums = torch.full((*q.shape[:2], 1, 4), torch.nan)
+    problem = _problem(q, grid_size, scale, dropout_p)
+    slots = 1 if content is None else module.tiled_slots(problem)
+    sums = torch.full((*q.shape[:2], slots, 4), torch.nan)
     inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
     inputs |= {"grad_out": grad_out, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
+    if content is not None:
+        inputs["content"] = content
     tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
     for name, t in zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True):
         tensors[name] = _argument(t, output=True)
-    counts = module.backward(_problem(q, grid_size, scale), dropout_p, tensors, seed, deferred_copies)
+    counts = module.backward(problem, tensors, H100, seed, deferred_copies)
     return Gradients(*outputs, sums, counts)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, options):
-        result = forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
-        ctx.save_for_backward(q, k, v, pos_weight, gate, result.logsumexp)
+    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, parts, options):
+        result = forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, parts=parts, **options)
+        ctx.save_for_backward(q, k, v, pos_weight, gate, result.logsumexp, result.content)
         ctx.settings = grid_size, scale, options
         return result.out
 
     @staticmethod
     def backward(ctx, grad_out):
-        *tensors, logsumexp = ctx.saved_tensors
+        *tensors, logsumexp, content = ctx.saved_tensors
         grid_size, scale, options = ctx.settings
-        grads = backward(grad_out, *tensors, logsumexp, grid_size, scale, **options)
-        return grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:]), None, None, None
+        grads = backward(grad_out, *tensors, logsumexp, grid_size, scale, content=content, **options)
+        parameters = parameter_gradients(grads.sums, *tensors[3:])
+        return grads.q, grads.k, grads.v, *parameters, None, None, None, None
 
 
 def attention(
@@ -219,126 +270,15 @@ def attention(
     gate: Tensor,
     grid_size: tuple[int, int],
     scale: float,
+    *,
+    parts: int = 1,
     **options: object,
 ) -> Tensor:
-    """The forward kernel, and the backward kernel behind it; ``options`` go to both."""
-    return _Attention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
+    """A forward call, and the backward call behind it; ``options`` go to both."""
+    return _Attention.apply(q, k, v, pos_weight, gate, grid_size, scale, parts, options)
 
 
-def forward_parts(q: Tensor, grid_size: tuple[int, int], multiprocessors: int) -> int:
-    """Into how many blocks the launcher splits the query rows of a (batch, head)."""
-    return kernels().forward_parts(_problem(q, grid_size, 1.0), multiprocessors)
-
-
-def backward_fits(q: Tensor, grid_size: tuple[int, int], shared_bytes: int) -> bool:
-    """Whether the backward kernel serves a problem where a block can have so many bytes of shared memory."""
-    return kernels().backward_fits(_problem(q, grid_size, 1.0), shared_bytes)
-
-
-def forward_shared_bytes(q: Tensor, grid_size: tuple[int, int], parts: int = 1) -> int:
-    return kernels().forward_shared_bytes(_problem(q, grid_size, 1.0), parts)
-
-
-@dataclass(frozen=True)
-class TiledResult:
-    out: Tensor
-    content: Tensor | None
-    logsumexp: Tensor | None
-    counts: dict[str, int]
-
-
-def tiled_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    *,
-    dropout_p: float = 0.0,
-    dropout_seed: int = 0,
-    save: bool = False,
-    seed: int = 0,
-    deferred_copies: bool = False,
-    out: Tensor | None = None,
-    module: ModuleType | None = None,
-) -> TiledResult:
-    """All launches of the tiled forward pass; arguments as for ``forward``."""
-    module = kernels() if module is None else module
-    out = empty_like_output(q) if out is None else out
-    inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
-    inputs["seed"] = torch.tensor([dropout_seed])
-    outputs = {"out": out}
-    if save:
-        outputs |= {"content": empty_like_output(q), "logsumexp": torch.full(q.shape[:3], torch.nan)}
-    tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
-    tensors |= {name: _argument(t, output=True) for name, t in outputs.items()}
-    counts = module.tiled_forward(_problem(q, grid_size, scale), dropout_p, tensors, seed, deferred_copies)
-    return TiledResult(out, outputs.get("content"), outputs.get("logsumexp"), counts)
-
-
-def tiled_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    *,
-    dropout_p: float = 0.0,
-    dropout_seed: int = 0,
-    seed: int = 0,
-    deferred_copies: bool = False,
-    outputs: Sequence[Tensor] | None = None,
-    module: ModuleType | None = None,
-) -> Gradients:
-    """All launches of the tiled backward pass; arguments as for ``backward``."""
-    module = kernels() if module is None else module
-    outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
-    problem = _problem(q, grid_size, scale)
-    sums = torch.full((*q.shape[:2], module.tiled_slots(problem, dropout_p), 4), torch.nan)
-    inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
-    inputs |= {"grad_out": grad_out, "content": content, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
-    tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
-    for name, t in zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True):
-        tensors[name] = _argument(t, output=True)
-    counts = module.tiled_backward(problem, dropout_p, tensors, seed, deferred_copies)
-    return Gradients(*outputs, sums, counts)
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, options):
-        result = tiled_forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
-        ctx.save_for_backward(q, k, v, pos_weight, gate, result.content, result.logsumexp)
-        ctx.settings = grid_size, scale, options
-        return result.out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        *tensors, content, logsumexp = ctx.saved_tensors
-        grid_size, scale, options = ctx.settings
-        grads = tiled_backward(grad_out, *tensors, content, logsumexp, grid_size, scale, **options)
-        return grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:]), None, None, None
-
-
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    **options: object,
-) -> Tensor:
-    """The tiled kernels, forward and backward; ``options`` go to both."""
-    return _TiledAttention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
+tiled_attention = partial(attention, parts=0)
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, image: int, transposed: bool) -> Tensor:

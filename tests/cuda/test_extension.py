@@ -30,7 +30,8 @@ SCHEMAS = {
     "Tensor? seed, Tensor? content, Tensor logsumexp, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, "
     "Tensor(d!) sums, Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()",
     "sizes": "gpsa_cuda::sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, "
-    "float dropout_p, int device) -> (int slots, int forward_workspace, int backward_workspace, bool content)",
+    "float dropout_p, int device) -> (int slots, int inference_workspace, int forward_workspace, "
+    "int backward_workspace, bool content)",
 }
 
 
@@ -107,7 +108,7 @@ print(json.dumps([gpsa_kernels.__file__, before, reason, schemas, sizes]))
     assert before == 0, "it was loaded before it was asked for"
     assert reason == (None if torch.cuda.is_available() else "no CUDA device was found")
     assert schemas == SCHEMAS
-    assert sizes == [1, 0, 0, False]
+    assert sizes == [1, 0, 0, 0, False]
 
 
 def test_it_says_what_backward_reads(site):
@@ -121,10 +122,11 @@ print(json.dumps([torch.ops.gpsa_cuda.sizes(2, 3, rows, columns, dim, True, p, -
 """
     sizes = json.loads(run(site, "-c", script))
     assert [content for *_, content in sizes] == [False, False, True, True, True]
-    for slots, forward, backward, content in sizes:
+    assert [inference > 0 for _, inference, *_ in sizes] == [False, False, True, True, True]
+    for slots, _, forward, backward, content in sizes:
         assert (slots > 1, forward > 0, backward > 0) == (content, content, content)
     # a workspace of two images of 16 bits for each (batch, head), and some numbers per token
-    _, forward, backward, _ = sizes[-1]
+    _, _, forward, backward, _ = sizes[-1]
     image = 6 * 128 * 128 * 48 * 2
     assert image <= forward <= 1.1 * image
     assert 2 * image <= backward <= 2.1 * image

@@ -166,13 +166,13 @@ def test_devices_that_the_library_has_no_code_for(folder, monkeypatch, capabilit
 # ---- fake tensors --------------------------------------------------------------------------------------------------
 
 
-SLOTS, FORWARD_BYTES, BACKWARD_BYTES = 3, 24, 40
+SLOTS, INFERENCE_BYTES, FORWARD_BYTES, BACKWARD_BYTES = 3, 8, 24, 40
 
 
 def stand_in_sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, device):
     """gpsa_cuda::sizes of a device that never has enough shared memory for more than 48 channels."""
     assert (type(rows), type(head_dim), type(bfloat16), type(device)) == (int, int, bool, int)
-    return SLOTS, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
+    return SLOTS, INFERENCE_BYTES, FORWARD_BYTES, BACKWARD_BYTES, rows * columns > 256 or head_dim > 48 or dropout_p > 0
 
 
 REGISTRATION = (Path(__file__).parents[2] / "csrc" / "register.cpp").read_text()
@@ -298,7 +298,8 @@ def stand_in_forward(
     q, k, v, pos_weight, gate, seed, out, content, logsumexp, workspace, rows, columns, scale, dropout_p
 ):
     """gpsa_cuda::forward by the formula, with what the kernels ask for asserted."""
-    check_arguments((q, k, v, out), pos_weight, gate, workspace, FORWARD_BYTES)
+    size = INFERENCE_BYTES if logsumexp is None else FORWARD_BYTES
+    check_arguments((q, k, v, out), pos_weight, gate, workspace, size)
     assert (content is not None) == (logsumexp is not None and rows * columns > 256)
     double = [t.double() for t in (q, k, v, pos_weight)]
     own, position = branches(*double, (rows, columns), scale)

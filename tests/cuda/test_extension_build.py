@@ -154,7 +154,7 @@ def test_what_cannot_or_shall_not_be_built_is_skipped_with_one_line(tmp_path, mi
 KERNELS = """
 #include "gpsa.h"
 namespace gpsa {
-Sizes sizes(const Problem&, int) { return {1, 0, 0, false}; }
+Sizes sizes(const Problem&, int) { return {1, 0, 0, 0, false}; }
 const char* launch_forward(const Forward&, cudaStream_t) { return nullptr; }
 const char* launch_backward(const Backward&, cudaStream_t) { return nullptr; }
 }

@@ -109,6 +109,18 @@ FORWARD_BUGS = {
         "for (float& sum : result.sum) if (lane() < 16) sum = row_sum(sum);",
         r"divergence: .* reached while .* is at ",
     ),
+    "a product that half a warp skips": (
+        "tiles.cuh",
+        "mma<E>(sums[1].values,",
+        "if (lane() < 16) mma<E>(sums[1].values,",
+        r"divergence: .* mma",
+    ),
+    "a collective called by some lanes": (
+        "position.cuh",
+        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return at(i, line, chunk); });",
+        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int c) { return at(i, line + 0 * warp(), c); });",
+        r"(divergence|deadlock).* warp\(\)",
+    ),
     "a barrier that a warp never reaches": (
         "whole_image_forward.cuh",
         "copy_wait<0>();\n        sync_block();",
@@ -165,6 +177,12 @@ BACKWARD_BUGS = {
         "(grad_longer.total - delta_sum));\n        sync_block();",
         "(grad_longer.total - delta_sum));",
         r"race|uninitialised",
+    ),
+    "a collective called by some lanes": (
+        "whole_image_backward.cuh",
+        "store(own + i, sums[i]);",
+        "store(to + (4 * warp() + i), sums[i]);",
+        r"(divergence|deadlock).* warp\(\)",
     ),
     "missing sync_warp before dQ is stored": (
         "whole_image_backward.cuh",

@@ -34,7 +34,7 @@ q, k, v, out = halves(0x3C00), halves(0x3800), halves(0x4000), halves(0xFFFF)  #
 weights, gate = array.array("f", [0.3, -0.2, -0.1] * heads), array.array("f", [0.5] * heads)
 inputs = {"q": tensor(q), "k": tensor(k), "v": tensor(v)}
 inputs |= {"pos_weight": floats(weights, [heads, 3], [3, 1]), "gate": floats(gate, [heads], [1])}
-problem = 1, heads, rows, columns, dim, False, 0.25
+problem, device = (1, heads, rows, columns, dim, False, 0.25), (132, 227 * 1024)
 
 grads = {name: halves(0xFFFF) for name in ("grad_q", "grad_k", "grad_v")}
 sums = array.array("f", [float("nan")] * (4 * heads))
@@ -50,10 +50,10 @@ for seed in (0, 1):
     for deferred in (False, True):
         for dropout_p in (0.3, 0.0):
             out[:] = halves(0xFFFF)
-            module.forward(problem, dropout_p, inputs | {"out": tensor(out, True)}, 2, seed, deferred)
+            module.forward((*problem, dropout_p), inputs | {"out": tensor(out, True)}, 2, device, seed, deferred)
         assert set(out) <= set(range(0x3FFE, 0x4003)), "a mean of equal values is that value, but for rounding"
         for dropout_p in (0.0, 0.3):
-            module.backward(problem, dropout_p, inputs | backward_inputs | outputs, seed, deferred)
+            module.backward((*problem, dropout_p), inputs | backward_inputs | outputs, device, seed, deferred)
             assert all(map(math.isfinite, sums))
         assert sum(grads["grad_v"]) > 0
 print("done")

@@ -98,7 +98,8 @@ def gradients(tensors, grid_size, grad_out=None, forward=None, **options):
     scale = tensors[0].size(-1) ** -0.5
     forward = emulation.tiled_forward(*tensors, grid_size, scale, save=True, **(forward or {}))
     grad_out = torch.ones_like(tensors[0]) if grad_out is None else grad_out
-    return emulation.tiled_backward(grad_out, *tensors, forward.content, forward.logsumexp, grid_size, scale, **options)
+    options["content"] = forward.content
+    return emulation.backward(grad_out, *tensors, forward.logsumexp, grid_size, scale, **options)
 
 
 def assert_equal(got, expected):

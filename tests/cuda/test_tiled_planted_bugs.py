@@ -38,6 +38,20 @@ BUGS = {
         r"race: write to shared array queries",
         NO_DROPOUT,
     ),
+    "a collective called by some lanes of the forward kernel": (
+        "tiled_forward.cuh",
+        "store(to + token, (softmax",
+        "store(to + (token + 0 * warp()), (softmax",
+        r"(divergence|deadlock).* warp\(\)",
+        NO_DROPOUT,
+    ),
+    "a collective called by some lanes of the backward kernels": (
+        "tiled_rows.cuh",
+        "store(own + n, sum);",
+        "store(partial + (count * warp() + n), sum);",
+        r"(divergence|deadlock).* warp\(\)",
+        NO_DROPOUT,
+    ),
     "a row of the position read by one thread and written over by another": (
         "tiled_rows.cuh",
         "for (int n = lane(); n < 16 * chunks; n += 32) {",

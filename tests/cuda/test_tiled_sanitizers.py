@@ -31,24 +31,25 @@ def numbers(kind, values, shape, output=False):
     return memory[-1].buffer_info()[0], memory[-1].itemsize, shape, strides, output
 
 nan = float("nan")
-problem = 1, heads, rows, columns, dim, False, 0.25
+device = 132, 227 * 1024
 inputs = {"q": tensor(0x3C00), "k": tensor(0x3800), "v": tensor(0x4000)}  # 1, 0.5, 2
 inputs["pos_weight"] = numbers("f", [0.3, -0.2, -0.1] * heads, [heads, 3])
 inputs["gate"] = numbers("f", [0.5] * heads, [heads])
 inputs["seed"] = numbers("q", [7], [1])
 content, logsumexp = tensor(0x7E00), numbers("f", [nan] * (heads * tokens), [1, heads, tokens])
 for dropout_p in (0.0, 0.5):
-    slots = module.tiled_slots(problem, dropout_p)
+    problem = 1, heads, rows, columns, dim, False, 0.25, dropout_p
+    slots = module.tiled_slots(problem)
     for seed, deferred in ((0, False), (1, True)):
         saved = {"content": (*content[:4], True), "logsumexp": (*logsumexp[:4], True)}
         out = tensor(0x7E00, True)
-        module.tiled_forward(problem, dropout_p, inputs | {"out": out} | saved, seed, deferred)
+        module.forward(problem, inputs | {"out": out} | saved, 0, device, seed, deferred)
         if dropout_p == 0:
             assert set(memory[-1]) <= set(range(0x3FFC, 0x4005)), "a mean of equal values is that, but for rounding"
         grads = {name: tensor(0x7E00, True) for name in ("grad_q", "grad_k", "grad_v")}
         grads["sums"] = numbers("f", [nan] * (4 * heads * slots), [1, heads, slots, 4], True)
         saved = {"content": content, "logsumexp": logsumexp, "grad_out": inputs["q"]}
-        module.tiled_backward(problem, dropout_p, inputs | grads | saved, seed, deferred)
+        module.backward(problem, inputs | grads | saved, device, seed, deferred)
         assert all(map(math.isfinite, memory[-1]))
 print("done")
 """

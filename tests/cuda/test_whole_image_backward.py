@@ -178,19 +178,3 @@ def test_no_bank_conflicts_of_matrices(side, head_dim):
     counts = run(inputs(1, 1, (side, side), head_dim, torch.float16), (side, side)).counts
     assert counts["ldmatrix_conflicts"] == 0
     assert counts["copy_conflicts"] == 0
-
-
-@pytest.mark.parametrize(
-    ("grid_size", "head_dim", "kibibytes", "fits"),
-    [
-        ((14, 14), 48, 99, True),  # of consumer GPUs, compute capability 8.6, 8.9 and 12.0
-        ((14, 14), 64, 99, False),
-        ((16, 16), 64, 163, True),  # of an A100
-        ((8, 8), 72, 227, False),
-        ((1, 257), 8, 227, False),
-        ((1 << 16, 1 << 16), 8, 227, False),
-    ],
-)
-def test_which_problems_it_serves(grid_size, head_dim, kibibytes, fits):
-    q = torch.empty(1, 1, 0, head_dim, dtype=torch.float16)
-    assert emulation.backward_fits(q, grid_size, kibibytes * 1024) == fits

@@ -1,17 +1,21 @@
 // The emulated kernels for Python: tensors come as (address, bytes of an element, sizes, strides, is an output).
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "kernels.h"
-#include "tiled_kernels.h"
-#include "whole_image.h"
+#include "tiled.h"
 
 namespace py = pybind11;
 namespace emulator = gpsa::emulator;
 
 using PyTensor = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, bool>;
+using PyTensors = std::map<std::string, PyTensor>;
+using PyProblem = std::tuple<int64_t, int, int, int, int, bool, float, float>;
+using PyDevice = std::tuple<int, int>;  // multiprocessors, shared bytes
+using PyLaunch = std::tuple<std::string, int64_t, int64_t, int, int>;
 
-static emulator::Arguments arguments_of(const std::map<std::string, PyTensor>& tensors) {
+static emulator::Arguments arguments_of(const PyTensors& tensors) {
     emulator::Arguments arguments;
     for (const auto& [name, t] : tensors) {
         arguments[name] = {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
@@ -19,18 +23,17 @@ static emulator::Arguments arguments_of(const std::map<std::string, PyTensor>& t
     return arguments;
 }
 
-static gpsa::Problem problem_of(
-    int64_t batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float scale) {
+static gpsa::Problem problem_of(const PyProblem& p) {
     gpsa::Problem problem{};
-    problem.batch = batch;
-    problem.heads = heads;
-    problem.rows = rows;
-    problem.columns = columns;
-    problem.head_dim = head_dim;
-    problem.scale = scale;
+    bool bfloat16 = false;
+    std::tie(
+        problem.batch, problem.heads, problem.rows, problem.columns, problem.head_dim, bfloat16, problem.scale,
+        problem.dropout_p) = p;
     problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
     return problem;
 }
+
+static void use(const PyDevice& device) { emulator::device = {std::get<0>(device), std::get<1>(device)}; }
 
 static std::map<std::string, int64_t> counts_of(const emulator::Counters& c) {
     std::map<std::string, int64_t> counts = {
@@ -46,57 +49,54 @@ static std::map<std::string, int64_t> counts_of(const emulator::Counters& c) {
     return counts;
 }
 
+/// "TiledForward", without its namespace and parameters.
+static std::string name_of(const emulator::Launch& launch) {
+    static std::map<const void*, std::string> names;
+    std::string& name = names[launch.kernel];
+    if (name.empty()) {
+        char* const demangled = abi::__cxa_demangle(launch.kernel, nullptr, nullptr, nullptr);
+        name = demangled;
+        std::free(demangled);
+        name = name.substr(std::string("gpsa::").size(), name.find('<') - std::string("gpsa::").size());
+    }
+    return name;
+}
+
 PYBIND11_MODULE(gpsa_emulated, m) {
     m.def(
         "forward",
-        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
-           const std::map<std::string, PyTensor>& tensors, int parts, uint64_t seed, bool deferred_copies) {
-            gpsa::Problem problem = std::apply(problem_of, p);
-            problem.dropout_p = dropout_p;
-            return counts_of(emulator::forward(problem, arguments_of(tensors), parts, {seed, deferred_copies}));
+        [](const PyProblem& problem, const PyTensors& tensors, std::optional<int> parts, const PyDevice& device,
+           uint64_t seed, bool deferred_copies) {
+            use(device);
+            const emulator::Options options{seed, deferred_copies, false};
+            return counts_of(emulator::forward(problem_of(problem), arguments_of(tensors), parts, options));
         });
     m.def(
         "backward",
-        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
-           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
-            gpsa::Problem problem = std::apply(problem_of, p);
-            problem.dropout_p = dropout_p;
-            return counts_of(emulator::backward(problem, arguments_of(tensors), {seed, deferred_copies}));
+        [](const PyProblem& problem, const PyTensors& tensors, const PyDevice& device, uint64_t seed,
+           bool deferred_copies) {
+            use(device);
+            const emulator::Options options{seed, deferred_copies, false};
+            return counts_of(emulator::backward(problem_of(problem), arguments_of(tensors), options));
         });
-    m.def("backward_fits", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int shared_bytes) {
-        return emulator::backward_fits(std::apply(problem_of, p), shared_bytes);
+    m.def("launches", [](const PyProblem& problem, const PyDevice& device) {
+        use(device);
+        std::vector<std::vector<PyLaunch>> calls;
+        for (const auto& launches : emulator::launches(problem_of(problem))) {
+            auto& call = calls.emplace_back();
+            for (const auto& l : launches) call.emplace_back(name_of(l), l.grid_x, l.grid_y, l.threads, l.shared_bytes);
+        }
+        return calls;
     });
-    m.def("forward_parts", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int multiprocessors) {
-        return gpsa::whole_image::parts(std::apply(problem_of, p), multiprocessors);
+    m.def("sizes", [](const PyProblem& problem, const PyDevice& device) {
+        use(device);
+        const gpsa::Sizes s = gpsa::sizes(problem_of(problem), 0);
+        return std::make_tuple(s.slots, s.inference_workspace, s.forward_workspace, s.backward_workspace, s.content);
     });
-    m.def("forward_shared_bytes", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int parts) {
-        return emulator::forward_shared_bytes(std::apply(problem_of, p), parts);
-    });
-    m.def(
-        "tiled_forward",
-        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
-           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
-            gpsa::Problem problem = std::apply(problem_of, p);
-            problem.dropout_p = dropout_p;
-            return counts_of(emulator::tiled_forward(problem, arguments_of(tensors), {seed, deferred_copies}));
-        });
-    m.def(
-        "tiled_backward",
-        [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
-           const std::map<std::string, PyTensor>& tensors, uint64_t seed, bool deferred_copies) {
-            gpsa::Problem problem = std::apply(problem_of, p);
-            problem.dropout_p = dropout_p;
-            return counts_of(emulator::tiled_backward(problem, arguments_of(tensors), {seed, deferred_copies}));
-        });
-    m.def("tiled_slots", [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p) {
-        gpsa::Problem problem = std::apply(problem_of, p);
-        problem.dropout_p = dropout_p;
-        return emulator::tiled_slots(problem);
-    });
+    m.def("tiled_slots", [](const PyProblem& problem) { return gpsa::tiled::slots(problem_of(problem)); });
     m.def(
         "dropout_mask",
-        [](int rows, int columns, float dropout_p, const std::map<std::string, PyTensor>& tensors, int64_t image,
-           bool transposed) {
+        [](int rows, int columns, float dropout_p, const PyTensors& tensors, int64_t image, bool transposed) {
             gpsa::Problem problem{};
             problem.rows = rows;
             problem.columns = columns;

@@ -364,7 +364,7 @@ void Machine::met(Warp& warp) {
     warp.global_stores.flush_global(counters.global_written);
 }
 
-void Machine::collective(const char* name, Collective run, void* lane) {
+bool Machine::rendezvous(const char* name, void* lane) {
     Warp& warp = warps[current / 32];
     const int first = current / 32 * 32;
     for (int other = first; other < first + 32; ++other) {
@@ -377,16 +377,22 @@ void Machine::collective(const char* name, Collective run, void* lane) {
     warp.arrived |= 1u << current % 32;
     if (warp.arrived != 0xffffffffu) {
         wait(name);
-        return;
+        return false;
     }
     warp.arrived = 0;
+    for (int other = first; other < first + 32; ++other) threads[other]->waiting = nullptr;
+    return true;
+}
+
+void Machine::collective(const char* name, Collective run, void* lane) {
+    if (!rendezvous(name, lane)) return;
+    Warp& warp = warps[current / 32];
     met(warp);
     if (run) {
         run(warp.lanes);
     } else {
         ++warp.clock[current / 32];  // __syncwarp
     }
-    for (int other = first; other < first + 32; ++other) threads[other]->waiting = nullptr;
 }
 
 void Machine::barrier(int number, int count, const char* name) {

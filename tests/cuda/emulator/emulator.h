@@ -30,6 +30,14 @@ struct Error : std::runtime_error {
 struct Options {
     uint64_t seed = 0;             // 0: warps and lanes in turn; else random priorities drawn from it
     bool deferred_copies = false;  // cp.async moves its bytes when they are waited for, else at once
+    bool only_recorded = false;    // launches are written down and not carried out
+};
+
+/// What a launcher asked for.
+struct Launch {
+    const char* kernel;  // its type's name, as typeid gives it
+    unsigned grid_x, grid_y;
+    int threads, shared_bytes;
 };
 
 /// Shared-memory accesses of one kind: wavefronts, and how many of them bank conflicts added.
@@ -104,6 +112,7 @@ class Machine {
 public:
     Counters counters;
     Options options;
+    std::vector<Launch> launches;
     std::map<uintptr_t, std::shared_ptr<Region>> regions;  // by the first byte of the tensor
 
     /// Runs `body` by every thread of every block. Launches follow one another as in a stream.
@@ -125,6 +134,9 @@ public:
     void copy_commit();
     void copy_wait(int pending);
     void barrier(int number, int count, const char* name);
+    /// All lanes of the warp meet. True for the last one, which acts for all before any other goes on.
+    bool rendezvous(const char* name, void* lane);
+    /// The same, counting what the lanes did since they last met, then carrying `run` out; null: sync_warp.
     void collective(const char* name, Collective run, void* lane);
     std::shared_ptr<Region> region(const void* data) const;
 
@@ -152,7 +164,6 @@ private:
     struct Warp {
         std::vector<uint32_t> clock;
         uint64_t priority = 0;
-        const char* name = nullptr;  // the collective that lanes wait at
         uint32_t arrived = 0;
         void* lanes[32] = {};
         AccessLog loads, stores, copies, global_loads, global_stores;

@@ -1,12 +1,14 @@
-// The kernels as the tests call them: the problem, named tensors, and how to run it.
+// The calls of gpsa.h as the tests make them: the problem, named tensors, and how to run it.
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "emulator.h"
 #include "gpsa.h"
+#include "launch.h"
 
 namespace gpsa::emulator {
 
@@ -18,17 +20,24 @@ struct Argument {
 };
 using Arguments = std::map<std::string, Argument>;
 
-/// Runs the forward kernel and returns what it counted; throws Error for whatever is wrong. `parts`: blocks that share
-/// the query rows of a (batch, head). `logsumexp` may be missing from the arguments.
-Counters forward(const Problem& problem, const Arguments& arguments, int parts, const Options& options);
+/// Runs a forward call and returns what it counted; throws Error for whatever is wrong. `parts`: of the whole-image
+/// kernel, 0 for the tiled kernels; none: launch_forward chooses. `content` and `logsumexp` may be missing from the
+/// arguments.
+Counters forward(
+    const Problem& problem, const Arguments& arguments, std::optional<int> parts, const Options& options);
 
-/// The same for the backward kernel.
+/// The same for a backward call: of the tiled kernels where there is `content`, else launch_backward chooses.
 Counters backward(const Problem& problem, const Arguments& arguments, const Options& options);
 
-/// Bytes of shared memory that the forward kernel wants.
-int forward_shared_bytes(const Problem& problem, int parts);
+/// What calls for a problem launch, in order: of a forward call that saves nothing, of one that saves what backward
+/// reads, and of a backward call.
+std::vector<std::vector<Launch>> launches(const Problem& problem);
 
-/// Whether the backward kernel serves a problem where a block can have so many bytes of shared memory.
-bool backward_fits(const Problem& problem, int shared_bytes);
+/// Writes the dropout mask of an image, `mask` (1, 1, N, N) of 16-bit 0 and 1, drawn by `seed`: a warp per (16, 16) tile
+/// of scores or of transposed scores.
+void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t image, bool transposed);
+
+/// Philox4x32-10 of a counter and a key.
+std::vector<uint32_t> philox_words(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key);
 
 }  // namespace gpsa::emulator

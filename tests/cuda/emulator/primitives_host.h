@@ -15,7 +15,6 @@ namespace gpsa {
 inline int thread() { return emulator::machine->thread_index(); }
 inline int threads() { return emulator::machine->thread_count(); }
 inline int lane() { return thread() % 32; }
-inline int warp() { return thread() / 32; }
 inline int block_x() { return emulator::machine->block_x(); }
 inline int block_y() { return emulator::machine->block_y(); }
 
@@ -203,6 +202,11 @@ inline float shuffle_xor(float value, int mask) {
     emulator::ShuffleLane lane{value, 0, mask};
     emulator::machine->collective("shuffle_xor", emulator::shuffle_xor, &lane);
     return lane.result;
+}
+
+inline int warp() {
+    emulator::machine->rendezvous("warp()", nullptr);
+    return thread() / 32;
 }
 
 inline float flush_to_zero(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }

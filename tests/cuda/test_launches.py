@@ -1,0 +1,108 @@
+"""Which kernels launch_forward and launch_backward choose for a device, and with how many blocks and bytes."""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+from emulation import H100, Device
+from reference import inputs
+
+A100, B200 = Device(108, 163 * 1024), Device(148, 227 * 1024)
+RTX_4090, RTX_5090 = Device(128, 99 * 1024), Device(170, 99 * 1024)
+DEVICES = {"A100": A100, "H100": H100, "B200": B200, "RTX 4090": RTX_4090, "RTX 5090": RTX_5090}
+
+# every grid of the numbers of tokens at which something changes: tiles of 16, rows of scores, blocks of an image
+TOKENS = (1, 15, 16, 17, 63, 64, 65, 112, 113, 128, 129, 192, 196, 197, 208, 209, 240, 255, 256)
+GRIDS = [(rows, tokens // rows) for tokens in TOKENS for rows in range(1, tokens + 1) if tokens % rows == 0]
+LARGE_GRIDS = [(257, 1), (1, 257), (17, 16), (24, 24), (5, 1000), (128, 128), (1 << 10, 1 << 20)]
+IMAGES = [(1, 1), (1, 9), (7, 9), (128, 9), (1 << 12, 16)]
+
+
+def empty(batch, heads, head_dim, dtype=torch.float16):
+    return torch.empty(batch, heads, 0, head_dim, dtype=dtype)
+
+
+def is_tiled(launches):
+    return launches[0].kernel == "PositionStatistics"
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_shape_is_refused(device, dropout_p, dtype):
+    """Each call asks for what the device has, and for the memory that its kernels use."""
+    for grid_size in GRIDS + LARGE_GRIDS:
+        for head_dim in range(8, 129, 8):
+            contents = set()
+            for batch, heads in IMAGES if grid_size[0] * grid_size[1] < 1 << 30 else IMAGES[:2]:
+                q = empty(batch, heads, head_dim, dtype)
+                calls = emulation.launches(q, grid_size, dropout_p, device)
+                sizes = emulation.sizes(q, grid_size, dropout_p, device)
+                where = (grid_size, head_dim, batch, heads)
+                assert all(calls), where
+                for launch in (launch for call in calls for launch in call):
+                    assert launch.shared_bytes <= device.shared_bytes, where
+                    assert 1 <= launch.threads <= 1024, where
+                    assert 1 <= launch.grid_x < 1 << 31, where
+                    assert 1 <= launch.grid_y < 1 << 16, where
+                inference, forward, backward = map(is_tiled, calls)
+                assert (sizes.inference_workspace > 0, sizes.forward_workspace > 0) == (inference, forward), where
+                assert (sizes.backward_workspace > 0, sizes.content) == (backward, backward), where
+                assert backward or sizes.slots == 1, where
+                assert forward or not backward, where  # who but tiled kernels writes the content
+                contents.add(sizes.content)
+            assert len(contents) == 1, "the backend asks for one batch and head"
+
+
+# (grid_size, head_dim, dropout_p): devices on which whole-image kernels serve it, forward without saving and backward
+ALL, LARGE = set(DEVICES), {"A100", "H100", "B200"}
+SERVED = {
+    ((14, 14), 48, 0.0): (ALL, ALL),  # ConViT
+    ((14, 14), 48, 0.1): (ALL, ALL),
+    ((16, 16), 48, 0.0): (ALL, LARGE),
+    ((14, 14), 64, 0.0): (LARGE, LARGE),
+    ((16, 16), 64, 0.0): (LARGE, LARGE),
+    ((14, 14), 128, 0.0): ({"H100", "B200"}, set()),
+    ((14, 14), 128, 0.1): (set(), set()),
+    ((24, 24), 48, 0.0): (set(), set()),
+}
+
+
+@pytest.mark.parametrize("shape", SERVED, ids=str)
+def test_which_family_serves_a_large_batch(shape):
+    grid_size, head_dim, dropout_p = shape
+    served = set(), set()
+    for name, device in DEVICES.items():
+        inference, _, backward = emulation.launches(empty(128, 9, head_dim), grid_size, dropout_p, device)
+        for names, call in zip(served, (inference, backward), strict=True):
+            if not is_tiled(call):
+                names.add(name)
+    assert served == SERVED[shape]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "side", "parts"), [(128, 9, 14, 1), (1, 9, 14, 4), (10, 9, 14, 2), (1, 1, 8, 1)]
+)
+def test_query_rows_are_split_when_there_are_fewer_images_than_multiprocessors(batch, heads, side, parts):
+    ((launch,), *_) = emulation.launches(empty(batch, heads, 48), (side, side))
+    assert (launch.grid_x, launch.grid_y) == (batch * heads, parts)
+
+
+def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
+    ((launch,), *_) = emulation.launches(empty(128, 9, 48), (14, 14))
+    assert 3 * (launch.shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("device", [H100, RTX_4090], ids=["whole image", "tiled"])
+def test_what_is_chosen_runs_in_the_workspace_that_was_asked_for(device):
+    tensors = [t.detach() for t in inputs(1, 2, (9, 9), 128, torch.float16)]
+    got = emulation.forward(*tensors, (9, 9), 0.1, parts=None, device=device)
+    expected = emulation.forward(*tensors, (9, 9), 0.1, parts=2 if device is H100 else 0)
+    assert torch.equal(got.out, expected.out)
+    assert got.counts == expected.counts
+
+
+def test_nothing_is_launched_for_nothing():
+    assert emulation.launches(empty(0, 3, 48), (14, 14)) == [[], [], []]
+    assert emulation.sizes(empty(0, 3, 48), (14, 14)) == emulation.sizes(empty(1, 3, 48), (14, 14))
