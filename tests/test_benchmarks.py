@@ -601,20 +601,21 @@ def test_the_gpus_path_on_cpu_tensors(fake_cuda, monkeypatch, tmp_path):
 def test_what_was_measured_is_kept_by_direction(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "operator"]
-    rows = measure.Run.rows
+    rows, asked = measure.Run.rows, []
 
-    def ends(run, direction, *more):
-        if direction == "both":
+    def ends_once(run, direction, *more):
+        asked.append(direction)
+        if asked == list(workloads.DIRECTIONS):
             raise KeyboardInterrupt
         return rows(run, direction, *more)
 
-    monkeypatch.setattr(measure.Run, "rows", ends)
+    monkeypatch.setattr(measure.Run, "rows", ends_once)
     with pytest.raises(KeyboardInterrupt):
         suite.main(arguments)
     first = results.read(path)["runs"][0]["rows"]
     assert {row["direction"] for row in first} == {"forward", "backward"}
-    monkeypatch.setattr(measure.Run, "rows", rows)
     assert suite.main(arguments) == 0
+    assert asked == [*workloads.DIRECTIONS, "both"]
     (run,) = results.read(path)["runs"]
     assert run["rows"][: len(first)] == first
     assert {row["direction"] for row in run["rows"][len(first) :]} == {"both"}
