@@ -113,17 +113,17 @@ def main(arguments: list[str] | None = None) -> int:
     run = machine.describe(options.device, options.profile)
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
-    begun: list[results.Row] = []
+    there: list[results.Row] = []  # what the run's file has
     if options.resume and output.exists():
         last = results.read(output)["runs"][-1]
         if changed := [key for key, value in run.items() if key != "started" and last.get(key) != value]:
             parser.error(f"the last run of {output} cannot be gone on with: {', '.join(changed)} changed since")
-        run["started"], begun = last["started"], last["rows"]
+        run["started"], there = last["started"], last["rows"]
     with measure.own_stream(options.device):
         for section in options.sections:
-            lost = lost_peers(section, begun)
+            lost = lost_peers(section, there)
             for unit in units(section, options.device, options.profile, lost):
-                known = {row["peer"] for row in written(unit, begun)}
+                known = {row["peer"] for row in written(unit, there)}
                 if known - set(lost):
                     continue
                 start = time.perf_counter()
@@ -136,9 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
                     again = ("-m", "benchmarks", *arguments, "--resume", "--output", str(output))
                     os.execv(sys.executable, (sys.executable, *again))
                 results.append(output, run, rows)
+                there += rows
                 _tell(unit, rows, time.perf_counter() - start)
-    (rows,) = (found["rows"] for found in results.read(output)["runs"] if found["started"] == run["started"])
-    wrong = sum(row["section"] in options.sections and bad(row, options.device, options.profile) for row in rows)
+    wrong = sum(row["section"] in options.sections and bad(row, options.device, options.profile) for row in there)
     print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else ""))
     return 1 if wrong else 0
 
