@@ -7,15 +7,18 @@ python -m benchmarks --quick     under three minutes on two CPU cores
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from benchmarks import accuracy, dispatch, floors, machine, measure, models, results
-from benchmarks.workloads import PROFILES, Profile, attention_workloads, model_workloads
+from benchmarks.workloads import PROFILES, Profile, attention_workloads, headline, model_workloads
+from gpsa_kernels import BACKENDS
 
 SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled")
 
@@ -25,12 +28,12 @@ class Unit(NamedTuple):
 
     section: str
     workload: str
-    direction: str  # of a model, or ""
+    where: dict[str, str]  # what else its rows have in common: a direction, a temperature
     rows: Callable[[], Iterable[results.Row]]
 
 
-def units(section: str, device: str, profile: Profile) -> Iterator[Unit]:
-    """What a section consists of."""
+def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) -> Iterator[Unit]:
+    """What a section consists of; ``lost`` are peers that are left out, and why."""
     effort = measure.EFFORTS[profile]
     known: dict[str, floors.Rates] = {}
 
@@ -44,37 +47,50 @@ def units(section: str, device: str, profile: Profile) -> Iterator[Unit]:
             yield Unit(
                 section,
                 str(model),
-                model.direction,
+                {"direction": model.direction},
                 lambda model=model: models.workload_rows(model, device, effort, rates(model.dtype)),
             )
     elif section == "accuracy":
         for case in accuracy.cases(device, profile):
-            yield Unit(section, str(case), "", lambda case=case: accuracy.case_rows(case, device))
+            yield Unit(section, str(case), {}, lambda case=case: accuracy.case_rows(case, device, lost))
     elif section == "dispatch":
-        yield Unit(section, "no work", "", lambda: dispatch.rows(effort))
+        yield Unit(section, "no work", {}, lambda: dispatch.rows(effort))
     else:
         for workload in attention_workloads(section, device, profile):
-            yield Unit(
-                section,
-                str(workload),
-                "",
-                lambda workload=workload: measure.workload_rows(workload, device, effort, rates(workload.case.dtype)),
-            )
+            for temperature in workload.temperatures:
+                run = measure.Run(workload, device, temperature, lost)
+                for direction in workload.directions:
+                    where = {"direction": direction, "temperature": temperature}
+                    rows = lambda run=run, direction=direction: run.rows(direction, effort, rates(run.case.dtype))  # noqa: E731
+                    yield Unit(section, str(workload), where, rows)
+                run.release()
 
 
-def missing(unit: Unit, run: dict[str, Any] | None) -> bool:
-    """Whether the run that is gone on with has no row of this unit yet."""
-    found = run["rows"] if run else []
-    return not any(
-        row["section"] == unit.section
-        and row["workload"] == unit.workload
-        and unit.direction in ("", row.get("direction"))
-        for row in found
-    )
+def written(unit: Unit, rows: Iterable[results.Row]) -> list[results.Row]:
+    """Those of ``rows`` that are of this unit."""
+    common = {"section": unit.section, "workload": unit.workload, **unit.where}
+    return [row for row in rows if common.items() <= row.items()]
+
+
+def lost_peers(section: str, rows: Iterable[results.Row]) -> dict[str, str]:
+    """The peers that ended a process of this section, and how."""
+    found = [row for row in rows if row["section"] == section and row["status"] == "failed"]
+    return {row["peer"]: row["reason"] for row in found if row["reason"].startswith(measure.LOST)}
+
+
+def bad(row: results.Row, device: str, profile: Profile) -> bool:
+    """Whether gpsa_kernels was wrong, failed, or refused what it is made for: the headline, or a model."""
+    owner, _, name = row["peer"].partition(" ")
+    if owner != "gpsa_kernels" or row["status"] == "ok":
+        return False
+    if row["status"] != "unavailable":
+        return True
+    chief = row["section"] == "models" or row["workload"] == str(headline(device, profile))
+    return chief and device == "cuda" and name in BACKENDS and BACKENDS[name].unavailable() is None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the sections asked for; returns 1 where gpsa_kernels was wrong or failed, 0 otherwise.
+    """Runs the sections asked for; returns 1 where a row of the run is ``bad``, 0 otherwise.
 
     What becomes of the other peers is a result, and no reason to fail.
     """
@@ -88,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None, help="torch's threads on the CPU")
     parser.add_argument("--output", type=Path, help="the file to add to; benchmarks/results/<machine>-<day>.json")
     parser.add_argument("--resume", action="store_true", help="go on with the file's last run, leaving out what it has")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     if options.threads is not None:
@@ -96,31 +113,41 @@ def main(arguments: list[str] | None = None) -> int:
     run = machine.describe(options.device, options.profile)
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
-    begun = None
+    there: list[results.Row] = []  # what the run's file has
     if options.resume and output.exists():
-        begun = results.read(output)["runs"][-1]
-        if changed := [key for key, value in run.items() if key != "started" and begun.get(key) != value]:
+        last = results.read(output)["runs"][-1]
+        if changed := [key for key, value in run.items() if key != "started" and last.get(key) != value]:
             parser.error(f"the last run of {output} cannot be gone on with: {', '.join(changed)} changed since")
-        run["started"] = begun["started"]
-    wrong = 0
+        run["started"], there = last["started"], last["rows"]
     with measure.own_stream(options.device):
         for section in options.sections:
-            for unit in units(section, options.device, options.profile):
-                if not missing(unit, begun):
+            lost = lost_peers(section, there)
+            for unit in units(section, options.device, options.profile, lost):
+                known = {row["peer"] for row in written(unit, there)}
+                if known - set(lost):
                     continue
                 start = time.perf_counter()
-                rows = list(unit.rows())
+                try:
+                    rows = [row for row in unit.rows() if row["peer"] not in known]
+                except measure.ContextLost as error:
+                    results.append(output, run, [error.row])
+                    _tell(unit, [error.row], time.perf_counter() - start)
+                    # a new process, in place of this one and with a new context, leaves that peer out
+                    again = ("-m", "benchmarks", *arguments, "--resume", "--output", str(output))
+                    os.execv(sys.executable, (sys.executable, *again))
                 results.append(output, run, rows)
-                wrong += _tell(unit, rows, time.perf_counter() - start)
-    print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong or failed" if wrong else ""))
+                there += rows
+                _tell(unit, rows, time.perf_counter() - start)
+    wrong = sum(row["section"] in options.sections and bad(row, options.device, options.profile) for row in there)
+    print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else ""))
     return 1 if wrong else 0
 
 
-def _tell(unit: Unit, rows: list[results.Row], seconds: float) -> int:
-    """Prints a unit's rows in short; returns how many of gpsa_kernels' own are wrong or failed."""
-    print(f"{unit.section}: {unit.workload} {unit.direction} ({seconds:.0f} s)", flush=True)
+def _tell(unit: Unit, rows: list[results.Row], seconds: float) -> None:
+    """Prints a unit's rows in short."""
+    print(f"{unit.section}: {unit.workload} {' '.join(unit.where.values())} ({seconds:.0f} s)", flush=True)
     for row in rows:
-        about = " ".join(str(row[key]) for key in ("direction", "temperature", "tensor") if key in row)
+        about = row.get("tensor", row.get("direction", ""))
         if row["status"] != "ok":
             value = f"{row['status']}: {row['reason']}"
         elif "median_us" in row:
@@ -129,7 +156,6 @@ def _tell(unit: Unit, rows: list[results.Row], seconds: float) -> int:
         else:
             value = f"error {row['max_error']:.1e}, eager's {row['eager_max_error']:.1e}"
         print(f"  {row['peer']:<34}{about:<18}{value}", flush=True)
-    return sum(row["status"] in ("wrong", "failed") and row["peer"].startswith("gpsa_kernels") for row in rows)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ All start from the same numbers of that dtype; the truth is the formula in float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks import check
-from benchmarks.measure import Row, gradients
+from benchmarks.measure import Row, failed, gradients
 from benchmarks.peers import Unavailable, check_backend, inputs
 from benchmarks.workloads import Case, Profile
 from gpsa_kernels import BACKENDS, gpsa_attention
@@ -47,8 +47,8 @@ def autocast(tensors: Sequence[Tensor], grad_out: Tensor, case: Case) -> list[Te
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
 
 
-def case_rows(case: Case, device: str) -> Iterator[Row]:
-    """A row for every backend and tensor."""
+def case_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[Row]:
+    """A row for every backend and tensor; ``lost`` are peers that are left out, and why."""
     tensors = inputs(case, device, 0)
     grad_out = torch.randn_like(tensors[0])
     truth = check.formula(tensors, grad_out, case, torch.float64)
@@ -57,7 +57,10 @@ def case_rows(case: Case, device: str) -> Iterator[Row]:
         "autocast": autocast(tensors, grad_out, case),
     }
     for name in BACKENDS:
-        header = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}", **vars(case)}
+        header: Row = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}", **vars(case)}
+        if header["peer"] in lost:
+            yield {**header, "status": "failed", "reason": lost[header["peer"]]}
+            continue
         try:
             check_backend(name, case, tensors)
             got = gradients(_on(name, case), tensors, grad_out)
@@ -65,7 +68,7 @@ def case_rows(case: Case, device: str) -> Iterator[Row]:
             yield {**header, "status": "unavailable", "reason": str(error)}
             continue
         except Exception as error:  # a backend's failure, of whatever kind, is a result
-            yield {**header, "status": "failed", "reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+            yield failed(header, error)
             continue
         for index, tensor in enumerate(check.NAMES):
             row: Row = {**header, "status": "ok", "tensor": tensor}

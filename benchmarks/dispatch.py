@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gpsa_kernels
 from benchmarks import timing
-from benchmarks.measure import Effort, Row
+from benchmarks.measure import Effort, Row, failed
 from gpsa_kernels.backends.base import Backend, Forward, Gradients
 
 Q = torch.randn(1, 1, 4, 8)
@@ -53,10 +53,11 @@ def rows(effort: Effort) -> Iterator[Row]:
         for direction, calls in zip(("forward", "both"), peers(), strict=True):
             timed = timing.Interleaved({peer: timing.inner(call, CALLS) for peer, call in calls.items()})
             timed.run(max(effort.least, effort.rounds // 4), effort.budget, least=effort.least)
+            header = {"section": "dispatch", "workload": "no work", "direction": direction}
             for peer, seconds in timed.seconds.items():
-                times = timing.summary(seconds)
-                header = {"section": "dispatch", "workload": "no work", "direction": direction, "peer": peer}
-                yield {**header, "status": "ok", "timer": "wall clock", **times}
+                yield {**header, "peer": peer, "status": "ok", "timer": "wall clock", **timing.summary(seconds)}
+            for peer, error in timed.failures.items():
+                yield failed({**header, "peer": peer}, error)
     finally:
         torch.set_num_threads(threads)
         gpsa_kernels.BACKENDS.pop("null", None)

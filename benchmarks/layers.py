@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models.convit import GPSA
 from torch import Tensor, nn
 
 from benchmarks import check, floors
-from benchmarks.peers import REFERENCE, Function, Peer, Subject, Unavailable, check_backend, compiled
+from benchmarks.peers import REFERENCE, Function, Peer, Subject, check_backend, compiled, timm_layer
 from benchmarks.workloads import Case
 from gpsa_kernels import BACKENDS, FusedGPSA
 
@@ -60,12 +59,7 @@ def _holding(layer: nn.Module, tensors: Sequence[Tensor]) -> Function:
 
 
 def timm(case: Case, tensors: list[Tensor]) -> Function:
-    if case.rows != case.columns:
-        raise Unavailable("it knows square grids only")
-    x = tensors[0]
-    layer = GPSA(x.size(2), case.heads, device=x.device, dtype=x.dtype)
-    layer.rel_indices = layer.get_rel_indices(case.tokens)
-    return _holding(layer, tensors)
+    return _holding(timm_layer(case, tensors[0]), tensors)
 
 
 def ours(name: str) -> Callable[[Case, list[Tensor]], Function]:

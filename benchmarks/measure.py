@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,39 @@ from benchmarks.workloads import Case, Profile, Workload
 
 Row = dict[str, Any]
 PROBE_SECONDS = 240
+LOST = "CUDA was lost"  # how the reason of a peer begins that took its process's CUDA context with it
 
 
 class Wrong(Exception):
     """A peer computes something else."""
+
+
+class ContextLost(Exception):
+    """A peer raised (after an illegal access, say) and nothing on the GPU works in this process any more.
+
+    ``row`` is the peer's.
+    """
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row["reason"])
+        self.row = row
+
+
+def failed(row: Row, error: Exception) -> Row:
+    """The row of a peer that raised.
+
+    Raises:
+        ContextLost: with the row, where no later peer can run in this process.
+    """
+    reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+    row |= {"status": "failed", "reason": reason}
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            row["reason"] = " ".join((LOST, "in", row["workload"], row.get("direction", ""))).rstrip() + f": {reason}"
+            raise ContextLost(row) from error
+    return row
 
 
 @dataclass(frozen=True)
@@ -166,47 +195,50 @@ def input_sets(workload: Workload, device: str, temperature: str) -> list[tuple[
     return [(tensors, torch.randn_like(tensors[0])) for tensors in sets]
 
 
-def workload_rows(workload: Workload, device: str, effort: Effort, rates: floors.Rates) -> Iterator[Row]:
-    """A row for every peer, direction and temperature, whatever became of it."""
-    for temperature in workload.temperatures:
-        run = Run(workload, device, temperature)
-        for direction in workload.directions:
-            yield from run.rows(direction, effort, rates)
-        run.release()
-
-
 class Run:
-    """A workload's peers on the same inputs at one temperature."""
+    """A workload's peers on the same inputs at one temperature, made when the first direction is asked for.
 
-    def __init__(self, workload: Workload, device: str, temperature: str) -> None:
+    ``lost``: peers that are left out, and why.
+    """
+
+    def __init__(
+        self, workload: Workload, device: str, temperature: str, lost: Mapping[str, str] | None = None
+    ) -> None:
+        self.workload, self.device, self.temperature, self.lost = workload, device, temperature, lost or {}
+        self.case, self.subject = workload.case, subject(workload.section)
+        self.peers = [peer for peer in self.subject.peers if workload.compiled or not peer.compiled]
+        self.functions: dict[str, Function] = {}
+        self.sets: list[tuple[list[Tensor], Tensor]] = []
+
+    def _begin(self) -> None:
         torch._dynamo.reset()  # or the shapes of earlier workloads count towards its limit of recompilations
-        self.workload, self.device, self.temperature = workload, device, temperature
-        self.case = workload.case
-        self.sets = input_sets(workload, device, temperature)
+        self.sets = input_sets(self.workload, self.device, self.temperature)
         tensors, grad_out = self.sets[0]
         dtype = getattr(torch, self.case.dtype)
-        self.subject = subject(workload.section)
         self.truth = self.subject.formula(tensors, grad_out, self.case, torch.float64)
         self.eager = check.deviation(self.subject.formula(tensors, grad_out, self.case, dtype), self.truth)
         self.allowed = check.allowed(dtype, self.eager)
-        self.peers = [peer for peer in self.subject.peers if workload.compiled or not peer.compiled]
-        self.functions: dict[str, Function] = {}
 
     def release(self) -> None:
         """Gives the tensors back."""
         self.functions.clear()
         self.sets.clear()
-        self.truth.clear()
+        self.truth = []
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def prepared(self, direction: str) -> tuple[list[Row], dict[str, timing.Sample]]:
         """A row for every peer, with the reason where it cannot be timed, and clocks for those that can."""
+        if not self.sets:
+            self._begin()
         timing.CudaSample.pool = None  # the graphs of the last direction are gone, and with them their pool
         rows = [self._header(peer, direction) for peer in self.peers]
         samples: dict[str, timing.Sample] = {}
         for peer, row in zip(self.peers, rows, strict=True):
+            if peer.name in self.lost:
+                row |= {"status": "failed", "reason": self.lost[peer.name]}
+                continue
             try:
                 samples[peer.name] = self._sample(peer, direction, row)
             except Wrong as error:
@@ -214,7 +246,7 @@ class Run:
             except Unavailable as error:
                 row |= {"status": "unavailable", "reason": str(error)}
             except Exception as error:  # a peer's own failure, of whatever kind, is a result
-                row |= {"status": "failed", "reason": f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]}
+                failed(row, error)
         return rows, samples
 
     def rows(self, direction: str, effort: Effort, rates: floors.Rates) -> list[Row]:
@@ -222,9 +254,12 @@ class Run:
         rows, samples = self.prepared(direction)
         timed = timing.Interleaved(samples)
         timed.run(effort.rounds, effort.budget, least=effort.least)
+        header = {row["peer"]: row for row in rows}
+        for name, error in timed.failures.items():
+            failed(header[name], error)
         for row in rows:
             name = row["peer"]
-            if name in samples:
+            if name in timed.seconds:
                 row |= {"status": "ok", "timer": samples[name].timer, **timing.summary(timed.seconds[name])}
                 row |= floor_columns(self.subject.work(self.case, direction), rates, row["median_us"])
         return rows

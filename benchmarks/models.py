@@ -153,6 +153,13 @@ def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(a) for a in arrays]
 
 
+def refusal(backend: str, workload: ModelWorkload, device: str) -> str | None:
+    """Why a backend cannot run the attention of a model, or None; asked about a head, in the dtype of autocast."""
+    side = workload.image // 16
+    q = torch.empty(1, 1, side * side, 48, device=device, dtype=getattr(torch, workload.dtype))
+    return BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(q, q, q, (side, side), 0.0)
+
+
 def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates) -> Iterator[Row]:
     """A row for every peer, whatever became of it."""
     rows: dict[str, Row] = {}
@@ -160,9 +167,7 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
     reference = _uncompiled_reference(workload, device) if workload.compiled else None
     for peer, backend in peers().items():
         rows[peer] = {**vars(workload), "workload": str(workload), "peer": peer}
-        # one thing alone keeps a backend from a whole model: this device
-        q = torch.empty(1, 1, 196, 48, device=device)
-        reason = backend and (BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(q, q, q, (14, 14), 0.0))
+        reason = refusal(backend, workload, device) if backend else None
         if reason:
             rows[peer] |= {"status": "unavailable", "reason": reason}
         else:
@@ -184,7 +189,9 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
     finally:
         for worker in workers.values():
             worker.stop()
-    for peer in workers:
+    for peer, error in timed.failures.items():
+        rows[peer] |= {"status": "failed", "reason": str(error)}
+    for peer in timed.seconds:
         times = timing.summary(timed.seconds[peer])
         work = floors.model_work(workload, facts[peer]["dim"], DEPTH)
         rows[peer] |= {"status": "ok", "timer": "wall clock", **times, **facts[peer].get("memory", {})}

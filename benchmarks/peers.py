@@ -113,26 +113,30 @@ class _Pair(tuple[Tensor, ...]):
 class _Take(nn.Module):
     """A projection that looks its result up."""
 
-    def __init__(self, name: str, like: Tensor) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.weight = like.detach()  # which the layer asks for its device and dtype
 
     def forward(self, x: _Projected) -> Any:
         return getattr(x, self.name)
 
 
-def timm(case: Case, tensors: list[Tensor]) -> Function:
-    """timm's own layer code between the projections, on given q, k and v."""
+def timm_layer(case: Case, like: Tensor) -> GPSA:
+    """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
     if case.rows != case.columns:
         raise Unavailable("it knows square grids only")
+    layer = GPSA(case.heads * case.head_dim, case.heads).to(like)
+    layer.rel_indices = layer.get_rel_indices(case.tokens).to(like)
+    return layer
+
+
+def timm(case: Case, tensors: list[Tensor]) -> Function:
+    """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
-    dim = case.heads * case.head_dim
-    layer = GPSA(dim, case.heads, device=q.device, dtype=q.dtype)
-    layer.qk, layer.v, layer.proj = _Take("qk", q), _Take("v", q), nn.Identity()
+    layer = timm_layer(case, q)
+    layer.qk, layer.v, layer.proj = _Take("qk"), _Take("v"), nn.Identity()
     del layer.pos_proj.weight, layer.gating_param
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
-    layer.rel_indices = layer.get_rel_indices(case.tokens)
 
     def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
         return layer(_Projected(q, k, v)).unflatten(2, (case.heads, case.head_dim)).transpose(1, 2)

@@ -37,6 +37,8 @@ def test_round(benchmark, workload: Workload, direction: str, profile: measure.P
         benchmark.pedantic(timed.round, rounds=measure.EFFORTS[profile].rounds)
         run.release()
     benchmark.extra_info["median_us"] = {peer: timing.summary(s)["median_us"] for peer, s in timed.seconds.items()}
-    benchmark.extra_info["without a time"] = {r["peer"]: f"{r['status']}: {r['reason']}" for r in rows if "reason" in r}
+    without = {r["peer"]: f"{r['status']}: {r['reason']}" for r in rows if "reason" in r}
+    benchmark.extra_info["without a time"] = without | {peer: repr(e) for peer, e in timed.failures.items()}
     ours = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row.get("status") in ("wrong", "failed")]
+    ours += [peer for peer in timed.failures if peer.startswith("gpsa_kernels")]
     assert not ours, ours

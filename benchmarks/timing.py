@@ -62,6 +62,7 @@ class CudaSample:
             torch.cuda.synchronize()
             self._replay, self.timer = self._all, "cuda events"
         self._replay()
+        torch.cuda.synchronize()  # a replay that fails is told here, not by whoever comes next
 
     def _all(self) -> list[Any]:
         return [call() for call in self._calls]  # alive together, so each result has memory of its own
@@ -93,10 +94,16 @@ def sample(calls: Sequence[Call], device: str) -> Sample:
 
 
 class Interleaved:
-    """Samples of several peers, a round at a time."""
+    """Samples of several peers, a round at a time; a peer that raises is timed no more.
+
+    Attributes:
+        seconds: the samples of every peer that never raised.
+        failures: what the others raised, in the order in which they did.
+    """
 
     def __init__(self, peers: dict[str, Callable[[], float]]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in peers}
+        self.failures: dict[str, Exception] = {}
         self._peers = peers
         self._order = list(peers)
         self._shuffle = random.Random(0).shuffle
@@ -104,8 +111,13 @@ class Interleaved:
     def round(self) -> None:
         """Takes one sample of every peer, in a new order."""
         self._shuffle(self._order)
-        for name in self._order:
-            self.seconds[name].append(self._peers[name]())
+        for name in tuple(self._order):
+            try:
+                self.seconds[name].append(self._peers[name]())
+            except Exception as error:  # a peer's own failure, of whatever kind, is a result
+                self.failures[name] = error
+                self._order.remove(name)
+                del self.seconds[name]
 
     def warm_up(self, rounds: int = 2) -> None:
         """Rounds that do not count."""

@@ -99,7 +99,7 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
         return Case(**{**vars(head), **changes})
 
     if section == "layer":
-        return [Workload(section, head, pair, cold)]
+        return [Workload(section, head, pair, cold, compiled=gpu)]  # on a CPU they take minutes to compile
     if section == "compiled":
         return [Workload(section, head, ("forward",) if profile == "quick" and not gpu else pair, cold, compiled=True)]
     if section == "operator":

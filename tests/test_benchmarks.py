@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from benchmarks import (  # noqa: E402
     check,
     floors,
     gpu_report,
+    layers,
     machine,
     machine_code,
     measure,
@@ -36,6 +39,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks import static as estimates  # noqa: E402
 from benchmarks.workloads import Case, ModelWorkload, Workload  # noqa: E402
+from gpsa_kernels import BACKENDS  # noqa: E402
 
 TINY = Case(2, 2, 4, 4, 16, "float32")
 RATES = floors.Rates(copied_bytes=1e9, flops=1e9)
@@ -135,10 +139,18 @@ def test_the_full_profile_has_every_shape_that_matters():
 # ---- proofs ---------------------------------------------------------------------------------------------------------
 
 
+TINY_WORKLOAD = Workload("operator", TINY, workloads.DIRECTIONS, ("warm",))
+TINY_HEADLINE = workloads.headline("cpu", "dry")
+
+
+def measured(workload: Workload, *directions: str) -> list[dict]:
+    run = measure.Run(workload, "cpu", "warm")
+    return [row for direction in directions for row in run.rows(direction, measure.EFFORTS["dry"], RATES)]
+
+
 @pytest.fixture(scope="module")
 def tiny_rows():
-    workload = Workload("operator", TINY, workloads.DIRECTIONS, ("warm",))
-    return list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+    return measured(TINY_WORKLOAD, *workloads.DIRECTIONS)
 
 
 def test_peers_agree(tiny_rows):
@@ -153,8 +165,6 @@ def test_peers_agree(tiny_rows):
 
 
 def test_every_backend_takes_part(tiny_rows):
-    from gpsa_kernels import BACKENDS
-
     shown = {row["peer"]: row for row in tiny_rows}
     for name, backend in BACKENDS.items():
         found = shown[f"gpsa_kernels {name}"]
@@ -188,8 +198,7 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch):
     new = tuple(peers.Peer(name, make) for name, make in planted)
     subject = dataclasses.replace(peers.OPERATOR, peers=(*peers.OPERATOR.peers[:2], *new))
     monkeypatch.setattr(measure, "OPERATOR", subject)
-    workload = Workload("operator", TINY, ("forward", "both"), ("warm",))
-    found = list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+    found = measured(TINY_WORKLOAD, "forward", "both")
     status = {(row["peer"], row["direction"]): row["status"] for row in found}
     assert status["timm", "both"] == status["eager, position once", "both"] == "ok"
     assert status["doubled", "forward"] == status["doubled", "both"] == "wrong"
@@ -202,8 +211,7 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch):
 
 
 def test_layers_agree():
-    workload = Workload("layer", TINY, ("both",), ("warm",))
-    found = list(measure.workload_rows(workload, "cpu", measure.EFFORTS["dry"], RATES))
+    found = measured(Workload("layer", TINY, ("both",), ("warm",)), "both")
     status = {row["peer"]: row["status"] for row in found}
     assert status["timm"] == status["gpsa_kernels eager"] == status["gpsa_kernels sdpa"] == "ok"
     assert status["SDPA alone"] == "ok"
@@ -224,12 +232,166 @@ def test_the_truth_is_the_reference():
     assert check.deviation(got, expected) == check.HOPELESS
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_no_kernel_refuses_a_model_on_a_gpu(monkeypatch, name):
+    monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], unavailable=lambda: None))
+    with torch._subclasses.FakeTensorMode():
+        refusals = {models.refusal(name, w, "cuda") for w in workloads.model_workloads("cuda", "full")}
+        in_float32 = ModelWorkload("tiny", 224, 1, "float32", "inference", compiled=False)
+        assert ("float32" in (models.refusal(name, in_float32, "cuda") or "")) == (name == "cuda")
+    assert refusals == {None}
+
+
+def test_a_model_on_a_gpu_is_timed_to_the_end_of_its_work(monkeypatch):
+    """And its peak memory is read: a worker with the GPU's clock pretended."""
+    done = []
+    for attribute, value in {
+        "synchronize": lambda: done.append("synchronized"),
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 250,
+        "reset_peak_memory_stats": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, attribute, value)
+
+    class Job(models.Job):
+        def __init__(self, peer, workload, device):
+            super().__init__(peer, workload, "cpu")
+            self.device = device
+
+        def logits(self, model, low):
+            done.append("called")
+            return model(self.images)
+
+    answers = iter([True, False])
+    sent = []
+    pipe = SimpleNamespace(send=lambda answer: (sent.append(answer), done.append("sent")), recv=lambda: next(answers))
+    monkeypatch.setattr(models, "Job", Job)
+    workload = ModelWorkload("tiny", 32, 1, "float32", "inference", compiled=False)
+    models._serve(pipe, models.REFERENCE, workload, "cuda", torch.get_num_threads())
+    facts, seconds = sent
+    assert facts["memory"] == {"memory_bytes": 150, "memory_kind": "peak"}
+    assert seconds > 0
+    assert done[-4:] == ["sent", "called", "synchronized", "sent"]
+
+
 def test_models_are_proved():
     good = {"proof": [torch.ones(3).numpy()], "truth": [torch.ones(3).numpy()]}
     bad = {"proof": [(2 * torch.ones(3)).numpy()]}
     assert "reason" not in models._proved(good, good, torch.float32)
     assert models._proved(bad, good, torch.float32)["status"] == "wrong"
     assert models._proved(bad, None, torch.float32)["status"] == "failed"
+
+
+class OldGPSA(peers.GPSA):
+    """timm's layer as it was up to 1.0.19: no device, no dtype, indices in float32."""
+
+    def __init__(self, dim, num_heads=8, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, locality_strength=1.0):
+        super().__init__(dim, num_heads)
+
+    def get_rel_indices(self, num_patches):
+        return super().get_rel_indices(num_patches).float()
+
+
+@pytest.mark.parametrize("subject", [peers.OPERATOR, layers.LAYER], ids=["operator", "layer"])
+def test_the_layer_of_an_old_timm_is_measured(monkeypatch, subject):
+    monkeypatch.setattr(peers, "GPSA", OldGPSA)
+    case = dataclasses.replace(TINY, dtype="bfloat16")
+    tensors = subject.inputs(case, "cpu", 0)
+    grad_out = torch.randn_like(tensors[0])
+    got = measure.gradients(subject.peers[0].prepare(case, tensors), tensors, grad_out)
+    assert check.deviation(got, subject.formula(tensors, grad_out, case, torch.float64)) < 0.1
+
+
+@pytest.mark.parametrize("name", ["flash", "cuDNN", "efficient"])
+def test_attention_without_a_position_runs_in_the_kernel_that_it_names(monkeypatch, name):
+    (peer,) = (peer for peer in peers.OPERATOR.peers if peer.name == f"SDPA alone, {name}")
+    tensors = peers.inputs(TINY, "cpu", 0)
+    if name != "flash":
+        with pytest.raises(peers.Unavailable, match="it needs cuda"):
+            peer.prepare(TINY, tensors)
+    entered = []
+    read = torch.nn.attention._cur_sdpa_kernel_backends
+    monkeypatch.setattr(peers.F, "scaled_dot_product_attention", lambda *_: entered.append(read()))
+    peer.make(TINY, tensors)(*tensors)
+    assert [[kernel.name for kernel in kernels] for kernels in entered] == [[f"{name.upper()}_ATTENTION"]]
+
+
+def test_compiled_layers_are_measured_on_a_gpu(monkeypatch):
+    (workload,) = workloads.attention_workloads("layer", "cuda", "dry")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no machine code
+    monkeypatch.setattr(measure, "probe", lambda *_: None)
+    found = [(row["peer"], row["status"]) for row in measured(workload, "forward", "both") if "compiled" in row["peer"]]
+    assert found == 2 * [(peer.name, "ok") for peer in layers.LAYER.peers if peer.compiled]
+
+
+def lost_context(*_: object) -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_peer_that_fails_while_it_is_timed_costs_itself_alone(monkeypatch, lost):
+    def fails_late(case, tensors):
+        calls = iter([peers.eager(case, tensors)] * 5)  # the proof and the clock take fewer, the rounds more
+
+        def function(*tensors):
+            with contextlib.suppress(StopIteration):
+                return next(calls)(*tensors)
+            if lost:
+                monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+                monkeypatch.setattr(torch.cuda, "synchronize", lost_context)
+            lost_context()
+
+        return function
+
+    late = (peers.Peer("late", fails_late), *peers.OPERATOR.peers[:3])
+    monkeypatch.setattr(measure, "OPERATOR", dataclasses.replace(peers.OPERATOR, peers=late))
+    reason = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    if lost:
+        with pytest.raises(measure.ContextLost) as caught:
+            measured(TINY_WORKLOAD, "forward")
+        assert caught.value.row["peer"] == "late"
+        assert caught.value.row["reason"] == f"CUDA was lost in {TINY} forward: {reason}"
+        return
+    found = {row["peer"]: row for row in measured(TINY_WORKLOAD, "forward")}
+    assert found.pop("late")["reason"] == reason
+    assert {row["status"] for row in found.values()} == {"ok"}
+
+
+# the backward pass of a peer poisons the process: nothing on the GPU works any more
+LOSING = """
+import dataclasses, sys, torch
+from benchmarks import __main__ as suite, measure, peers
+
+def poison(*_):
+    torch.cuda.is_initialized, torch.cuda.synchronize, measure.check.deviation = lambda: True, poison, poison
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+def losing(case, tensors):
+    right = peers.eager(case, tensors)
+    return lambda *tensors: poison() if torch.is_grad_enabled() else right(*tensors)
+
+planted = [dataclasses.replace(p, make=losing) if p.name == sys.argv[1] else p for p in measure.OPERATOR.peers]
+measure.OPERATOR = dataclasses.replace(measure.OPERATOR, peers=tuple(planted))
+raise SystemExit(suite.main(sys.argv[2:]))
+"""
+
+
+def test_a_peer_that_takes_the_context_with_it_is_left_out_by_a_new_process(tmp_path):
+    peer = "gpsa_kernels sdpa"
+    path = tmp_path / "results.json"
+    arguments = ["--profile", "dry", "--device", "cpu", "--sections", "operator", "--output", str(path)]
+    done = subprocess.run([sys.executable, "-c", LOSING, peer, *arguments], cwd=ROOT)
+    assert done.returncode == 1
+    (run,) = results.read(path)["runs"]
+    status = {(row["peer"], row["direction"]): row["status"] for row in run["rows"]}
+    assert len(status) == len(run["rows"])
+    # in the new process the peer is sound, and left out all the same
+    assert [status.pop((peer, direction)) for direction in workloads.DIRECTIONS] == ["ok", "failed", "failed"]
+    assert set(status.values()) == {"ok", "unavailable"}
+    assert status["timm", "both"] == status["timm", "backward"] == "ok"
+    reasons = [row["reason"] for row in run["rows"] if row["status"] == "failed"]
+    assert reasons[0].startswith(f"CUDA was lost in {TINY_HEADLINE} backward: AcceleratorError")
+    assert reasons[0] == reasons[1]
 
 
 class WorkerOfACompiledModel:
@@ -271,7 +433,7 @@ def test_a_peer_that_dies_is_survived(monkeypatch):
 
 def test_accuracy_rows():
     case = Case(1, 2, 4, 4, 16, "bfloat16")
-    found = list(accuracy.case_rows(case, "cpu"))
+    found = list(accuracy.case_rows(case, "cpu", {}))
     results.check({"schema": 1, "runs": [{**RUN, "rows": found}]})
     for backend in ("eager", "sdpa"):
         mine = [row for row in found if row["peer"] == f"gpsa_kernels {backend}"]
@@ -397,7 +559,7 @@ def test_the_gpus_path_on_cpu_tensors(fake_cuda, monkeypatch, tmp_path):
         "is_available": lambda: True,
         "Stream": lambda: None,
         "stream": lambda _: contextlib.nullcontext(),
-        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=50_000),
+        "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=10_000),
         "get_device_name": lambda: "Pretended GPU",
         "memory_allocated": lambda: 100,
         "max_memory_allocated": lambda: 250,
@@ -412,8 +574,13 @@ def test_the_gpus_path_on_cpu_tensors(fake_cuda, monkeypatch, tmp_path):
         on_cpu = dataclasses.replace(subject, inputs=lambda case, _, seed, inputs=inputs: inputs(case, "cpu", seed))
         monkeypatch.setattr(measure, name, on_cpu)
     monkeypatch.setattr(floors, "measure_rates", lambda *_, **__: RATES)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     path = tmp_path / "cuda.json"
     arguments = ["--device", "cuda", "--profile", "dry", "--output", str(path), "--sections", "operator", "layer"]
+    assert suite.main(arguments) == 1  # triton says that it is there, and refuses the headline's CPU tensors
+    gone = dataclasses.replace(BACKENDS["triton"], unavailable=lambda: "it is not installed")
+    monkeypatch.setitem(BACKENDS, "triton", gone)
+    path.unlink()
     assert suite.main(arguments) == 0
     (run,) = results.read(path)["runs"]
     assert (run["device"], run["device_type"]) == ("Pretended GPU", "cuda")
@@ -429,6 +596,29 @@ def test_the_gpus_path_on_cpu_tensors(fake_cuda, monkeypatch, tmp_path):
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_kept_by_direction(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "operator"]
+    rows, asked = measure.Run.rows, []
+
+    def ends_once(run, direction, *more):
+        asked.append(direction)
+        if asked == list(workloads.DIRECTIONS):
+            raise KeyboardInterrupt
+        return rows(run, direction, *more)
+
+    monkeypatch.setattr(measure.Run, "rows", ends_once)
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(arguments)
+    first = results.read(path)["runs"][0]["rows"]
+    assert {row["direction"] for row in first} == {"forward", "backward"}
+    assert suite.main(arguments) == 0
+    assert asked == [*workloads.DIRECTIONS, "both"]
+    (run,) = results.read(path)["runs"]
+    assert run["rows"][: len(first)] == first
+    assert {row["direction"] for row in run["rows"][len(first) :]} == {"both"}
 
 
 def test_committed_results_are_valid():
@@ -549,8 +739,8 @@ def test_attention_table():
 def test_pictures(tmp_path):
     exact = {"tensor": "out", "max_error": 1e-7, "eager_max_error": 2e-7, "rms_error": 1e-8, "eager_rms_error": 2e-8}
     exact |= {"autocast_max_error": 1e-7, "autocast_rms_error": 1e-8, "status": "ok", "section": "accuracy"}
-    measured = {**exact, "workload": "w", "peer": "gpsa_kernels sdpa", **vars(TINY)}
-    run = {**RUN, "rows": [*ROWS, measured]}
+    errors = {**exact, "workload": "w", "peer": "gpsa_kernels sdpa", **vars(TINY)}
+    run = {**RUN, "rows": [*ROWS, errors]}
     results.check({"schema": 1, "runs": [run]})
     written = plots.draw({"cpu": run}, tmp_path)
     assert {path.name for path in written} == {

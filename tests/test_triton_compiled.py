@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpsa_kernels.backends.triton import INTERPRETED
 
@@ -17,6 +20,7 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
 
+from gpsa_kernels.backends.triton import attention_backward as backward_kernels
 from gpsa_kernels.backends.triton import tune
 from gpsa_kernels.backends.triton.compiled import ARCHITECTURES, SHARED_MEMORY_LIMIT, Usage, variants
 from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch
@@ -80,33 +84,147 @@ def test_the_tuner_times_every_row_that_a_gpu_uses(capability):
     assert set(attention) <= set(ATTENTION)
     problems = {**attention, **tune.positional_problems()}
     for problem in problems.values():
-        names = [call.kernel.__name__ for call in tune.calls(problem._replace(batch=1), capability, "meta")]
+        calls = tune.of_problem(problem, tune.step(problem._replace(batch=1), capability, "meta"))
         whole_image = problem.grid_size == (16, 16)  # needs no product of its own, only the gradient
-        assert set(names) == set(problem.kernels) - ({"separable_product"} if whole_image else set())
+        expected = set(problem.kernels) - ({"separable_product"} if whole_image else set())
+        assert {call.kernel.__name__ for call in calls} == expected
     assert set(tune.positional_problems()) == set(POSITIONAL)
 
 
 def test_the_tuner_takes_the_fastest_that_runs():
     key = ("mma", "forward", 64)
-    problem, own = tune.attention_problems(80)[key]._replace(batch=1), ATTENTION[key]
+    own = ATTENTION[key]
 
-    def pretended(calls):
-        (call,) = calls
-        tiles = call.arguments["QUERY_TILE"], call.arguments["KEY_TILE"]
-        return None if tiles == (128, 128) else 1 / (tiles[0] * tiles[1] * call.options["num_warps"])
+    def pretended():
+        row = ATTENTION[key]
+        tiles = row.query_tile, row.key_tile
+        return None if tiles == (128, 128) else 1 / (tiles[0] * tiles[1] * row.warps)
 
-    found = tune.best(
-        ATTENTION, key, tune.attention_candidates(own), lambda: tune.calls(problem, 80, "meta"), pretended
-    )
+    found = tune.best(key, tune.attention_candidates(own), pretended)
     assert (found.query_tile * found.key_tile, found.warps) == (128 * 64, 8)
     assert ATTENTION[key] == own
 
 
-def test_the_tuner_keeps_a_row_that_nothing_beats():
+@pytest.mark.parametrize("time", [1.0, None])
+def test_the_tuner_keeps_a_row_that_nothing_beats(time):
     key = ("half", 32)
-    problem, own = tune.positional_problems()[key]._replace(batch=1), POSITIONAL[key]
-    calls = lambda: tune.calls(problem, 80, "meta")  # noqa: E731
-    assert tune.best(POSITIONAL, key, tune.positional_candidates(32), calls, lambda calls: 1.0) == own
+    own = POSITIONAL[key]
+    assert tune.best(key, tune.positional_candidates(32), lambda: time) == own
+
+
+def test_the_tuner_times_a_backward_pass_on_what_its_forward_left(monkeypatch):
+    problem = tune.attention_problems(90)["wgmma", "backward_key", 64]
+    ran = []
+    monkeypatch.setattr(tune, "step", partial(lambda step, p, c, _: step(p, c, "meta"), tune.step))
+    monkeypatch.setattr(tune, "run", lambda calls: ran.append([call.kernel.__name__ for call in calls]))
+    monkeypatch.setattr(tune.triton.testing, "do_bench", lambda call, return_mode: (call(), 1.0)[1])
+    assert tune.milliseconds(problem, 90) == 1.0
+    attention = [[name for name in names if name.startswith("attention")] for names in ran]
+    assert attention == [
+        ["attention_forward", "attention_backward_query", "attention_backward_key"],
+        ["attention_backward_key"],
+    ]
+
+
+def test_the_tuner_compiles_what_is_launched(monkeypatch):
+    key, row = ("wgmma", "backward_key", 64), Launch(32, 64, 4, 1)
+    problem = tune.attention_problems(90)[key]
+    monkeypatch.setitem(ATTENTION, key, ATTENTION[key])
+    compiled = []
+    kernel = backward_kernels.attention_backward_key
+    monkeypatch.setattr(kernel, "warmup", lambda **given: compiled.append(given))
+    assert tune.build(key, problem, 90, row)
+    (given,) = compiled
+    assert [given[name] for name in ("QUERY_TILE", "KEY_TILE", "num_warps", "num_stages")] == [*row[:4]]
+    monkeypatch.setattr(kernel, "warmup", lambda **given: 1 / 0)
+    assert not tune.build(key, problem, 90, row)
+
+
+class Pool:
+    """A pool of one process, this one."""
+
+    def __init__(self, *_):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def tuner(monkeypatch, tmp_path):
+    """The tuner on a pretended H100 with a table of its own; a launch takes as long as its query tile is small."""
+    table = tmp_path / "launches.py"
+    table.write_text(tune.TABLE.read_text())
+    for name in ("ATTENTION", "POSITIONAL"):
+        monkeypatch.setattr(tune, name, dict(getattr(tune, name)))
+    monkeypatch.setattr(tune, "TABLE", table)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: True)
+    keys = {problem: key for key, problem in tune.attention_problems(90).items()}
+    monkeypatch.setattr(tune, "milliseconds", lambda problem, _: 1 / tune.ATTENTION[keys[problem]].query_tile)
+    return table
+
+
+def rows_of(table: Path) -> dict:
+    names: dict = {}
+    exec(table.read_text(), names)
+    return {key: tuple(row) for key, row in names["ATTENTION"].items()}
+
+
+CHOSEN = ["--rows", "wgmma-forward-64", "wgmma-backward_key-64"]
+
+
+def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(tuner, monkeypatch):
+    built = []
+    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: built.append((key[1], row)) or True)
+    before = rows_of(tuner)
+    tune.main(CHOSEN)
+    changed = {key: row for key, row in rows_of(tuner).items() if row != before[key]}
+    assert {key: row[0] for key, row in changed.items()} == {
+        ("wgmma", "forward", 64): 128,
+        ("wgmma", "backward_key", 64): 128,
+    }
+    parts = [(kernel, [row for _, row in part]) for kernel, part in itertools.groupby(built, lambda pair: pair[0])]
+    assert [kernel for kernel, _ in parts] == 2 * ["forward", "backward_key"]
+    assert Launch(32, 64, 4, 1) in parts[1][1]
+    assert len(parts[1][1]) < 30 < len(parts[3][1])
+    assert set(parts[1][1][1:]) | set(parts[3][1][1:]) | {ATTENTION["wgmma", "backward_key", 64]} == set(
+        tune.attention_candidates(ATTENTION["wgmma", "backward_key", 64])
+    )
+
+
+def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuner, monkeypatch):
+    milliseconds = tune.milliseconds
+
+    def interrupted(problem, capability):
+        if problem.kernels == ("attention_backward_key",):
+            raise KeyboardInterrupt
+        return milliseconds(problem, capability)
+
+    monkeypatch.setattr(tune, "milliseconds", interrupted)
+    before = rows_of(tuner)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(CHOSEN)
+    assert [key for key, row in rows_of(tuner).items() if row != before[key]] == [("wgmma", "forward", 64)]
+
+
+@pytest.mark.parametrize("option", [["--minutes", "0"], ["--dry-run"]], ids=" ".join)
+def test_the_tuner_leaves_the_table(tuner, option):
+    before = tuner.read_text()
+    tune.main([*CHOSEN, *option])
+    assert tuner.read_text() == before
+
+
+def test_the_tuner_names_its_rows(tuner, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--rows", "mma-forward-64"])
+    told = capsys.readouterr().err
+    assert "has no row mma-forward-64" in told
+    assert "wgmma-backward_key-128" in told
 
 
 def test_the_figures_in_the_documentation_are_the_budget():

@@ -11,9 +11,13 @@ from gpsa_kernels import gpsa_attention
 GRID, TOKENS, HEAD_DIM, P = (5, 13), 65, 72, 0.3
 
 
+def _tensors(target, dtype):
+    return [t.detach().to(target.device) for t in inputs(2, 2, GRID, HEAD_DIM, dtype)]
+
+
 @pytest.fixture
 def tensors(target, widest):
-    return [t.detach().to(target.device) for t in inputs(2, 2, GRID, HEAD_DIM, widest)]
+    return _tensors(target, widest)
 
 
 def _dropped_map(tensors, target, seed=0, gate=None, dropout_p=P):
@@ -56,7 +60,9 @@ def test_masks_of_heads_images_and_seeds_differ(target, tensors):
     assert (off_diagonal - expected).abs().max() < 6 * (expected * (1 - expected) / masks.size(1)) ** 0.5
 
 
-def test_gradients_use_the_forward_mask(target, tensors):
+@pytest.mark.smoke
+def test_gradients_use_the_forward_mask(target, dtype):
+    tensors = _tensors(target, dtype)
     mask = (_dropped_map(tensors, target) != 0).double() / (1 - P)
     grad_out = torch.randn(tensors[0].shape).to(tensors[0].dtype)
 

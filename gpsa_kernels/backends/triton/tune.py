@@ -1,16 +1,23 @@
 """Times the launches of this GPU and rewrites the table: ``python -m gpsa_kernels.backends.triton.tune``.
 
 Nothing is tuned at import or at a first call: this is run once for an architecture, and what it finds is committed.
+Every row is tried with its neighbours first, then, while there is time, with the rest; what is found is saved after
+every row. Processes beside this one compile; this one times, on a GPU that nobody else uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,8 +30,8 @@ from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_
 from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch, PositionalLaunch
 
 TABLE = Path(launches.__file__)
-Key = TypeVar("Key")
-Row = TypeVar("Row")
+NEAR = 2  # changes of one setting by one step that lead to a neighbour
+Row = Launch | PositionalLaunch
 
 
 class Problem(NamedTuple):
@@ -38,35 +45,59 @@ class Problem(NamedTuple):
     dropout_p: float = 0.0
 
 
-def calls(problem: Problem, capability: int, device: str) -> list[KernelCall]:
-    """The launches of a training step that the problem's row decides about, as the table has it now."""
+def step(problem: Problem, capability: int, device: str) -> list[KernelCall]:
+    """The launches of a training step on random numbers, as the table has them now."""
     heads, tokens = 9, problem.grid_size[0] * problem.grid_size[1]
 
     def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_()
 
-    q, k, v = (tensor(problem.batch, tokens, heads, problem.head_dim).transpose(1, 2) for _ in range(3))
+    q, k, v, grad_out = (tensor(problem.batch, tokens, heads, problem.head_dim).transpose(1, 2) for _ in range(4))
     pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
     seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout_p else None
     inputs = (q, k, v, pos_weight, gate, seed)
     settings = (problem.grid_size, problem.head_dim**-0.5, problem.dropout_p)
     forward = plan_forward(*inputs, *settings, True, capability)
     _, content, logsumexp = forward.result
-    backward = plan_backward(content, *inputs, content, logsumexp, *settings, capability)
-    return [call for call in (*forward.calls, *backward.calls) if call.kernel.__name__ in problem.kernels]
+    backward = plan_backward(grad_out, *inputs, content, logsumexp, *settings, capability)
+    return [*forward.calls, *backward.calls]
 
 
-def milliseconds(chosen: list[KernelCall]) -> float | None:
-    """The median time of running these launches, or None where one does not fit the GPU."""
+def of_problem(problem: Problem, calls: list[KernelCall]) -> list[KernelCall]:
+    """Those that the problem's row decides about."""
+    return [call for call in calls if call.kernel.__name__ in problem.kernels]
 
-    def run() -> None:
-        for call in chosen:
-            call.kernel[(call.programs,)](**call.arguments, **call.options)
 
+def run(calls: list[KernelCall]) -> None:
+    for call in calls:
+        call.kernel[(call.programs,)](**call.arguments, **call.options)
+
+
+def milliseconds(problem: Problem, capability: int) -> float | None:
+    """The median time of the problem's launches as the table has them now, or None where one does not fit the GPU."""
+    calls = step(problem, capability, "cuda")
     try:
-        return triton.testing.do_bench(run, return_mode="median")
+        run(calls)  # the whole step, so that what its parts leave for each other is real
+        return triton.testing.do_bench(partial(run, of_problem(problem, calls)), return_mode="median")
     except OutOfResources:
         return None
+
+
+def table_of(key: Any) -> dict[Any, Any]:
+    """The table that has the row of this key."""
+    return ATTENTION if key in ATTENTION else POSITIONAL
+
+
+def build(key: Any, problem: Problem, capability: int, row: Row) -> bool:
+    """Compiles the problem's launches with ``row`` in the table into Triton's cache; whether that went well."""
+    table_of(key)[key] = row
+    try:
+        for call in of_problem(problem, step(problem, capability, "meta")):
+            call.kernel.warmup(**call.arguments, **call.options, grid=(call.programs,))
+    except Exception as error:  # whatever a compiler says about a candidate, the others are tried
+        print(f"{key} {row}: {type(error).__name__}: {error}".split("\n")[0], flush=True)
+        return False
+    return True
 
 
 def attention_problems(capability: int) -> dict[tuple[str, str, int], Problem]:
@@ -93,7 +124,7 @@ def positional_problems() -> dict[tuple[str, int], Problem]:
 
 
 def attention_candidates(row: Launch) -> list[Launch]:
-    """What is tried in a row's place; registers are a matter of the compiler, not of time, and stay."""
+    """What can stand in a row's place; registers are a matter of the compiler, not of time, and stay."""
     sizes = (16, 32, 64, 128)
     return [
         Launch(query_tile, key_tile, warps, stages, row.registers)
@@ -102,7 +133,7 @@ def attention_candidates(row: Launch) -> list[Launch]:
 
 
 def positional_candidates(columns: int) -> list[PositionalLaunch]:
-    """What is tried for grids of so many columns."""
+    """What can stand in the row of so many columns."""
     query_columns = sorted({min(columns, size) for size in (16, 32, 64)})
     return [
         PositionalLaunch(row_tile, channels, some, warps)
@@ -110,25 +141,26 @@ def positional_candidates(columns: int) -> list[PositionalLaunch]:
     ]
 
 
-def best(
-    table: dict[Key, Row],
-    key: Key,
-    candidates: Iterable[Row],
-    chosen: Callable[[], list[KernelCall]],
-    time: Callable[[list[KernelCall]], float | None] = milliseconds,
-) -> Row:
+def distance(a: Row, b: Row) -> float:
+    """In how many steps one launch becomes the other: stages by one, everything else doubled or halved."""
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in a._fields if name != "registers"}
+    return sum(abs(m - n) if name == "stages" else abs(math.log2(m / n)) for name, (m, n) in pairs.items())
+
+
+def best(key: Any, candidates: Iterable[Row], milliseconds: Callable[[], float | None]) -> Row:
     """The candidate with the least time, the table's own row among them; the table is left as it was."""
+    table = table_of(key)
     own = table[key]
     times: list[tuple[float, Row]] = []
     try:
         for candidate in (own, *candidates):
             table[key] = candidate
-            measured = time(chosen())
+            measured = milliseconds()
             if measured is not None:
                 times.append((measured, candidate))
     finally:
         table[key] = own
-    return min(times, key=lambda pair: pair[0])[1]
+    return min(times, key=lambda pair: pair[0], default=(0.0, own))[1]
 
 
 def render(
@@ -144,23 +176,48 @@ def render(
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def save() -> None:
+    """Writes the tables, as they are now, into ``launches.py``."""
+    unfinished = TABLE.with_suffix(".unfinished")
+    unfinished.write_text(render(TABLE.read_text(), ATTENTION, POSITIONAL))
+    os.replace(unfinished, TABLE)  # whoever is interrupted leaves the old table whole
+
+
+def row_name(key: tuple[object, ...]) -> str:
+    """As --rows takes it: wgmma-backward_key-64."""
+    return "-".join(map(str, key))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gpsa_kernels.backends.triton.tune", description=__doc__)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="the rows to time, half-16 say, instead of all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun later")
     parser.add_argument("--dry-run", action="store_true", help="say what would change, and leave the table")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * options.minutes
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
-    attention, positional = dict(ATTENTION), dict(POSITIONAL)
-    for key, problem in attention_problems(capability).items():
-        chosen = partial(calls, problem, capability, "cuda")
-        attention[key] = best(ATTENTION, key, attention_candidates(ATTENTION[key]), chosen)
-        print(key, attention[key], "as it was" if attention[key] == ATTENTION[key] else "", flush=True)
-    for width, problem in positional_problems().items():
-        chosen = partial(calls, problem, capability, "cuda")
-        positional[width] = best(POSITIONAL, width, positional_candidates(width[1]), chosen)
-        print(width, positional[width], "as it was" if positional[width] == POSITIONAL[width] else "", flush=True)
+    problems: dict[tuple[Any, ...], Problem] = {**attention_problems(capability), **positional_problems()}
+    names = {row_name(key): key for key in problems}
+    if unknown := sorted(set(options.rows or ()) - set(names)):
+        parser.error(f"--rows: this GPU has no row {', '.join(unknown)}; it has {', '.join(names)}")
+    committed = {key: table_of(key)[key] for key in (names[name] for name in options.rows or names)}
+    workers = max(1, len(os.sched_getaffinity(0)) - 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for near, (key, own) in itertools.product((True, False), committed.items()):
+            if time.monotonic() > end:
+                print("the time is up: what is not named above was not tried")
+                break
+            table, problem = table_of(key), problems[key]
+            everything = attention_candidates(own) if isinstance(own, Launch) else positional_candidates(key[1])
+            candidates = [row for row in everything if row != own and (distance(row, own) <= NEAR) == near]
+            built = list(pool.map(partial(build, key, problem, capability), [table[key], *candidates]))
+            fitting = list(itertools.compress(candidates, built[1:]))
+            table[key] = best(key, fitting, partial(milliseconds, problem, capability))
+            print(f"{row_name(key)}: {table[key]}", "" if table[key] != own else "as it was", flush=True)
+            if not options.dry_run:
+                save()
     if not options.dry_run:
-        TABLE.write_text(render(TABLE.read_text(), attention, positional))
         print(f"{TABLE} written: compile it ahead of time (report.py) and run tests/kernels before you commit it")
 
 
