@@ -7,6 +7,8 @@ python -m benchmarks --quick     under three minutes on two CPU cores
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from benchmarks import accuracy, dispatch, floors, machine, measure, models, results
 from benchmarks.workloads import PROFILES, Profile, attention_workloads, model_workloads
+from gpsa_kernels import BACKENDS
 
 SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled")
 
@@ -84,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="full", help="dry rehearses, and measures nothing")
     parser.add_argument("--quick", dest="profile", action="store_const", const="quick", help="the quick profile")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--workloads", default="", metavar="REGEX", help="only those whose name it finds")
+    parser.add_argument("--without", nargs="+", choices=BACKENDS, default=[], metavar="BACKEND", help="to leave out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads on the CPU")
     parser.add_argument("--output", type=Path, help="the file to add to; benchmarks/results/<machine>-<day>.json")
@@ -96,22 +101,23 @@ def main(arguments: list[str] | None = None) -> int:
     run = machine.describe(options.device, options.profile)
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
-    begun = None
-    if options.resume and output.exists():
-        begun = results.read(output)["runs"][-1]
-        if changed := [key for key, value in run.items() if key != "started" and begun.get(key) != value]:
-            parser.error(f"the last run of {output} cannot be gone on with: {', '.join(changed)} changed since")
+    begun = results.last(output, run) if options.resume else None  # another machine's run gets one beside it
+    if begun is not None:
         run["started"] = begun["started"]
+    for name in options.without:
+        BACKENDS[name] = dataclasses.replace(BACKENDS[name], unavailable=lambda: "it was left out (--without)")
     wrong = 0
     with measure.own_stream(options.device):
         for section in options.sections:
+            results.append(output, run, machine.clocks(options.device, section, "before"))
             for unit in units(section, options.device, options.profile):
-                if not missing(unit, begun):
+                if not (missing(unit, begun) and re.search(options.workloads, unit.workload)):
                     continue
                 start = time.perf_counter()
                 rows = list(unit.rows())
                 results.append(output, run, rows)
                 wrong += _tell(unit, rows, time.perf_counter() - start)
+            results.append(output, run, machine.clocks(options.device, section, "after"))
     print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong or failed" if wrong else ""))
     return 1 if wrong else 0
 
