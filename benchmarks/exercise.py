@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from benchmarks import check
 from benchmarks.measure import gradients
@@ -38,21 +40,27 @@ def cases(device: str, small: bool) -> list[Case]:
     return [headline(device, "full"), tiled]
 
 
+@functools.cache
+def posed(case: Case, device: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """A case's tensors and output gradient, and the truth: computed on the CPU, where no kernel of ours has a part."""
+    tensors = inputs(case, device, 0)
+    grad_out = torch.randn_like(tensors[0])
+    return tensors, grad_out, check.formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
+
+
 def exercise(name: str, case: Case, device: str, direction: str) -> str | None:
-    """Calls a backend; what is wrong with its numbers, or None. The truth is computed on the CPU.
+    """Calls a backend; what is wrong with its numbers, or None.
 
     Raises:
         Unavailable: it cannot run the case.
     """
-    tensors = inputs(case, device, 0)
-    grad_out = torch.randn_like(tensors[0])
+    tensors, grad_out, truth = posed(case, device)
     function = ours(name).prepare(case, tensors)
     if direction == "forward":
         with torch.no_grad():
             got = [function(*tensors)]
     else:
         got = gradients(function, tensors, grad_out)
-    truth = check.formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
     found, allowed = check.deviation([t.cpu() for t in got], truth), check.allowed(got[0].dtype, 0.0)
     return None if found <= allowed else f"{found:.1e} from the formula, {allowed:.1e} is allowed"
 

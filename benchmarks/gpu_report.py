@@ -117,7 +117,7 @@ def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> li
         command = (*([] if dry else options), *exercise, "--small", *kernels)
         return Step(tool, command, seconds, tool=True, environment=uncached)
 
-    profiler = ["ncu", "--target-processes", "all", "--clock-control", "none", "--csv", "--launch-count", "40"]
+    profiler = ["ncu", "--target-processes", "all", "--clock-control", "none", "--csv", "--launch-count", "60"]
     profiler += ["--kernel-name", f"regex:{'|'.join(KERNEL_NAMES)}"]
     for watched in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis"):
         profiler += ["--section", watched]

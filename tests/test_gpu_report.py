@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as suite  # noqa: E402
 from benchmarks import exercise, gpu_report, machine, peers, results, supervisor  # noqa: E402
 from benchmarks.gpu_report import KERNEL_NAMES, Step, steps  # noqa: E402
+from benchmarks.workloads import model_workloads  # noqa: E402
 from gpsa_kernels import BACKENDS, gpsa_attention  # noqa: E402
 
 PYTHON = sys.executable
@@ -118,7 +119,9 @@ LEAVES_A_CHILD = f"""
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, '-c', {HANGS!r}], preexec_fn=os.setpgrp)
 open(sys.argv[1], 'w').write(f'{{child.pid}} {{os.getpid()}}')
-time.sleep(float(sys.argv[2]))
+if sys.argv[2] == "for ever":
+    os.kill(os.getppid(), 9)  # what stands between it and the report
+time.sleep(0 if sys.argv[2] == "not" else 60)
 """
 
 
@@ -126,16 +129,16 @@ def all_ended(pids: Path) -> bool:
     return not any(is_alive(int(pid)) for pid in pids.read_text().split())
 
 
-@pytest.mark.parametrize("seconds", ["0", "60"])
-def test_nothing_of_a_step_is_left_behind(report, tmp_path, seconds):
+@pytest.mark.parametrize("hangs", ["not", "too long", "for ever"])
+def test_nothing_of_a_step_is_left_behind(report, tmp_path, hangs):
     pids = tmp_path / "pids"
-    report(Step("a", (PYTHON, "-c", LEAVES_A_CHILD, str(pids), seconds), 2))
+    report(Step("a", (PYTHON, "-c", LEAVES_A_CHILD, str(pids), hangs), 2))
     wait_until(lambda: all_ended(pids), 2)
 
 
 def test_a_step_ends_with_its_supervisor(tmp_path):
     pids, log = tmp_path / "pids", tmp_path / "log"
-    command = (PYTHON, "-c", LEAVES_A_CHILD, str(pids), "60")
+    command = (PYTHON, "-c", LEAVES_A_CHILD, str(pids), "too long")
     script = f"import os, pathlib; from benchmarks import supervisor; supervisor.run({command}, 60, "
     script += f"pathlib.Path({str(log)!r}), os.environ, lambda: None)"
     supervising = subprocess.Popen([PYTHON, "-c", script], cwd=ROOT)
@@ -330,6 +333,26 @@ def test_the_vendors_tools_look_at_our_kernels_and_know_them_all():
         kernels |= set(re.findall(r"^@triton\.jit(?:\(.*\))\ndef (\w+)", path.read_text(), re.MULTILINE))
     assert {name for part in KERNEL_NAMES for name in kernels if part in name} == kernels
     assert all(any(part in name for name in kernels) for part in KERNEL_NAMES)
+
+
+def test_the_words_that_a_gpu_session_depends_on(monkeypatch):
+    chosen = {one.name: list(one.command) for one in steps(False, Path("r.json"), "9.0", ())}
+    ncu, memcheck = chosen["profile"], chosen["memcheck"]
+    assert ncu[ncu.index("--clock-control") + 1] == "none"  # or it fails where the clocks are not ours to lock
+    assert ncu[ncu.index("--kernel-name") + 1] == f"regex:{'|'.join(KERNEL_NAMES)}"
+    assert [word for word in memcheck if word.startswith("kns=")] == [f"kns={name}" for name in KERNEL_NAMES]
+    assert chosen["headline"][-2:] == ["--workloads", r"^B=128\ H=9\ 14x14\ D=48\ bfloat16$"]
+    models = [str(w) for w in model_workloads("cuda", "full") if re.search(chosen["models"][-1], str(w))]
+    assert list(dict.fromkeys(models)) == [f"convit_{size} 224px B=128 bfloat16" for size in ("small", "tiny")]
+    for installed, expected in ((None, False), (object(), True)):
+        monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda _, installed=installed: installed)
+        tests = next(one for one in steps(False, Path("r.json"), "9.0", ()) if one.name == "tests")
+        assert ("-n" in tests.command) == expected
+
+
+def test_nvcc_is_on_the_path_of_every_step(report, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda-of-this-machine")
+    assert "/opt/cuda-of-this-machine/bin" in report(step("a", "import os; print(os.environ['PATH'])"))[2]
 
 
 def test_what_exercise_found_unfit_is_left_out_of_all_that_follows(report, tmp_path, monkeypatch):
