@@ -215,8 +215,10 @@ class Report:
             measured = f"the rows cannot be shown: {type(error).__name__}: {error}"
         return f"{table(self.steps, self.state)}\n{measured}\n"
 
-    def is_done(self, name: str) -> bool:
-        return self.state.get(name, {}).get("status") == DONE
+    def is_done(self, step: Step) -> bool:
+        """Whether a step was done, and what it measured, if it measures, has not been lost since."""
+        done = self.state.get(step.name, {}).get("status") == DONE
+        return done and ("--sections" not in step.command or self.run() is not None)
 
     def run(self) -> dict[str, Any] | None:
         """This machine's rows, if there are any."""
@@ -342,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     for index, name in enumerate([step.name for step in report.steps]):
         step = report.steps[index]
         report.check_results()
-        if report.is_done(name):
+        if report.is_done(step):
             continue
         left = end - time.monotonic()
         if (obstacle := step.obstacle()) is not None:
@@ -350,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif left < LEAST_SECONDS:
             report.set(step, LEFT)
         else:
-            to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one.name)]
+            to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one)]
             spare = left - sum(to_come) * options.minutes / MINUTES
             limit = step.seconds * options.minutes / MINUTES + max(0.0, spare)
             report.set(step, UNDER_WAY)

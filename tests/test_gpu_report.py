@@ -261,6 +261,20 @@ def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, rows, code):
     assert report(step("a", "raise ValueError"))[0] == code  # it is done: nothing runs again
 
 
+def test_what_was_measured_and_lost_is_measured_again(report, tmp_path):
+    measures = Step("a", (PYTHON, "-c", "print('ran')", "--sections"), 60)
+    path = tmp_path / "out" / "results.json"
+    ran = []
+    for text in (None, None, "{"):
+        if text is None:
+            path.unlink(missing_ok=True)
+            results.append(path, RUN, [row("failed", "timm")])
+        else:
+            path.write_text(text)
+        ran.append(report(measures)[2].count("\nran\n"))
+    assert ran == [1, 1, 2]
+
+
 def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
     results.append(tmp_path / "out" / "results.json", RUN, [row("wrong")])
     assert report(step("a", "print('ran')"))[0] == 1
