@@ -124,7 +124,7 @@ def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> li
     build = {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
     return [
         Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
-        Step("exercise", (*exercise, "--seconds", "45", *(["--small"] if dry else [])), 60),
+        Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
         tested("smoke", 60, "tests/cuda/test_primitives.py", "tests/kernels/test_kernel_operator.py"),
         measured("headline", 45, "operator", workloads=first),
         measured("models", 60, workloads=r"(tiny|small) (32|224)px B=\d+ \w+$"),
