@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as suite  # noqa: E402
 from benchmarks import exercise, gpu_report, machine, peers, results, supervisor  # noqa: E402
-from benchmarks.gpu_report import KERNEL_NAMES, Step, steps  # noqa: E402
+from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps  # noqa: E402
 from benchmarks.workloads import model_workloads  # noqa: E402
 from gpsa_kernels import BACKENDS, gpsa_attention  # noqa: E402
 
@@ -381,10 +381,23 @@ def test_what_exercise_found_unfit_is_left_out_of_all_that_follows(report, tmp_p
     assert not any("--without" in one.command for one in before)
     for one in after:
         words = list(one.command)
-        expected = ["-k", "not cuda"] if "pytest" in words else ["--without", "cuda"]
+        expected = ["-k", "not cuda- and not cuda]"] if "pytest" in words else ["--without", "cuda"]
         assert expected in [words[i : i + 2] for i in range(len(words))]
     sanitized = next(one for one in steps(False, Path("r.json"), "9.0", ["cuda"]) if one.name == "memcheck")
     assert sanitized.command[-2:] == ("--backends", "triton")
+
+
+def test_the_tests_of_an_unfit_backend_alone_are_left_out():
+    pytest.importorskip("triton")
+    smoke = {unfit: next(s for s in steps(True, Path(), "", unfit) if s.name == "smoke") for unfit in ((), KERNELS)}
+    found = {}
+    for unfit, chosen in smoke.items():
+        environment = {**os.environ, **chosen.environment}
+        done = subprocess.run(chosen.command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        found[unfit] = {line for line in done.stdout.splitlines() if "::" in line}
+    left_out = found[()] - found[KERNELS]
+    assert left_out == {name for name in found[()] if name.startswith("tests/kernels")} != set()
+    assert any(name.startswith("tests/cuda/test_primitives.py") for name in found[KERNELS])
 
 
 def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
