@@ -109,7 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = 0
     with measure.own_stream(options.device):
         for section in options.sections:
-            results.append(output, run, machine.clocks(options.device, section, "before"))
+            for row in machine.clocks(options.device, section, "before"):
+                results.append(output, run, [row])
             for unit in units(section, options.device, options.profile):
                 if not (missing(unit, begun) and re.search(options.workloads, unit.workload)):
                     continue
@@ -117,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows = list(unit.rows())
                 results.append(output, run, rows)
                 wrong += _tell(unit, rows, time.perf_counter() - start)
-            results.append(output, run, machine.clocks(options.device, section, "after"))
+            for row in machine.clocks(options.device, section, "after"):
+                results.append(output, run, [row])
     print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong or failed" if wrong else ""))
     return 1 if wrong else 0
 
