@@ -7,7 +7,9 @@ python -m benchmarks --quick     under three minutes on two CPU cores
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -100,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="full", help="dry rehearses, and measures nothing")
     parser.add_argument("--quick", dest="profile", action="store_const", const="quick", help="the quick profile")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--workloads", default="", metavar="REGEX", help="only those whose name it finds")
+    parser.add_argument("--without", nargs="+", choices=BACKENDS, default=[], metavar="BACKEND", help="to leave out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads on the CPU")
     parser.add_argument("--output", type=Path, help="the file to add to; benchmarks/results/<machine>-<day>.json")
@@ -114,15 +118,19 @@ def main(arguments: list[str] | None = None) -> int:
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
     there: list[results.Row] = []  # what the run's file has
-    if options.resume and output.exists():
-        last = results.read(output)["runs"][-1]
-        if changed := [key for key, value in run.items() if key != "started" and last.get(key) != value]:
-            parser.error(f"the last run of {output} cannot be gone on with: {', '.join(changed)} changed since")
-        run["started"], there = last["started"], last["rows"]
+    begun = results.last(output, run) if options.resume else None  # another machine's run gets one beside it
+    if begun is not None:
+        run["started"], there = begun["started"], begun["rows"]
+    for name in options.without:
+        BACKENDS[name] = dataclasses.replace(BACKENDS[name], unavailable=lambda: "it was left out (--without)")
     with measure.own_stream(options.device):
         for section in options.sections:
+            for row in machine.clocks(options.device, section, "before"):
+                results.append(output, run, [row])
             lost = lost_peers(section, there)
             for unit in units(section, options.device, options.profile, lost):
+                if not re.search(options.workloads, unit.workload):
+                    continue
                 known = {row["peer"] for row in written(unit, there)}
                 if known - set(lost):
                     continue
@@ -138,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(output, run, rows)
                 there += rows
                 _tell(unit, rows, time.perf_counter() - start)
+            for row in machine.clocks(options.device, section, "after"):
+                results.append(output, run, [row])
     wrong = sum(row["section"] in options.sections and bad(row, options.device, options.profile) for row in there)
     print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else ""))
     return 1 if wrong else 0

@@ -1,9 +1,10 @@
-"""One command that turns minutes on a GPU into evidence: builds, tests, checks, measures and profiles.
+"""One command that turns ten minutes on a GPU into evidence: builds, tests, checks, measures and profiles.
 
-python -m benchmarks.gpu_report [--output DIR] [--minutes 9] [--dry-run] [--skip STEP ...]
+python -m benchmarks.gpu_report [--evidence DIR] [--output DIR] [--minutes 9] [--dry-run] [--skip STEP ...]
 
-Steps run in order of importance until the time is up. What is done is kept in the output folder, with a log of every
-step; the same command again goes on from there. It needs torch and timm, and uses nvcc, triton, pytest,
+Steps run in order of importance until the time is up. What is done is kept in the output folder; the same command again
+goes on from there. The evidence folder gets four files, replaced as a whole every few seconds: whatever ends the
+command, they hold all that was found until then. It needs torch and timm, and uses nvcc, triton, pytest, pytest-xdist,
 compute-sanitizer and ncu where they are installed; it installs nothing and needs no network.
 
 Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but not all done.
@@ -12,24 +13,42 @@ Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but no
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
-import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import supervisor
+from benchmarks.workloads import headline
+
+ROOT = supervisor.ROOT
 PYTHON = sys.executable
+EMPTY = {
+    "results.json": '{"schema": 1, "runs": []}\n',
+    "state.json": '{"machine": {}, "steps": {}}\n',
+    "report.txt": "nothing is done yet\n",
+    "log.txt": "",
+}
+MINUTES = 9.0  # that the steps' limits are made for
 LEAST_SECONDS = 10  # that must be left for a step to begin
 TAIL_LINES = 15
 
 DONE, WRONG, MISSING, UNFINISHED, LEFT = "done", "wrong", "missing", "out of time", "not begun"
+UNDER_WAY = "interrupted"  # until it is something else
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
+FIRST = str(headline("cuda", "full"))
+
+KERNELS = ("triton", "cuda")  # the backends with kernels of ours, and what these are called
+KERNEL_NAMES = ("whole_image", "tiled_kernel", "attention_", "separable_", "axis_tables")
+NOT_SUPPORTED = re.compile("Device not supported|ERR_NVGPUCTRPERM|LibraryNotLoaded")
 
 
 @dataclass(frozen=True)
@@ -37,19 +56,19 @@ class Step:
     """A command.
 
     Attributes:
-        name: for --skip, the logs and the table.
+        name: for --skip, the log and the table.
         command: words; the first may be a tool that is not there.
-        minutes: of the time limit it may take at most.
+        seconds: what it may take at most of nine minutes, beside what the steps before it left over.
         needs: files of the repository without which it makes no sense.
-        required: whether it counts as wrong if it fails or is missing.
+        tool: whether it is the vendor's tool that looks, which a machine may lack or forbid.
         environment: in addition to this process's.
     """
 
     name: str
     command: Sequence[str]
-    minutes: float
+    seconds: float
     needs: tuple[str, ...] = ()
-    required: bool = True
+    tool: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
     def obstacle(self) -> str | None:
@@ -57,105 +76,231 @@ class Step:
         for path in self.needs:
             if not (ROOT / path).exists():
                 return f"there is no {path}"
-        return None if find_tool(self.command[0]) else f"{self.command[0]} was not found"
+        return None if shutil.which(self.command[0], path=tools()) else f"{self.command[0]} was not found"
 
 
-def find_tool(name: str) -> str | None:
-    """Where a program is: as given, on PATH, or with CUDA."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
+def tools() -> str:
+    """The PATH of every step: this process's, and CUDA's programs."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), f"{home}/bin"])
 
 
-def steps(dry: bool, results: Path) -> list[Step]:
-    """All steps, most important first; in a dry run what needs a GPU is run on the CPU, without the GPU's tools."""
+def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> list[Step]:
+    """All steps, most important first, without the backends that are unfit.
+
+    In a dry run what needs a GPU runs on the CPU, without the GPU's tools.
+    """
     device, profile = ("cpu", "dry") if dry else ("cuda", "full")
+    first = f"^{re.escape(str(headline(device, profile)))}$"
     exercise = (PYTHON, "-m", "benchmarks.exercise", "--device", device)
-    sanitized = (*exercise, "--small")
+    fit = [name for name in KERNELS if name not in unfit]
+    kernels = () if dry else ("--backends", *fit)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor's end lands in the cache's block
 
-    def sanitizer(tool: str) -> Step:
-        options = () if dry else ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-        installed = find_tool("compute-sanitizer") is not None
-        return Step(tool, (*options, *sanitized), 2.0, required=dry or installed, environment=uncached)
+    def measured(name: str, seconds: float, *sections: str, workloads: str = "") -> Step:
+        options = ["--device", device, "--profile", profile, "--output", str(results), "--resume", "--sections"]
+        options += [*(sections or (name,)), *(("--workloads", workloads) if workloads else ())]
+        options += ["--without", *unfit] if unfit else []
+        return Step(name, (PYTHON, "-m", "benchmarks", *options), seconds)
 
-    def measured(section: str, minutes: float) -> Step:
-        options = (
-            "--device",
-            device,
-            "--profile",
-            profile,
-            "--sections",
-            section,
-            "--output",
-            str(results),
-            "--resume",
-        )
-        return Step(section, (PYTHON, "-m", "benchmarks", *options), minutes)
+    def tested(name: str, seconds: float, *files: str) -> Step:
+        options = ["-q", "--tb=short", "-p", "benchmarks.failures"]
+        # as their tests' parameter, which one of these characters follows: the folder tests/cuda is something else
+        options += ["-k", " and ".join(f"not {name}- and not {name}]" for name in unfit)] if unfit else []
+        options += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+        options += ["--collect-only"] if dry else []
+        interpreted = {"TRITON_INTERPRET": "1"} if dry else {}  # or there would be no test to collect
+        return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, files, environment=interpreted)
 
-    watched = ("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "LaunchStats")
-    watched += ("--section", "MemoryWorkloadAnalysis", "--kernel-name", "regex:gpsa|attention|positional|axis")
-    profiler = () if dry else ("ncu", "--target-processes", "all", *watched, "--launch-count", "40")
-    profiled = (*exercise, "--small") if dry else exercise
-    tested = ("tests/kernels", "tests/cuda/test_primitives.py")
-    tests = (PYTHON, "-m", "pytest", "-q", *tested, *(("--collect-only",) if dry else ()))
-    interpreted = {"TRITON_INTERPRET": "1"} if dry else {}  # or there would be no test to collect
-    build = Step(
-        "build",
-        (PYTHON, "setup.py", "build_ext", "--inplace"),
-        3.0,
-        needs=("setup.py", "csrc"),
-        environment={"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0" if dry else capability()},
-    )
+    def sanitized(tool: str, seconds: float) -> Step:
+        options = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        options += [word for name in KERNEL_NAMES for word in ("--kernel-name", f"kns={name}")]
+        command = (*([] if dry else options), *exercise, "--small", *kernels)
+        return Step(tool, command, seconds, tool=True, environment=uncached)
+
+    profiler = ["ncu", "--target-processes", "all", "--clock-control", "none", "--csv", "--launch-count", "60"]
+    profiler += ["--kernel-name", f"regex:{'|'.join(KERNEL_NAMES)}"]
+    for watched in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis"):
+        profiler += ["--section", watched]
+    build = {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
     return [
-        Step("info", (PYTHON, "-m", "gpsa_kernels", "info"), 1.0),
-        build,
-        Step("exercise", sanitized if dry else exercise, 2.0),
-        Step("tests", tests, 4.0, needs=tested, environment=interpreted),
-        measured("operator", 3.0),
-        measured("accuracy", 1.0),
-        sanitizer("memcheck"),
-        measured("models", 2.0),
-        measured("tokens", 2.0),
-        sanitizer("racecheck"),
-        measured("compiled", 3.0),
-        Step("profile", (*profiler, *profiled), 2.0, required=False),
-        measured("batch", 1.0),
-        measured("layer", 2.0),
-        measured("dispatch", 0.5),
+        Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
+        Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
+        tested("smoke", 60, "tests/cuda/test_primitives.py", "tests/kernels/test_kernel_operator.py"),
+        measured("headline", 45, "operator", workloads=first),
+        measured("models", 60, workloads=r"(tiny|small) (32|224)px B=\d+ \w+$"),
+        sanitized("memcheck", 40),
+        measured("operator", 30),
+        measured("tokens", 25),
+        measured("compiled", 30),
+        tested("tests", 45, "tests/kernels", "tests/cuda/test_primitives.py"),
+        sanitized("racecheck", 20),
+        Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20, tool=True),
+        measured("rest", 30, "accuracy", "dispatch", "layer", "models", "batch"),
     ]
 
 
-def capability() -> str:
-    """The GPU's, as the build wants it: 9.0."""
-    import torch
+class Report:
+    """What was found so far: four files in a folder, and in the evidence folder if one was asked for.
 
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
+    Raises:
+        OSError: the folder cannot be written.
+    """
 
+    def __init__(self, folder: Path, evidence: Path | None) -> None:
+        self.folder, self.evidence = folder, evidence
+        self.results, self.state_file, self.text_file, self.log = (folder / name for name in EMPTY)
+        self.machine: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}
+        self.steps: list[Step] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in EMPTY.items():
+            if not (folder / name).exists():
+                supervisor.write(folder / name, text)
+        with self.log.open("a") as log:
+            log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
 
-def run(step: Step, log: Path, seconds: float) -> tuple[str, str]:
-    """Runs a step with its output in ``log``; its status and a word about it."""
-    tool = find_tool(step.command[0])
-    assert tool is not None
-    environment = {**os.environ, **step.environment}
-    with log.open("w") as output:
-        output.write(f"$ {' '.join(step.command)}\n")
-        output.flush()
-        process = subprocess.Popen(
-            [tool, *step.command[1:]],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that what it started can be ended with it
-        )
+    def say(self, text: str) -> None:
+        """Prints a line and adds it to the log."""
+        print(text, flush=True)
+        with self.log.open("a") as log:
+            log.write(f"{text}\n")
+
+    def take_up(self, machine: dict[str, Any]) -> None:
+        """Goes on with what the folder has of this machine; what is damaged or another machine's is set aside."""
+        self.machine = machine
         try:
-            code = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return UNFINISHED, f"ended after {seconds:.0f} s"
-    return (DONE, "") if code == 0 else (WRONG, f"exit status {code}")
+            old = json.loads(self.state_file.read_text())
+            same = old["machine"] == machine or not old["steps"]
+            self.state = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+        except DAMAGED as error:
+            self.say(supervisor.set_aside(self.state_file, f"is damaged ({type(error).__name__})"))
+        else:
+            if not same:
+                self.state = {}
+                self.say(supervisor.set_aside(self.state_file, "is of another machine or version"))
+
+    def check_results(self) -> None:
+        """Sets the results aside where they are damaged."""
+        from benchmarks import results
+
+        try:
+            results.read(self.results)
+        except DAMAGED as error:
+            self.say(supervisor.set_aside(self.results, f"is damaged ({type(error).__name__})"))
+            supervisor.write(self.results, EMPTY[self.results.name])
+
+    def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
+        """What became of a step, in all files at once: whoever ends us finds it."""
+        self.state[step.name] = {"status": status, "word": word, "seconds": round(seconds, 1), **more}
+        supervisor.write(self.state_file, json.dumps({"machine": self.machine, "steps": self.state}, indent=1) + "\n")
+        supervisor.write(self.text_file, self.text())
+        self.publish()
+
+    def publish(self) -> None:
+        """Brings the evidence folder up to date; what keeps it from being written, once the work has begun, is told."""
+        try:
+            self.publish_or_raise()
+        except OSError as error:
+            print(f"no evidence was written: {error}", file=sys.stderr, flush=True)
+
+    def publish_or_raise(self) -> None:
+        if self.evidence is not None:
+            supervisor.publish(self.folder, self.evidence, list(EMPTY))
+
+    def text(self) -> str:
+        """The table of the steps, what is wrong, and the short table of what was measured."""
+        try:
+            measured = measurements(self.run())
+        except Exception as error:  # the rest is worth showing, whatever the rows are like
+            measured = f"the rows cannot be shown: {type(error).__name__}: {error}"
+        return f"{table(self.steps, self.state)}\n{measured}\n"
+
+    def is_done(self, step: Step) -> bool:
+        """Whether a step was done, and what it measured, if it measures, has not been lost since."""
+        done = self.state.get(step.name, {}).get("status") == DONE
+        return done and ("--sections" not in step.command or self.run() is not None)
+
+    def run(self) -> dict[str, Any] | None:
+        """This machine's rows, if there are any."""
+        from benchmarks import results
+
+        return results.last(self.results, self.machine)
+
+    def verdict(self, dry: bool) -> int:
+        """The exit status; a rehearsal forgives what is not there."""
+        found = [(step, self.state[step.name]["status"]) for step in self.steps]
+        lacking = any(status == MISSING and not (step.tool or dry) for step, status in found)
+        if lacking or any(status == WRONG for _, status in found) or faults(self.run()):
+            return 1
+        return 2 if any(status in (UNFINISHED, LEFT) for _, status in found) else 0
+
+
+def table(chosen: Sequence[Step], state: dict[str, Any]) -> str:
+    """What became of every step so far."""
+    lines = [f"{'step':<12}{'status':<14}{'seconds':>8}"]
+    for step in chosen:
+        entry = state.get(step.name, {"status": LEFT, "word": "", "seconds": 0.0})
+        lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
+    if any(state.get(step.name, {}).get("status") in (None, UNFINISHED, LEFT, UNDER_WAY) for step in chosen):
+        lines.append("not all is done: the same command goes on")
+    return "\n".join(lines) + "\n"
+
+
+def faults(run: dict[str, Any] | None) -> list[str]:
+    """Rows of gpsa_kernels that are wrong, or failed, or not there where all depends on them."""
+    found = []
+    for row in run["rows"] if run else []:
+        first = row["section"] == "models" or (row["section"], row["workload"]) == ("operator", FIRST)
+        bad = ("wrong", "failed", "unavailable") if first and run["device_type"] == "cuda" else ("wrong", "failed")
+        if row["peer"].startswith("gpsa_kernels") and row["status"] in bad:
+            found.append(_told(row))
+    return found
+
+
+def _told(row: dict[str, Any]) -> str:
+    about = (row[name] for name in ("section", "workload", "direction", "peer") if name in row)
+    return f"{row['status']}: {' '.join(about)}: {row['reason']}"
+
+
+def measurements(run: dict[str, Any] | None) -> str:
+    """What is wrong, whose fault it ever is, and the short table of what was measured."""
+    from benchmarks import report
+
+    if run is None:
+        return ""
+    others = [_told(row) for row in run["rows"] if row["status"] in ("wrong", "failed")]
+    lines = dict.fromkeys([*faults(run), *others])
+    return "\n".join([*lines, "", report.summary(run) if report.compared(run) else ""])
+
+
+def perform(step: Step, seconds: float, report: Report) -> tuple[str, str, str]:
+    """Runs a step; its status, a word about it, and what it printed."""
+    report.say(f"==== {step.name}: {' '.join(step.command)}")
+    before = report.log.stat().st_size
+    environment = {**os.environ, "PATH": tools(), **step.environment}
+    command = [shutil.which(step.command[0], path=tools()) or step.command[0], *step.command[1:]]
+    code = supervisor.run(command, seconds, report.log, environment, report.publish)
+    with report.log.open("rb") as log:
+        log.seek(before)
+        printed = log.read().decode(errors="replace")
+    if step.tool and (refused := NOT_SUPPORTED.search(printed)):
+        return MISSING, refused[0], printed
+    if code is None:
+        return UNFINISHED, f"ended after {seconds:.0f} s", printed
+    return (DONE, "", printed) if code == 0 else (WRONG, f"exit status {code}", printed)
+
+
+def ask(report: Report, dry: bool) -> dict[str, Any] | None:
+    """What ``benchmarks.machine`` says, in a process of its own: the first call of a GPU's driver may not return."""
+    words = ("--device", "cpu", "--profile", "dry") if dry else ("--device", "cuda")
+    step = Step("machine", (PYTHON, "-m", "benchmarks.machine", *words), 60)
+    status, word, printed = perform(step, step.seconds, report)
+    if status != DONE:
+        print(printed.strip())
+        report.say(f"the GPU does not answer ({word}); --dry-run rehearses without one")
+        return None
+    return json.loads(printed.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,81 +310,65 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, logs and state")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
+    parser.add_argument("--evidence", type=Path, help="folder for a copy of the four files, brought up to date")
+    parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit; the steps' limits go with it")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: every step but the GPU's")
     parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
     options = parser.parse_args(arguments)
     end = time.monotonic() + 60 * options.minutes
+    dry = options.dry_run
 
-    import torch
+    def plan(capability: str, unfit: Sequence[str]) -> list[Step]:
+        return [step for step in steps(dry, report.results, capability, unfit) if step.name not in options.skip]
 
-    if not options.dry_run and not torch.cuda.is_available():
-        print("no CUDA device was found; --dry-run rehearses without one", file=sys.stderr)
-        return 1
-    folder = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    results, state_file = folder / "results.json", folder / "state.json"
-    state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
-    chosen = steps(options.dry_run, results)
-    if unknown := set(options.skip) - {step.name for step in chosen}:
+    evidence = options.evidence and options.evidence.resolve()
+    try:
+        report = Report(options.output.resolve(), evidence)
+    except OSError as error:
+        report = Report(Path(tempfile.mkdtemp(prefix="gpu-report-")), evidence)
+        report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
+    if unknown := set(options.skip) - {step.name for step in steps(dry, report.results, "", ())}:
         parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
-    chosen = [step for step in chosen if step.name not in options.skip]
+    try:
+        report.publish_or_raise()
+    except OSError as error:
+        parser.error(f"--evidence: the folder cannot be written: {error}")
+    facts = ask(report, dry)
+    if facts is None:
+        report.publish()
+        return 1
+    report.take_up({name: value for name, value in facts["run"].items() if name != "started"})
 
-    for step in chosen:
-        if state.get(step.name, {}).get("status") == DONE:
+    unfit: Sequence[str] = report.state.get("exercise", {}).get("unfit", ())
+    report.steps = plan(facts["capability"], unfit)
+    for index, name in enumerate([step.name for step in report.steps]):
+        step = report.steps[index]
+        report.check_results()
+        if report.is_done(step):
             continue
         left = end - time.monotonic()
-        start = time.monotonic()
         if (obstacle := step.obstacle()) is not None:
-            status, word = MISSING, obstacle
+            report.set(step, MISSING, obstacle)
         elif left < LEAST_SECONDS:
-            status, word = LEFT, ""
+            report.set(step, LEFT)
         else:
-            print(f"{step.name} ...", flush=True)
-            status, word = run(step, folder / f"{step.name}.log", min(left, 60 * step.minutes))
-        state[step.name] = {"status": status, "word": word, "seconds": round(time.monotonic() - start, 1)}
-        state_file.write_text(json.dumps(state, indent=1) + "\n")  # at once: whoever ends us finds what was done
-        if status == WRONG:
-            tail = (folder / f"{step.name}.log").read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            print("\n".join(f"  | {line}" for line in tail), flush=True)
-
-    print(told := table(chosen, state) + measurements(results))
-    (folder / "report.txt").write_text(told)
-    return verdict(chosen, state, options.dry_run)
-
-
-def table(chosen: Sequence[Step], state: dict[str, Any]) -> str:
-    """What became of every step."""
-    lines = [f"{'step':<12}{'status':<14}{'seconds':>8}"]
-    for step in chosen:
-        entry = state[step.name]
-        lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
-    if any(state[step.name]["status"] in (UNFINISHED, LEFT) for step in chosen):
-        lines.append("not all is done: the same command goes on")
-    return "\n".join(lines) + "\n"
-
-
-def measurements(path: Path) -> str:
-    """The short table of what was measured, if anything was."""
-    from benchmarks import report
-    from benchmarks import results as files
-
-    if not path.exists():
-        return ""
-    latest = files.read(path)["runs"][-1]
-    bad = [row for row in latest["rows"] if row["status"] in ("wrong", "failed")]
-    lines = [f"{row['status']}: {row['section']} {row['workload']} {row['peer']}: {row['reason']}" for row in bad]
-    return "\n".join([*lines, "", report.summary(latest)]) if report.compared(latest) else "\n".join([*lines, ""])
-
-
-def verdict(chosen: Sequence[Step], state: dict[str, Any], dry: bool) -> int:
-    """The exit status; a rehearsal forgives what is not there."""
-    found = [(step, state[step.name]["status"]) for step in chosen]
-    bad = (WRONG,) if dry else (WRONG, MISSING)
-    if any(status in bad and step.required for step, status in found):
-        return 1
-    return 2 if any(status in (UNFINISHED, LEFT) for _, status in found) else 0
+            to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one)]
+            spare = left - sum(to_come) * options.minutes / MINUTES
+            limit = step.seconds * options.minutes / MINUTES + max(0.0, spare)
+            report.set(step, UNDER_WAY)
+            start = time.monotonic()
+            status, word, printed = perform(step, min(left, limit), report)
+            more = {}
+            if name == "exercise" and (told := re.findall("^unfit:(.*)$", printed, re.MULTILINE)):
+                more["unfit"] = unfit = told[-1].split()
+                report.steps = plan(facts["capability"], unfit)
+            report.set(step, status, word, time.monotonic() - start, **more)
+            if status == WRONG:
+                print("\n".join(f"  | {line}" for line in printed.splitlines()[-TAIL_LINES:]), flush=True)
+    report.check_results()
+    print(report.text())
+    return report.verdict(dry)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""What a run was measured on and with."""
+"""What a run was measured on and with.
+
+``python -m benchmarks.machine`` tells what there is; its last line, in JSON, is a run's header and the GPU's
+compute capability.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -12,8 +19,11 @@ from typing import Any
 import torch
 
 import gpsa_kernels
+from benchmarks.workloads import PROFILES
+from gpsa_kernels import info
 
 ROOT = Path(__file__).parent.parent
+READINGS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
 
 
 def describe(device: str, profile: str) -> dict[str, Any]:
@@ -29,7 +39,7 @@ def describe(device: str, profile: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "timm": _version("timm"),
         "gpsa_kernels": gpsa_kernels.__version__,
-        "commit": _commit(),
+        "commit": _commit() or f"none, sources {sources()}",
         "profile": profile,
     }
     return {name: value for name, value in header.items() if value is not None}
@@ -50,6 +60,26 @@ def _commit() -> str | None:
     return commit if commit is None or not changed else f"{commit}, changed"
 
 
+def sources(root: Path = ROOT) -> str:
+    """A hash of what is measured, where no commit names it: the files of gpsa_kernels/ and csrc/ that are not built."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("gpsa_kernels", "csrc") for path in (root / folder).rglob("*")):
+        if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def clocks(device: str, section: str, moment: str) -> list[dict[str, Any]]:
+    """A row with the GPU's clocks, temperature and power at a moment, "before" or "after"; none where none are told."""
+    query = ",".join(READINGS.values())
+    told = device == "cuda" and _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0")
+    if not told:
+        return []
+    values = zip(READINGS, told.split(","), strict=True)
+    known = {name: float(value) for name, value in values if value.strip()[:1].isdigit()}
+    return [{"section": "clocks", "workload": section, "peer": moment, "status": "ok", **known}]
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -64,3 +94,22 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.machine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", choices=PROFILES, default="full")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device was found")
+    print(info.report())
+    capability = torch.cuda.get_device_capability() if options.device == "cuda" else (9, 0)
+    facts = {"run": describe(options.device, options.profile), "capability": "{}.{}".format(*capability)}
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -88,6 +88,16 @@ ROWS: dict[str, dict[str, type]] = {
         "exponentials?": int,
         "bank_conflicts?": int,
     },
+    "clocks": {
+        "section": str,
+        "workload": str,
+        "peer": str,
+        "status": str,
+        "sm_mhz?": float,
+        "memory_mhz?": float,
+        "celsius?": float,
+        "watts?": float,
+    },
     "static": {
         "section": str,
         "workload": str,
@@ -145,6 +155,18 @@ def read(path: Path) -> dict[str, Any]:
     document = json.loads(path.read_text())
     check(document)
     return document
+
+
+def last(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The file's last run, if there is one and it was made on what ``run`` is made on, with the same versions.
+
+    Raises:
+        ValueError: the file is there but no results file.
+    """
+    runs = read(path)["runs"] if path.exists() else []
+    fields = {name.rstrip("?") for name in RUN} - {"started", "rows"}
+    same = bool(runs) and all(runs[-1].get(name) == run.get(name) for name in fields)
+    return runs[-1] if same else None
 
 
 def append(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -1,11 +1,10 @@
-"""The benchmarks measure what they say: floors, proofs, clocks, files, tables, and the rehearsal of the GPU's hour."""
+"""The benchmarks measure what they say: floors, proofs, clocks, files and tables."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -24,7 +23,6 @@ from benchmarks import (  # noqa: E402
     accuracy,
     check,
     floors,
-    gpu_report,
     layers,
     machine,
     machine_code,
@@ -788,76 +786,3 @@ def test_static_rows_of_the_cuda_library(tmp_path, monkeypatch):
     assert "| 80000 | 75264 | 8000000 | 7902720 | 40000 | 38416 | 7 |" in table
     # 1152 heads at 3.35 TB/s, 989 TFLOP/s and 16 exponentials a clock on 132 multiprocessors at 1.83 GHz
     assert "| H100 SXM | forward, as `cuda` does it | 28 | 9 | 12 | 28 | 49 |" in estimates.roofline_table(run)
-
-
-# ---- the GPU's hour -------------------------------------------------------------------------------------------------
-
-
-def test_rehearsal(tmp_path, capsys):
-    left_out = ["build", "tests", "models", "tokens", "batch", "compiled", "layer", "memcheck", "racecheck", "profile"]
-    arguments = ["--dry-run", "--output", str(tmp_path), "--minutes", "3", "--skip", *left_out]
-    assert gpu_report.main(arguments) == 0
-    told = capsys.readouterr().out
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert {name: entry["status"] for name, entry in state.items()} == dict.fromkeys(
-        ("info", "exercise", "operator", "accuracy", "dispatch"), "done"
-    )
-    (run,) = results.read(tmp_path / "results.json")["runs"]
-    assert {r["section"] for r in run["rows"]} == {"operator", "accuracy", "dispatch"}
-    assert "| attention forward |" in told
-    before = (tmp_path / "results.json").read_text()
-    assert gpu_report.main(arguments) == 0  # all is done: nothing runs again
-    assert " ..." not in capsys.readouterr().out
-    assert (tmp_path / "results.json").read_text() == before
-
-
-def step(name: str, script: str, **more: object) -> gpu_report.Step:
-    return gpu_report.Step(name, (sys.executable, "-c", script), **{"minutes": 1.0, **more})
-
-
-@pytest.mark.parametrize(
-    ("planted", "status", "code"),
-    [
-        (step("a", "raise SystemExit(3)"), "wrong", 1),
-        (step("a", "raise SystemExit(3)", required=False), "wrong", 0),
-        (step("a", "import time; time.sleep(60)", minutes=0.01), "out of time", 2),
-        (step("a", "", needs=("tests/of_another_project",)), "missing", 1),
-        (gpu_report.Step("a", ("no-such-tool",), 1.0), "missing", 1),
-    ],
-)
-def test_what_goes_wrong_on_a_gpu_is_told(tmp_path, monkeypatch, capsys, planted, status, code):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_report, "steps", lambda dry, results: [planted, step("b", "print(1)")])
-    assert gpu_report.main(["--output", str(tmp_path)]) == code
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert (state["a"]["status"], state["b"]["status"]) == (status, "done")
-    assert status in capsys.readouterr().out
-
-
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_report.main(["--output", str(tmp_path)]) == 1
-    assert "--dry-run" in capsys.readouterr().err
-
-
-def test_no_time_left_is_not_success(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "steps", lambda dry, results: [step("a", "")])
-    assert gpu_report.main(["--dry-run", "--output", str(tmp_path), "--minutes", "0"]) == 2
-
-
-def test_the_gpus_commands_are_the_rehearsed_ones(monkeypatch):
-    monkeypatch.setattr(gpu_report, "capability", lambda: "9.0")
-    real = {s.name: s for s in gpu_report.steps(False, Path("r.json"))}
-    dry = {s.name: s for s in gpu_report.steps(True, Path("r.json"))}
-    assert list(real) == list(dry)
-    sections = [name for name in real if name in suite.SECTIONS]
-    assert sorted(sections) == sorted(suite.SECTIONS)
-    for name in sections:
-        swapped = [{"cpu": "cuda", "dry": "full"}.get(word, word) for word in dry[name].command]
-        assert list(real[name].command) == swapped
-    for name in ("memcheck", "racecheck", "profile"):
-        tool = {"profile": "ncu"}.get(name, "compute-sanitizer")
-        assert real[name].command[0] == tool
-        assert "benchmarks.exercise" in real[name].command
-        assert "benchmarks.exercise" in dry[name].command
-    assert real["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"

@@ -1,0 +1,506 @@
+"""The ten minutes on a GPU, rehearsed without one: whatever breaks, what was found until then is told and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as suite  # noqa: E402
+from benchmarks import exercise, gpu_report, machine, peers, results, supervisor  # noqa: E402
+from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps  # noqa: E402
+from benchmarks.workloads import model_workloads  # noqa: E402
+from gpsa_kernels import BACKENDS, gpsa_attention  # noqa: E402
+
+PYTHON = sys.executable
+MACHINE = {
+    "device": "Pretended GPU",
+    "device_type": "cuda",
+    "threads": 2,
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "timm": "1.0.31",
+    "gpsa_kernels": "0.1.0",
+    "commit": "none, sources 0123456789ab",
+    "profile": "full",
+}
+RUN = {**MACHINE, "started": "2026-01-02T03:04:05+00:00"}
+FILES = {"results.json", "state.json", "report.txt", "log.txt"}
+HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+
+
+def step(name: str, script: str, **more: object) -> Step:
+    return Step(name, (PYTHON, "-c", script), **{"seconds": 60, **more})
+
+
+def row(status: str, peer: str = "gpsa_kernels triton", **more: object) -> dict:
+    """A row of a model."""
+    header = {"section": "models", "workload": "convit_tiny", "direction": "inference", "peer": peer, "status": status}
+    model = {"size": "tiny", "image": 224, "batch": 1, "dtype": "bfloat16", "compiled": False}
+    return {**header, **model, **({} if status == "ok" else {"reason": "so"}), **more}
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """Runs gpu_report with planted steps on a pretended GPU; its exit status, and from the evidence state and log."""
+    monkeypatch.setattr(supervisor, "TICK", 0.1)
+    monkeypatch.setattr(supervisor, "GRACE", 0.5)
+    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": RUN, "capability": "9.0"})
+
+    def run(*planted: Step, output: Path = tmp_path / "out", options: tuple[str, ...] = ()):
+        monkeypatch.setattr(gpu_report, "steps", lambda *_: list(planted))
+        monkeypatch.setattr(gpu_report, "MINUTES", sum(one.seconds for one in planted) / 60)
+        evidence = tmp_path / "evidence"
+        code = gpu_report.main(["--output", str(output), "--evidence", str(evidence), *options])
+        assert {path.name for path in evidence.iterdir()} == FILES
+        results.read(evidence / "results.json")
+        return code, json.loads((evidence / "state.json").read_text())["steps"], (evidence / "log.txt").read_text()
+
+    return run
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(holds, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# ---- steps that go wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("planted", "status", "code", "word"),
+    [
+        (step("a", "raise ZeroDivisionError"), "wrong", 1, "exit status 1"),
+        (step("a", HANGS, seconds=1), "out of time", 2, "ended after 1 s"),
+        (step("a", ""), "done", 0, ""),
+        (step("a", "import os; os.kill(os.getpid(), 9)"), "wrong", 1, "exit status 137"),
+        (step("a", "import os; os.kill(os.getppid(), 9); " + HANGS), "wrong", 1, "exit status -9"),
+        (step("a", "", needs=("tests/of_another_project",)), "missing", 1, "there is no tests/of_another_project"),
+        (Step("a", ("no-such-tool",), 1.0), "missing", 1, "no-such-tool was not found"),
+        (Step("a", ("no-such-tool",), 1.0, tool=True), "missing", 0, "no-such-tool was not found"),
+        (step("a", "raise SystemExit('Device not supported')", tool=True), "missing", 0, "Device not supported"),
+        (step("a", "raise SystemExit('Device not supported')"), "wrong", 1, "exit status 1"),
+    ],
+)
+def test_a_step_that_goes_wrong_is_told_and_the_next_one_runs(report, capsys, planted, status, code, word):
+    found, state, _ = report(planted, step("b", "print(1)"))
+    assert (found, state["a"]["status"], state["a"]["word"], state["b"]["status"]) == (code, status, word, "done")
+    assert status in capsys.readouterr().out
+
+
+def test_a_step_is_interrupted_before_it_is_killed(report):
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what I have')"
+    _, state, log = report(step("a", script, seconds=2))
+    assert state["a"]["status"] == "out of time"
+    assert "what I have\n" in log
+
+
+# a process in a group of its own, as ninja starts them, that outlives its parent
+LEAVES_A_CHILD = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', {HANGS!r}], preexec_fn=os.setpgrp)
+open(sys.argv[1], 'w').write(f'{{child.pid}} {{os.getpid()}}')
+if sys.argv[2] == "for ever":
+    os.kill(os.getppid(), 9)  # what stands between it and the report
+time.sleep(0 if sys.argv[2] == "not" else 60)
+"""
+
+
+def all_ended(pids: Path) -> bool:
+    return not any(is_alive(int(pid)) for pid in pids.read_text().split())
+
+
+@pytest.mark.parametrize("hangs", ["not", "too long", "for ever"])
+def test_nothing_of_a_step_is_left_behind(report, tmp_path, hangs):
+    pids = tmp_path / "pids"
+    report(Step("a", (PYTHON, "-c", LEAVES_A_CHILD, str(pids), hangs), 2))
+    wait_until(lambda: all_ended(pids), 2)
+
+
+def test_a_step_ends_with_its_supervisor(tmp_path):
+    pids, log = tmp_path / "pids", tmp_path / "log"
+    command = (PYTHON, "-c", LEAVES_A_CHILD, str(pids), "too long")
+    script = f"import os, pathlib; from benchmarks import supervisor; supervisor.run({command}, 60, "
+    script += f"pathlib.Path({str(log)!r}), os.environ, lambda: None)"
+    supervising = subprocess.Popen([PYTHON, "-c", script], cwd=ROOT)
+    wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    assert not all_ended(pids)
+    supervising.kill()
+    supervising.wait(10)
+    wait_until(lambda: all_ended(pids))
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
+    class Uninterruptible:
+        pid = 2**22 + 1  # nobody's
+
+        def __init__(self, *_, **__):
+            self.stdin = open(os.devnull, "w")  # noqa: SIM115
+
+        def send_signal(self, number):
+            pass
+
+        def wait(self, timeout=None):
+            assert timeout is not None, "for ever"
+            raise subprocess.TimeoutExpired("a", timeout)
+
+    monkeypatch.setattr(supervisor.subprocess, "Popen", Uninterruptible)
+    assert supervisor.run(["a"], 0.01, tmp_path / "log", {}, lambda: None) is None
+
+
+# ---- evidence -------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_report_leaves_what_it_found_and_goes_on(report, tmp_path):
+    planted = [step("a", "print('of a')"), step("b", HANGS)]
+    script = f"""
+import sys
+from benchmarks import gpu_report, supervisor
+from benchmarks.gpu_report import Step
+supervisor.TICK = 0.1
+gpu_report.ask = lambda report, dry: {{"run": {RUN!r}, "capability": "9.0"}}
+gpu_report.steps = lambda *_: {planted!r}
+gpu_report.main(["--output", sys.argv[1], "--evidence", sys.argv[2]])
+"""
+    evidence = tmp_path / "evidence"
+    log, state = evidence / "log.txt", evidence / "state.json"
+    command = [PYTHON, "-c", script, str(tmp_path / "out"), str(evidence)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_until(lambda: log.exists() and "begun\n" in log.read_text(), 60)  # while b is under way
+    process.kill()
+    process.wait(10)
+    assert {path.name for path in evidence.glob("[!.]*")} == FILES
+    found = {name: entry["status"] for name, entry in json.loads(state.read_text())["steps"].items()}
+    assert found == {"a": "done", "b": "interrupted"}
+    assert "interrupted" in (evidence / "report.txt").read_text()
+    code, entries, text = report(planted[0], step("b", "print('of b')"))
+    assert (code, entries["b"]["status"]) == (0, "done")
+    assert text.count("\nof a\n") == 1  # it was kept, and did not run again
+    assert "\nbegun\n" in text
+    assert "\nof b\n" in text
+
+
+@pytest.mark.parametrize("text", ["", '{"machine": {', "[]", '{"machine": {}, "steps": {"a": 1}}'])
+@pytest.mark.parametrize("name", ["state.json", "results.json"])
+def test_a_damaged_file_is_set_aside(report, tmp_path, name, text):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    (folder / f"{name}.1").write_text("of another time")
+    code, state, log = report(step("a", ""))
+    assert (code, state["a"]["status"]) == (0, "done")
+    assert f"{name} is damaged" in log
+    assert [(folder / f"{name}.{number}").read_text() for number in (1, 2)] == ["of another time", text]
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing(report, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code, state, _ = report(step("a", ""), output=tmp_path / "file" / "out")
+    assert (code, state["a"]["status"]) == (0, "done")
+    assert capsys.readouterr().out.startswith("the output folder cannot be written")
+    with pytest.raises(SystemExit):
+        report(step("a", ""), options=("--evidence", str(tmp_path / "file" / "evidence")))
+    assert "--evidence: the folder cannot be written" in capsys.readouterr().err
+
+
+def test_evidence_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    evidence = tmp_path / "evidence"
+    (tmp_path / "a").write_text("old")
+    supervisor.publish(tmp_path, evidence, ["a"])
+    (tmp_path / "a").write_text("new")
+
+    def killed(*_):
+        assert {path.name for path in evidence.iterdir() if path.is_file()} == {"a"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            supervisor.publish(tmp_path, evidence, ["a"])
+    assert [(path.name, path.read_text()) for path in evidence.iterdir()] == [("a", "old")]
+    monkeypatch.setattr(supervisor, "LARGEST", 10)
+    (tmp_path / "a").write_text("beginning" + 100 * "x" + "end")
+    supervisor.publish(tmp_path, evidence, ["a"])
+    assert (evidence / "a").read_text() == "begin\n[...]\nxxend"
+
+
+# ---- repeats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        ([row("wrong")], 1),
+        ([row("failed")], 1),
+        ([row("unavailable")], 1),  # a model of ours must not go unmeasured
+        ([row("failed", "timm")], 0),
+    ],
+)
+def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, rows, code):
+    results.append(tmp_path / "out" / "results.json", RUN, rows)
+    assert report(step("a", ""))[0] == code
+    assert report(step("a", "raise ValueError"))[0] == code  # it is done: nothing runs again
+
+
+def test_what_was_measured_and_lost_is_measured_again(report, tmp_path):
+    measures = Step("a", (PYTHON, "-c", "print('ran')", "--sections"), 60)
+    path = tmp_path / "out" / "results.json"
+    ran = []
+    for text in (None, None, "{"):
+        if text is None:
+            path.unlink(missing_ok=True)
+            results.append(path, RUN, [row("failed", "timm")])
+        else:
+            path.write_text(text)
+        ran.append(report(measures)[2].count("\nran\n"))
+    assert ran == [1, 1, 2]
+
+
+def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
+    results.append(tmp_path / "out" / "results.json", RUN, [row("wrong")])
+    assert report(step("a", "print('ran')"))[0] == 1
+    other = {**RUN, "device": "Another GPU"}
+    monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": other, "capability": "9.0"})
+    code, _, log = report(step("a", "print('ran')"))
+    assert (code, log.count("\nran\n")) == (0, 2)
+    assert "state.json is of another machine or version: it was renamed to state.json.1" in log
+
+
+def test_results_of_another_driver_get_a_run_beside_them(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    header = machine.describe("cpu", "dry")
+    arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "accuracy"]
+    for second, driver in enumerate(("580.1", "580.2", "580.2")):
+        run = {**header, "started": f"2026-01-02T03:04:0{second}+00:00", "driver": driver}
+        monkeypatch.setattr(machine, "describe", lambda *_, run=run: run)
+        assert suite.main(arguments) == 0
+    found = results.read(path)["runs"]
+    assert [(run["driver"], run["started"][17:19]) for run in found] == [("580.1", "00"), ("580.2", "01")]
+    assert len(found[0]["rows"]) == len(found[1]["rows"]) > 0
+
+
+# ---- the list of steps ----------------------------------------------------------------------------------------------
+
+
+def test_the_limits_make_nine_minutes_and_what_a_step_leaves_goes_to_the_next(report, monkeypatch):
+    chosen = steps(False, Path("r.json"), "9.0", ())
+    assert sum(one.seconds for one in chosen) <= 60 * gpu_report.MINUTES == 540
+    given = []
+    monkeypatch.setattr(gpu_report, "perform", lambda step, seconds, _: given.append(seconds) or ("done", "", ""))
+    report(step("a", "", seconds=30), step("b", "", seconds=20), step("c", "", seconds=10))
+    assert given == pytest.approx([30, 50, 60], abs=1)
+
+
+def test_no_time_left_is_not_success(report):
+    code, state, _ = report(step("a", ""), options=("--minutes", "0"))
+    assert (code, state["a"]["status"]) == (2, "not begun")
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "perform", lambda *_: ("wrong", "exit status 1", "no CUDA device was found"))
+    assert gpu_report.main(["--output", str(tmp_path)]) == 1
+    assert "no CUDA device was found" in (told := capsys.readouterr().out)
+    assert "--dry-run" in told
+
+
+def test_the_gpus_commands_are_the_rehearsed_ones():
+    real, dry = (steps(dry, Path("r.json"), "9.0", ()) for dry in (False, True))
+    assert [one.name for one in real] == [one.name for one in dry]
+    sections = set()
+    for on_gpu, on_cpu in zip(real, dry, strict=True):
+        if "--sections" in on_gpu.command:
+            words = [word for word in on_gpu.command if not word.startswith("^")]
+            swapped = [{"cpu": "cuda", "dry": "full"}.get(word, word) for word in on_cpu.command]
+            assert words == [word for word in swapped if not word.startswith("^")]
+            sections |= set(suite.SECTIONS) & set(words)
+        elif on_gpu.tool:
+            assert on_gpu.command[0] == {"profile": "ncu"}.get(on_gpu.name, "compute-sanitizer")
+            assert "benchmarks.exercise" in on_gpu.command
+            assert "benchmarks.exercise" in on_cpu.command
+    assert sections == set(suite.SECTIONS)
+
+
+def test_the_vendors_tools_look_at_our_kernels_and_know_them_all():
+    kernels = set()
+    for path in (ROOT / "csrc").glob("*.*"):
+        kernels |= set(re.findall(r"__global__[^;{]*?(\w+)\(const", path.read_text()))
+    for path in (ROOT / "gpsa_kernels" / "backends" / "triton").glob("*.py"):
+        kernels |= set(re.findall(r"^@triton\.jit(?:\(.*\))\ndef (\w+)", path.read_text(), re.MULTILINE))
+    assert {name for part in KERNEL_NAMES for name in kernels if part in name} == kernels
+    assert all(any(part in name for name in kernels) for part in KERNEL_NAMES)
+
+
+def test_the_words_that_a_gpu_session_depends_on(monkeypatch):
+    chosen = {one.name: list(one.command) for one in steps(False, Path("r.json"), "9.0", ())}
+    ncu, memcheck = chosen["profile"], chosen["memcheck"]
+    assert ncu[ncu.index("--clock-control") + 1] == "none"  # or it fails where the clocks are not ours to lock
+    assert ncu[ncu.index("--kernel-name") + 1] == f"regex:{'|'.join(KERNEL_NAMES)}"
+    assert [word for word in memcheck if word.startswith("kns=")] == [f"kns={name}" for name in KERNEL_NAMES]
+    assert chosen["headline"][-2:] == ["--workloads", r"^B=128\ H=9\ 14x14\ D=48\ bfloat16$"]
+    models = [str(w) for w in model_workloads("cuda", "full") if re.search(chosen["models"][-1], str(w))]
+    assert list(dict.fromkeys(models)) == [f"convit_{size} 224px B=128 bfloat16" for size in ("small", "tiny")]
+    for installed, expected in ((None, False), (object(), True)):
+        monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda _, installed=installed: installed)
+        tests = next(one for one in steps(False, Path("r.json"), "9.0", ()) if one.name == "tests")
+        assert ("-n" in tests.command) == expected
+
+
+def test_nvcc_is_on_the_path_of_every_step(report, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda-of-this-machine")
+    assert "/opt/cuda-of-this-machine/bin" in report(step("a", "import os; print(os.environ['PATH'])"))[2]
+
+
+def test_what_exercise_found_unfit_is_left_out_of_all_that_follows(report, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu_report, "perform", lambda one, *_: given.append(one) or ("wrong", "", "unfit: cuda\n"))
+    report()
+    monkeypatch.setattr(gpu_report, "MINUTES", 9)
+    monkeypatch.setattr(gpu_report, "steps", steps)
+    assert gpu_report.main(["--output", str(tmp_path / "out"), "--skip", "memcheck", "racecheck", "profile"]) == 1
+    before, after = given[:2], given[2:]
+    assert [one.name for one in before] == ["build", "exercise"]
+    assert not any("--without" in one.command for one in before)
+    for one in after:
+        words = list(one.command)
+        expected = ["-k", "not cuda- and not cuda]"] if "pytest" in words else ["--without", "cuda"]
+        assert expected in [words[i : i + 2] for i in range(len(words))]
+    sanitized = next(one for one in steps(False, Path("r.json"), "9.0", ["cuda"]) if one.name == "memcheck")
+    assert sanitized.command[-2:] == ("--backends", "triton")
+
+
+def test_the_tests_of_an_unfit_backend_alone_are_left_out():
+    pytest.importorskip("triton")
+    tests = next(one for one in steps(True, Path(), "", KERNELS) if one.name == "tests")
+    environment = {**os.environ, **tests.environment}
+    done = subprocess.run(tests.command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line} == {tests.needs[-1]}
+
+
+def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
+    arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--sections", "operator", "accuracy"]
+    assert suite.main([*arguments, "--without", "sdpa"]) == 0
+    found = [r for r in results.read(path)["runs"][0]["rows"] if r["peer"] == "gpsa_kernels sdpa"]
+    assert {r["section"] for r in found} == {"operator", "accuracy"}
+    assert {(r["status"], r["reason"]) for r in found} == {("unavailable", "it was left out (--without)")}
+
+
+def test_workloads_are_chosen_by_their_names(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "tokens"]
+    for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
+        assert suite.main([*arguments, "--workloads", chosen]) == 0
+        (run,) = results.read(path)["runs"]
+        assert {r["workload"].split()[2] for r in run["rows"]} == known
+
+
+def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 1980, 2619, [N/A], 112.50\n")
+    smi.chmod(0o755)
+    assert machine.clocks("cpu", "accuracy", "before") == []
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(machine, "clocks", lambda _, *moment, clocks=machine.clocks: clocks("cuda", *moment))
+    path = tmp_path / "results.json"
+    assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), "--sections", "accuracy"]) == 0
+    rows = results.read(path)["runs"][0]["rows"]
+    found = {"section": "clocks", "workload": "accuracy", "status": "ok"}
+    found |= {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": 112.5}
+    assert (rows[0], rows[-1]) == ({**found, "peer": "before"}, {**found, "peer": "after"})
+
+
+def test_sources_are_named_where_no_commit_is(tmp_path, monkeypatch):
+    for folder in ("gpsa_kernels", "csrc"):
+        (tmp_path / folder).mkdir()
+    kernel = tmp_path / "csrc" / "kernel.cu"
+    kernel.write_text("a")
+    monkeypatch.setattr(machine, "_output", lambda *_: None)
+    assert machine.describe("cpu", "dry")["commit"] == f"none, sources {machine.sources()}"
+    first = machine.sources(tmp_path)
+    (tmp_path / "csrc" / "kernel.o").write_text("built")
+    assert machine.sources(tmp_path) == first
+    kernel.write_text("b")
+    assert machine.sources(tmp_path) != first
+
+
+# ---- the exercise ---------------------------------------------------------------------------------------------------
+
+
+def test_what_dies_hangs_or_raises_alone_is_unfit_and_what_is_wrong_is_not(tmp_path, monkeypatch, capfd):
+    stand_in = tmp_path / "python"
+    stand_in.write_text("""#!/bin/sh
+        case "$*" in
+        *"cuda --directions backward"*) exec sleep 60;;
+        *"triton --directions forward"*) kill -SEGV $$;;
+        *"sdpa --directions backward"*) exit 3;;
+        esac""")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    assert exercise.main(["--device", "cpu", "--seconds", "1"]) == 1
+    assert capfd.readouterr().out.splitlines()[-1] == "unfit: cuda triton"
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "told"),
+    [
+        (lambda q, *_, **__: 2 * q, exercise.WRONG, "is allowed"),
+        (lambda *_, **__: 1 / 0, exercise.FAILED, "failed: ZeroDivisionError: division by zero"),
+        (gpsa_attention, exercise.RIGHT, "right"),
+    ],
+)
+@pytest.mark.parametrize("direction", exercise.DIRECTIONS)
+def test_exercise_tells_right_from_wrong_and_from_failed(monkeypatch, capsys, function, direction, status, told):
+    monkeypatch.setattr(peers, "gpsa_attention", function)
+    assert exercise.main(["--small", "--device", "cpu", "--backends", "sdpa", "--directions", direction]) == status
+    assert told in capsys.readouterr().out
+
+
+def test_failures_are_told_when_they_happen(tmp_path):
+    (tmp_path / "test_a.py").write_text(
+        "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
+    )
+    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.failures", "-c", os.devnull, "test_a.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    assert "assert 1 == 2" in done.stdout
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def test_rehearsal(tmp_path, capsys):
+    chosen = ("headline", "memcheck", "rest")
+    left_out = [one.name for one in steps(True, tmp_path, "", ()) if one.name not in chosen]
+    arguments = ["--dry-run", "--output", str(tmp_path), "--skip", *left_out]
+    assert gpu_report.main(arguments) == 0
+    told = capsys.readouterr().out
+    state = json.loads((tmp_path / "state.json").read_text())["steps"]
+    assert {name: entry["status"] for name, entry in state.items()} == dict.fromkeys(chosen, "done")
+    (run,) = results.read(tmp_path / "results.json")["runs"]
+    assert {r["section"] for r in run["rows"]} == {"operator", "accuracy", "dispatch", "layer", "batch", "models"}
+    assert "| attention forward |" in told
+    before = (tmp_path / "results.json").read_text()
+    assert gpu_report.main(arguments) == 0  # all is done: nothing runs again
+    assert "==== headline" not in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_text() == before
