@@ -1,11 +1,11 @@
-"""Builds the CUDA library of ``backend="cuda"`` where all it takes is at hand; everything else is in pyproject.toml.
+"""Builds the CUDA library of ``backend="cuda"`` where there is a GPU to run it; everything else is in pyproject.toml.
 
 nvcc compiles ``csrc/`` and ninja runs nvcc; torch is looked at, never imported. The library uses torch's stable ABI and
 no Python at all, so one serves every torch >= 2.10 of its CUDA major and every Python.
 
-    GPSA_BUILD_CUDA       1: build it or fail, naming what is missing; 0: do not; unset: build it where possible,
-                          but not for an editable install, which would take minutes
-    TORCH_CUDA_ARCH_LIST  architectures, as for torch's own extensions: "8.0;9.0+PTX"
+    GPSA_BUILD_CUDA       unset: build it for the GPUs of this machine, if there are any and nothing is missing;
+                          1: build it for the default architectures or fail, naming what is missing; 0: do not
+    TORCH_CUDA_ARCH_LIST  other architectures, as for torch's own extensions: "8.0;9.0+PTX"
     CUDA_HOME             where bin/nvcc is, if not the one on PATH or in /usr/local/cuda
     MAX_JOBS              files compiled in parallel, and architectures of each; by default as many as processors
 """
@@ -19,12 +19,20 @@ import re
 import runpy
 import shlex
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # without pip's build isolation nobody has looked at pyproject.toml
+    sys.exit(
+        f"gpsa_kernels: building it needs setuptools >= 77, and this environment has {setuptools.__version__}: "
+        "pip install --upgrade setuptools ninja"
+    )
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -50,13 +58,10 @@ class Torch(NamedTuple):
 
     @classmethod
     def find(cls) -> Torch:
-        """The CUDA torch of the environment that is installed into, from its files alone.
-
-        pip's isolated build sees no installed package, but it runs the very interpreter that it installs for.
-        """
-        spec = importlib.machinery.PathFinder.find_spec("torch", [*sys.path, *site.getsitepackages()])
+        """The CUDA torch of the environment that builds, from its files alone."""
+        spec = importlib.machinery.PathFinder.find_spec("torch")
         if spec is None or spec.origin is None:
-            raise Missing(f"no torch was found in {sysconfig.get_path('purelib')} (try --no-build-isolation)")
+            raise Missing("no torch is in the environment of the build (pip install --no-build-isolation)")
         path = Path(spec.origin).parent
         facts = runpy.run_path(str(path / "version.py"))
         version, cuda = str(facts["__version__"]), facts["cuda"]
@@ -94,12 +99,30 @@ def jobs() -> str:
     return os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
 
-def architectures(nvcc: Nvcc) -> list[str]:
-    """What to compile for, as nvcc writes it: ["sm_80", ..., "compute_120"]; compute_* is PTX."""
+def gpus() -> list[int]:
+    """The compute capabilities of this machine's GPUs: [90]."""
+    path = shutil.which("nvidia-smi")
+    if path is None:
+        return []
+    query = [path, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True).stdout  # words, if there is no driver
+    return sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", answer, re.MULTILINE)})
+
+
+def architectures(nvcc: Nvcc, here: Sequence[int] = ()) -> list[str]:
+    """What to compile for, as nvcc writes it: ["sm_80", ..., "compute_120"]; compute_* is PTX, for later GPUs.
+
+    Args:
+        here: the GPUs to build for; empty for the default.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not listed:
-        known = [number for number in ARCHITECTURES if number in nvcc.architectures]
-        return [f"sm_{number}" for number in known] + [f"compute_{known[-1]}"]
+        wanted = here or ARCHITECTURES
+        known = [number for number in wanted if number >= OLDEST_ARCHITECTURE and number in nvcc.architectures]
+        if not known:
+            named = ", ".join(str(number / 10) for number in wanted)
+            raise Missing(f"it needs compute capability 8.0 or later, and one that {nvcc.path} knows, not {named}")
+        return [f"sm_{number}" for number in known] + ([] if here else [f"compute_{known[-1]}"])
     names = []
     for entry in re.split(r"[;,\s]+", listed.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
@@ -113,8 +136,17 @@ def architectures(nvcc: Nvcc) -> list[str]:
     return names
 
 
+def asked_for(wanted: str, here: Sequence[int]) -> Sequence[int]:
+    """The rule: which GPUs GPSA_BUILD_CUDA=``wanted`` builds for on a machine with ``here``; empty for the default."""
+    if wanted == "0":
+        raise Missing("GPSA_BUILD_CUDA=0")
+    if wanted == "" and not here:
+        raise Missing("this machine has no GPU (GPSA_BUILD_CUDA=1 builds it all the same)")
+    return () if wanted == "1" else here
+
+
 class Build(NamedTuple):
-    """Everything that a build depends on; finding it raises Missing."""
+    """Everything that a build depends on; finding it raises Missing, with the reason why there is none."""
 
     torch: Torch
     nvcc: Nvcc
@@ -123,6 +155,7 @@ class Build(NamedTuple):
 
     @classmethod
     def find(cls) -> Build:
+        here = asked_for(os.environ.get("GPSA_BUILD_CUDA", ""), gpus())
         if not sys.platform.startswith("linux"):
             raise Missing("it is built on Linux only")
         nvcc, torch = Nvcc.find(), Torch.find()
@@ -136,7 +169,7 @@ class Build(NamedTuple):
             raise Missing(f"no {compiler} on PATH, which nvcc needs (set NVCC_CCBIN)")
         if not SOURCES:
             raise Missing("csrc/ holds no kernels")
-        return cls(torch, nvcc, ninja, architectures(nvcc))
+        return cls(torch, nvcc, ninja, architectures(nvcc, here))
 
     def ninja_file(self) -> str:
         """The rules, with one object per source file of ``csrc/``, recompiled when it or a header changes."""
@@ -160,10 +193,14 @@ class Build(NamedTuple):
             return shlex.join(words).replace("$", "$$")
 
         lines = []
-        for rule, words in (("kernel", kernel), ("register", register)):
+        for rule, words, progress in (
+            ("kernel", kernel, f"$out for {', '.join(self.architectures)}"),
+            ("register", register, "$out"),
+        ):
             lines += [f"rule {rule}", f"  command = {command(*words)} -MD -MF $out.d -c $in -o $out"]
-            lines += ["  depfile = $out.d", "  deps = gcc"]
+            lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {progress}"]
         lines += ["rule link", f"  command = {command(*link)} -o $out $in {command(*libraries)}"]
+        lines += ["  description = $out"]
         for name, rule in sources.items():
             lines.append(f"build {objects[name]}: {rule} ../../csrc/{name}")  # relative: the path is in messages
         lines.append(f"build {LIBRARY}: link {' '.join(objects.values())}")
@@ -174,7 +211,9 @@ class Build(NamedTuple):
         folder = ROOT / "build" / "-".join(["cuda", self.nvcc.version, *self.architectures])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file())
-        if subprocess.run([self.ninja, "-C", str(folder), "-j", jobs()]).returncode != 0:
+        progress = {"NINJA_STATUS": "gpsa_kernels: [%f/%t, %e s] "}  # ninja prints a line when a file is done
+        ninja = [self.ninja, "-C", str(folder), "-j", jobs()]
+        if subprocess.run(ninja, env=os.environ | progress).returncode != 0:
             sys.exit("gpsa_kernels: the CUDA library did not compile, see above; GPSA_BUILD_CUDA=0 installs without it")
         metadata = {
             "version": runpy.run_path(str(ROOT / "gpsa_kernels" / "_version.py"))["__version__"],
@@ -221,32 +260,28 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-def why_not(command: set[str]) -> str | None:
-    """Why this command builds no library; None if it does."""
+def builds() -> bool:
+    """Whether the library is built, and a line that says so and why."""
     wanted = os.environ.get("GPSA_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"gpsa_kernels: GPSA_BUILD_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0":
-        return "GPSA_BUILD_CUDA=0"
-    if wanted != "1" and "editable_wheel" in command:
-        return "an editable install builds it only with GPSA_BUILD_CUDA=1"
     try:
-        Build.find()
+        build = Build.find()
     except Missing as missing:
         if wanted == "1":
             sys.exit(f"gpsa_kernels: GPSA_BUILD_CUDA=1, but the CUDA library cannot be built: {missing}")
-        return str(missing)
-    return None
+        print(f"gpsa_kernels: built without the CUDA library: {missing}", file=sys.stderr)
+        return False
+    names = ", ".join(build.architectures)
+    reason = "GPSA_BUILD_CUDA=1" if wanted else "this machine has a GPU"
+    print(f"gpsa_kernels: builds the CUDA library for {names} (takes minutes): {reason}", file=sys.stderr)
+    return True
 
 
 def main() -> None:
-    command = set(sys.argv[1:])
-    building = bool(command & {"bdist_wheel", "editable_wheel", "build", "build_ext"})
-    reason = why_not(command) if building else None
-    if reason is not None:
-        print(f"gpsa_kernels: built without the CUDA library: {reason}", file=sys.stderr)
+    building = bool({"bdist_wheel", "editable_wheel", "build", "build_ext"} & set(sys.argv[1:]))
     setup(
-        ext_modules=[Extension(EXTENSION, sources=[])] if building and reason is None else [],
+        ext_modules=[Extension(EXTENSION, sources=[])] if building and builds() else [],
         cmdclass={"build_ext": BuildExtension, "bdist_wheel": BuildWheel},
     )
 

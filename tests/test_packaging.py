@@ -54,6 +54,15 @@ def test_the_source_distribution_has_what_the_library_is_built_from(tmp_path):
     assert "setup.py" in names
 
 
+def test_an_old_setuptools_is_refused_with_the_command_that_mends_it(tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")  # what the venv of Python 3.11 comes with
+    command = [sys.executable, str(ROOT / "setup.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "needs setuptools >= 77, and this environment has 65.5.0: pip install --upgrade setuptools" in done.stderr
+
+
 def test_importing_loads_nothing_of_the_extras():
     extras = "{'timm', 'sklearn', 'matplotlib', 'tqdm', 'pytest'}"
     script = "import sys, torch; before = set(sys.modules); import gpsa_kernels; "  # torch loads tqdm by itself

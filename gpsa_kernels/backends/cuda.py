@@ -63,8 +63,8 @@ def _load() -> str | None:
         return f"its library's build.json cannot be read: {error}"
     if built is None:
         return (
-            "this installation was built without the CUDA library (GPSA_BUILD_CUDA=1 pip install --no-build-isolation "
-            "from source builds it, or says what is missing)"
+            "this installation was built without the CUDA library (GPSA_BUILD_CUDA=1 pip install -v "
+            "--no-build-isolation . builds it from source, or says what is missing)"
         )
     if built.version != __version__:
         return f"its library is of gpsa_kernels {built.version}, and this is {__version__}: build it again"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,26 @@ def write_torch(folder: Path, version: str, cuda: str | None) -> None:
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text("raise AssertionError('the build imports torch')")
     (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+
+
+def machine(
+    monkeypatch, folder: Path, *, gpus: str | None = "9.0", nvcc: bool = True, torch_cuda: str | None = "13.0"
+) -> None:
+    """A machine whose programs only say what the real ones would, with a torch to build with."""
+    programs = folder / "bin"
+    programs.mkdir()
+    said = dict.fromkeys(("ninja", "g++"), "")
+    if nvcc:
+        said["nvcc"] = "V13.0.88 " + " ".join(f"compute_{number}" for number in (75, 80, 86, 90, 100, 120))
+    if gpus is not None:
+        said["nvidia-smi"] = gpus
+    for name, text in said.items():
+        (programs / name).write_text(f"#!/bin/sh\necho {shlex.quote(text)}\n")
+        (programs / name).chmod(0o755)
+    write_torch(folder, "2.11.0", torch_cuda)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("CUDA_HOME", str(folder))
 
 
 # ---- architectures -------------------------------------------------------------------------------------------------
@@ -89,36 +111,82 @@ def test_a_torch_that_cannot_be_built_with(build, monkeypatch, tmp_path, version
         build.Torch.find()
 
 
-@needs_nvcc
+def test_an_isolated_build_has_no_torch(build, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(build.Missing, match="no torch is in the environment of the build"):
+        build.Torch.find()
+
+
 def test_a_torch_of_another_cuda(build, monkeypatch, tmp_path):
-    write_torch(tmp_path, "2.11.0+cu99", "99.0")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(build.Missing, match=r"nvcc is of CUDA \d+\..*, and torch 2.11.0\+cu99 of CUDA 99.0"):
+    machine(monkeypatch, tmp_path, torch_cuda="99.0")
+    with pytest.raises(build.Missing, match=r"nvcc is of CUDA 13.0.88, and torch 2.11.0 of CUDA 99.0"):
         build.Build.find()
 
 
-@needs_nvcc
 @pytest.mark.parametrize(("program", "words"), [("ninja", "no ninja was found"), ("g++", r"no g\+\+ on PATH")])
-def test_a_missing_program(build, monkeypatch, program, words):
+def test_a_missing_program(build, monkeypatch, tmp_path, program, words):
+    machine(monkeypatch, tmp_path)
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, **kwargs: None if name == program else which(name, **kwargs))
     with pytest.raises(build.Missing, match=words):
         build.Build.find()
 
 
-def test_why_not(build, monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert build.why_not({"bdist_wheel"}) == f"no nvcc in {tmp_path}/bin"
-    assert "editable" in build.why_not({"editable_wheel"})
-    monkeypatch.setenv("GPSA_BUILD_CUDA", "0")
-    assert build.why_not({"bdist_wheel"}) == "GPSA_BUILD_CUDA=0"
-    monkeypatch.setenv("GPSA_BUILD_CUDA", "1")
-    for command in ("bdist_wheel", "editable_wheel"):
-        with pytest.raises(SystemExit, match=f"cannot be built: no nvcc in {tmp_path}/bin"):
-            build.why_not({command})
-    monkeypatch.setenv("GPSA_BUILD_CUDA", "yes")
-    with pytest.raises(SystemExit, match="must be 0, 1 or unset, got 'yes'"):
-        build.why_not({"bdist_wheel"})
+WITHOUT = "built without the CUDA library: "
+CANNOT = "GPSA_BUILD_CUDA=1, but the CUDA library cannot be built: "
+DEFAULT = r"builds .* for sm_80, sm_90, sm_100, sm_120, compute_120 \(takes minutes\): GPSA_BUILD_CUDA=1"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "nvcc", "torch_cuda", "expected"),
+    [
+        ("", "9.0", True, "13.0", r"builds the CUDA library for sm_90 \(takes minutes\): this machine has a GPU"),
+        ("", "9.0", False, "13.0", WITHOUT + "no nvcc in "),
+        ("", "9.0", True, None, WITHOUT + "torch 2.11.0 in .* has no CUDA"),
+        ("", None, True, "13.0", WITHOUT + "this machine has no GPU"),
+        ("", None, False, None, WITHOUT + "this machine has no GPU"),
+        ("0", "9.0", True, "13.0", WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("0", None, False, None, WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("1", "9.0", True, "13.0", DEFAULT),
+        ("1", None, True, "13.0", DEFAULT),
+        ("1", "9.0", False, "13.0", CANNOT + "no nvcc in "),
+        ("1", None, True, None, CANNOT + "torch 2.11.0 in .* has no CUDA"),
+        ("yes", "9.0", True, "13.0", "GPSA_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_one_line_says_what_is_built_and_why(
+    build, monkeypatch, tmp_path, capsys, wanted, gpus, nvcc, torch_cuda, expected
+):
+    machine(monkeypatch, tmp_path, gpus=gpus, nvcc=nvcc, torch_cuda=torch_cuda)
+    monkeypatch.setenv("GPSA_BUILD_CUDA", wanted)
+    try:
+        assert build.builds() == expected.startswith("builds")
+        (line,) = capsys.readouterr().err.splitlines()
+    except SystemExit as error:
+        line = str(error)
+        assert wanted == "yes" or expected.startswith(CANNOT)
+    assert re.match("gpsa_kernels: " + expected, line)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "listed", "expected"),
+    [
+        ("9.0\n8.6\n9.0", "", ["sm_86", "sm_90"]),
+        ("7.5\n12.0", "", ["sm_120"]),
+        ("9.0", "8.0+PTX", ["sm_80", "compute_80"]),
+        ("7.5", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 7\.5"),
+        ("13.0", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 13\.0"),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "", "has no GPU"),
+    ],
+)
+def test_the_architectures_are_those_of_the_gpus(build, monkeypatch, tmp_path, gpus, listed, expected):
+    machine(monkeypatch, tmp_path, gpus=gpus)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    if isinstance(expected, list):
+        assert build.Build.find().architectures == expected
+    else:
+        with pytest.raises(build.Missing, match=expected):
+            build.Build.find()
 
 
 # ---- pip -----------------------------------------------------------------------------------------------------------
@@ -137,14 +205,11 @@ def pip_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, str(source)], capture_output=True, text=True, env=settings)
 
 
-@pytest.mark.parametrize("missing", ["GPSA_BUILD_CUDA", "nvcc"])
-def test_what_cannot_or_shall_not_be_built_is_skipped_with_one_line(tmp_path, missing):
-    home = tmp_path / "no-cuda"
-    done = pip_wheel(tmp_path, **({"CUDA_HOME": str(home)} if missing == "nvcc" else {"GPSA_BUILD_CUDA": "0"}))
+def test_what_shall_not_be_built_is_left_out_with_one_line(tmp_path):
+    done = pip_wheel(tmp_path, GPSA_BUILD_CUDA="0")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "gpsa_kernels: " in line]
-    reason = f"no nvcc in {home}/bin" if missing == "nvcc" else "GPSA_BUILD_CUDA=0"
-    assert lines == [f"gpsa_kernels: built without the CUDA library: {reason}"]
+    assert lines == ["gpsa_kernels: built without the CUDA library: GPSA_BUILD_CUDA=0"]
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_cuda" in name]
@@ -180,7 +245,9 @@ def test_a_build_in_place_compiles_what_has_changed(tmp_path):
 
     first, second = build_in_place(), build_in_place()
     assert first.returncode == 0, first.stderr
-    assert "ninja: no work to do." not in first.stdout
+    assert re.search(
+        r"^gpsa_kernels: \[\d/3, \d+\.\d+ s\] kernels.cu.o for sm_80, sm_90, compute_90$", first.stdout, re.M
+    )
     assert "ninja: no work to do." in second.stdout
     built = source / "gpsa_kernels" / "_cuda"
     assert {path.name for path in built.iterdir()} == {"gpsa_cuda.so", "build.json"}
