@@ -1,8 +1,8 @@
-"""The pictures: speed-ups, time and memory against tokens, error against eager's own error; as PNG and SVG."""
+"""The pictures: speed-ups, time and memory against tokens, error against eager's own error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,26 +206,19 @@ def errors(run: Run) -> Figure | None:
 PICTURES = {"speedups": speedups, "time": time, "memory": memory, "errors": errors}
 
 
-def draw(runs: dict[str, Run], folder: Path) -> list[Path]:
-    """Every picture of every device type that has the data for it; the files written.
+def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None) -> list[Path]:
+    """The pictures ``wanted``, or all that every device type has the data for; the files written.
 
-    The SVG says in its metadata which run it shows.
+    A picture's metadata says which run it shows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context({"svg.hashsalt": "gpsa_kernels", "font.family": "DejaVu Sans"}):
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
         for device, run in runs.items():
             for name, picture in PICTURES.items():
-                figure = picture(run)
-                if figure is None:
-                    continue
-                for suffix, settings in (("png", {"dpi": 160}), ("svg", {})):
-                    path = folder / f"{device}-{name}.{suffix}"
-                    figure.savefig(path, **settings, metadata=_metadata(suffix, run))
+                path = folder / f"{device}-{name}.png"
+                figure = picture(run) if wanted is None or path.name in wanted else None
+                if figure is not None:
                     written.append(path)
+                    figure.savefig(path, dpi=110, metadata={"Description": f"from the run of {run['started']}"})
     return written
-
-
-def _metadata(suffix: str, run: Run) -> dict[str, Any]:
-    told = {"Description": f"from the run of {run['started']}"}
-    return told | ({"Date": None} if suffix == "svg" else {})

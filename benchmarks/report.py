@@ -7,24 +7,23 @@ python -m benchmarks.report --write    puts them between their markers, and draw
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import floors, results
-from benchmarks.workloads import Case
+from benchmarks import results, roofline
 
 ROOT = Path(__file__).parent.parent
+PLOTS = ROOT / "benchmarks" / "plots"
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(?s)(<!-- (?!end of )([a-z ]+) -->\n)(.*?)(<!-- end of \2 -->)")
+SHOWN = re.compile(r"\(benchmarks/plots/(.*?)\)")
 REFERENCE = "timm"
 DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 ABSENT = {
     "cuda": "No GPU has run these benchmarks yet.",
     "cpu": "No CPU has run these benchmarks yet.",
-    "none": "The kernels have not been compiled for this table yet.",
 }
 
 Row = dict[str, Any]
@@ -247,44 +246,6 @@ def accuracy(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def static(run: Run) -> str:
-    """What every compiled kernel takes, by architecture."""
-    lines = [
-        f"Compiled on {run['started'][:10]} with triton {run.get('triton', 'not installed')}; nothing ran. "
-        "Instructions are counted in the code, loops once. Shown: bfloat16 at head_dim 48; the results' file has all.",
-        "",
-        "| architecture | kernel | registers | spilled bytes | shared bytes | matrix instructions | instructions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = select(run, section="static")
-    columns = ("registers", "spills", "shared", "matrix_instructions", "instructions")
-    for row in rows:
-        if row["status"] == "ok" and re.search(r"bfloat16 D=48|Bfloat16, 48|^\w+<\w+>$", row["workload"]):
-            values = [str(row.get(name, "")) for name in columns]
-            lines.append(_line([row["architecture"], f"{row['peer']}: {row['workload']}", *values]))
-    return "\n".join([*lines, *_excuses(rows), *_emulated(run)]) + "\n"
-
-
-def _emulated(run: Run) -> list[str]:
-    rows = select(run, section="emulated", status="ok")
-    if not rows:
-        return []
-    lines = [
-        "",
-        "Counted in the emulation on the host, one head of one image, beside the least:",
-        "",
-        "| kernel | bytes | least | matrix flops | least | exponentials | least | bank conflicts |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
-        least = floors.attention_work(case, row["direction"])
-        counts = [row["bytes"], least.bytes, row["flops"], least.flops, row["exponentials"], least.exponentials]
-        name = f"{row['peer']} {row['direction']}, {row['workload']}"
-        lines.append(_line([name, *map(str, counts), str(row["bank_conflicts"])]))
-    return lines
-
-
 def _line(cells: Iterable[str]) -> str:
     return re.sub("  +", " ", f"| {' | '.join(cells)} |")
 
@@ -305,7 +266,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
     for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
     for what, function in (("results", summary), ("attention", attention), ("models", models), ("accuracy", accuracy))
 }
-BLOCKS["static"] = ("none", static)
 
 
 def block(marker: str, runs: dict[str, Run]) -> str:
@@ -315,9 +275,7 @@ def block(marker: str, runs: dict[str, Run]) -> str:
         KeyError: there is no such block.
     """
     if marker == "roofline estimate":
-        from benchmarks import static as estimates
-
-        return estimates.roofline_table(runs.get("none"))
+        return roofline.table()
     device, function = BLOCKS[marker]
     if device not in runs:
         return f"{ABSENT[device]}\n"
@@ -333,21 +291,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/benchmarks.md; draws pictures")
+    parser.add_argument("--write", action="store_true", help="into README and docs; draws their pictures")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")
     parser.add_argument("--plots", type=Path, default=None, help="draw the pictures into this folder")
     options = parser.parse_args(arguments)
     runs = results.newest(options.results)
-    folder = options.plots or (ROOT / "benchmarks" / "plots" if options.write else None)
-    if folder is not None:
-        from benchmarks import plots
+    from benchmarks import plots
 
-        for path in plots.draw(runs, folder):
-            print(f"drew {path}")
+    for path in plots.draw(runs, options.plots) if options.plots else ():
+        print(f"drew {path}")
     if options.write:
         for path in FILES:
             path.write_text(filled(path.read_text(), runs))
             print(f"wrote {path}")
+        for path in plots.draw(runs, PLOTS, SHOWN.findall("".join(file.read_text() for file in FILES))):
+            print(f"drew {path}")
     else:
         print("\n".join(block(marker, runs) for marker, (device, _) in BLOCKS.items() if device in runs))
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine_code import Code
-
 Row = dict[str, Any]
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
@@ -75,19 +73,6 @@ ROWS: dict[str, dict[str, type]] = {
         "tensor?": str,
         **{f"{who}{kind}_error?": float for who in ("", "eager_", "autocast_") for kind in ("max", "rms")},
     },
-    "emulated": {
-        "section": str,
-        "workload": str,
-        "direction": str,
-        "peer": str,
-        "status": str,
-        "reason?": str,
-        **_CASE,
-        "bytes?": int,
-        "flops?": int,
-        "exponentials?": int,
-        "bank_conflicts?": int,
-    },
     "clocks": {
         "section": str,
         "workload": str,
@@ -97,16 +82,6 @@ ROWS: dict[str, dict[str, type]] = {
         "memory_mhz?": float,
         "celsius?": float,
         "watts?": float,
-    },
-    "static": {
-        "section": str,
-        "workload": str,
-        "peer": str,
-        "status": str,
-        "reason?": str,
-        "architecture?": str,
-        "shared?": int,
-        **{f"{name}?": int for name in Code._fields},
     },
 }
 STATUSES = ("ok", "wrong", "failed", "unavailable")

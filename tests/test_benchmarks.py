@@ -9,35 +9,31 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as suite  # noqa: E402
-from benchmarks import (  # noqa: E402
+from benchmarks import __main__ as suite
+from benchmarks import (
     accuracy,
     check,
     floors,
     layers,
     machine,
-    machine_code,
     measure,
     models,
     peers,
     plots,
     report,
     results,
+    roofline,
     timing,
     workloads,
 )
-from benchmarks import static as estimates  # noqa: E402
-from benchmarks.workloads import Case, ModelWorkload, Workload  # noqa: E402
-from gpsa_kernels import BACKENDS  # noqa: E402
+from benchmarks.workloads import Case, ModelWorkload, Workload
+from gpsa_kernels import BACKENDS
 
 TINY = Case(2, 2, 4, 4, 16, "float32")
 RATES = floors.Rates(copied_bytes=1e9, flops=1e9)
@@ -105,7 +101,7 @@ def test_model_flops_are_those_that_torch_counts():
 
 
 def test_roofline_of_the_headline():
-    estimate = estimates.roofline(estimates.HEADLINE, "forward", estimates.Chip(3e12, 800e12, 3.9e12))
+    estimate = roofline.roofline(roofline.HEADLINE, "forward", roofline.Chip(3e12, 800e12, 3.9e12))
     assert [round(us) for us in estimate] == [29, 11, 11]
     assert (estimate.least, estimate.most) == (max(estimate), sum(estimate))
 
@@ -378,7 +374,7 @@ def test_a_peer_that_takes_the_context_with_it_is_left_out_by_a_new_process(tmp_
     peer = "gpsa_kernels sdpa"
     path = tmp_path / "results.json"
     arguments = ["--profile", "dry", "--device", "cpu", "--sections", "operator", "--output", str(path)]
-    done = subprocess.run([sys.executable, "-c", LOSING, peer, *arguments], cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", LOSING, peer, *arguments], cwd=machine.ROOT)
     assert done.returncode == 1
     (run,) = results.read(path)["runs"]
     status = {(row["peer"], row["direction"]): row["status"] for row in run["rows"]}
@@ -741,48 +737,5 @@ def test_pictures(tmp_path):
     run = {**RUN, "rows": [*ROWS, errors]}
     results.check({"schema": 1, "runs": [run]})
     written = plots.draw({"cpu": run}, tmp_path)
-    assert {path.name for path in written} == {
-        f"cpu-{name}.{suffix}" for name in ("speedups", "time", "memory", "errors") for suffix in ("png", "svg")
-    }
-    assert all(RUN["started"] in path.read_text() for path in written if path.suffix == ".svg")
-
-
-def test_static_rows(monkeypatch):
-    pytest.importorskip("triton")
-    import gpsa_kernels.backends.triton.report as triton_report
-    from gpsa_kernels.backends.triton.compiled import Usage, variants
-
-    usage = Usage(128, 0, 4096, 10, 500)
-    monkeypatch.setattr(triton_report, "measure_all", lambda chosen: [(variant, usage) for variant in chosen])
-    found = list(estimates.triton_rows((90,)))
-    assert len(found) == len(variants(90)) > 0
-    run = {**RUN, "device_type": "none", "triton": "3.6.0", "rows": found}
-    results.check({"schema": 1, "runs": [run]})
-    shown = [row["workload"] for row in found if "bfloat16 D=48" in row["workload"]]
-    assert len(shown) > 10
-    assert all(
-        f"| sm_90 | triton: {workload} | 128 | 0 | 4096 | 10 | 500 |" in report.static(run) for workload in shown
-    )
-
-
-def test_static_rows_of_the_cuda_library(tmp_path, monkeypatch):
-    code = machine_code.Code(128, 0, 10, 5, 4, 3, 2, 0, 0, 500)
-    kernels = ("kernel<Config<Bfloat16, 48>>", "kernel<Config<Half, 48>>", "tiled_kernel<PositionStatistics>")
-    monkeypatch.setattr(machine_code, "read", lambda library: {("sm_90", name): code for name in kernels})
-    compiled = list(estimates.cuda_rows(tmp_path))
-    results.check({"schema": 1, "runs": [{**RUN, "device_type": "none", "rows": compiled}]})
-    table = report.static({**RUN, "rows": compiled})
-    assert [f"cuda: {name} | 128 | 0 | | 10 | 500 |" in table for name in kernels] == [True, False, True]
-    pytest.importorskip("triton")
-    (found,) = estimates.cuda_rows(tmp_path / "none.so")
-    assert (found["status"], found["reason"]) == ("unavailable", "the library has not been built")
-    case = Case(1, 1, 14, 14, 48, "bfloat16")
-    header = {"section": "emulated", "workload": str(case), "peer": "cuda", "direction": "forward", "status": "ok"}
-    counted = {"bytes": 80_000, "flops": 8_000_000, "exponentials": 40_000, "bank_conflicts": 7}
-    run = {**RUN, "device_type": "none", "rows": [found, {**header, **vars(case), **counted}]}
-    results.check({"schema": 1, "runs": [run]})
-    table = report.static(run)
-    assert "- cuda (all): unavailable: the library has not been built" in table
-    assert "| 80000 | 75264 | 8000000 | 7902720 | 40000 | 38416 | 7 |" in table
-    # 1152 heads at 3.35 TB/s, 989 TFLOP/s and 16 exponentials a clock on 132 multiprocessors at 1.83 GHz
-    assert "| H100 SXM | forward, as `cuda` does it | 28 | 9 | 12 | 28 | 49 |" in estimates.roofline_table(run)
+    assert {path.name for path in written} == {f"cpu-{name}.png" for name in ("speedups", "time", "memory", "errors")}
+    assert all(RUN["started"] in PIL.Image.open(path).text["Description"] for path in written)

@@ -1,12 +1,11 @@
 """The Triton kernels without a GPU: compiled for every architecture, within a budget; and the table they come from.
 
-``python -m gpsa_kernels.backends.triton.report --json tests/triton_budget.json`` writes the budget anew.
+``python -m tools.machine_code triton --write`` writes the budget anew.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -22,45 +21,42 @@ if INTERPRETED:
 
 from gpsa_kernels.backends.triton import attention_backward as backward_kernels
 from gpsa_kernels.backends.triton import tune
-from gpsa_kernels.backends.triton.compiled import ARCHITECTURES, SHARED_MEMORY_LIMIT, Usage, variants
 from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch
-from gpsa_kernels.backends.triton.report import measure_all
+from tools import machine_code
+from tools.ahead_of_time import SHARED_MEMORY_LIMIT, measure_all, variants
+from tools.machine_code import ARCHITECTURES
 
-BUDGET = json.loads(Path(__file__).with_name("triton_budget.json").read_text())["usage"]
-VARIANTS = [variant for architecture in ARCHITECTURES for variant in variants(architecture)]
+BUDGET = machine_code.parse(machine_code.BUDGET.read_text())
+VARIANTS = variants(ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
 def measured():
-    return dict(measure_all(VARIANTS))
+    return measure_all(VARIANTS)
 
 
 def test_the_budget_is_of_these_kernels():
-    assert list(BUDGET) == [str(variant) for variant in VARIANTS]
+    assert {(f"sm_{v.capability}", str(v)) for v in VARIANTS} == {
+        key for key in BUDGET if machine_code.compiler_of(key[1]) == "triton"
+    }
 
 
 def test_every_kernel_of_every_architecture_is_within_its_budget(measured):
-    over = {}
-    for variant, usage in measured.items():
-        budget = Usage(**BUDGET[str(variant)])
-        for name in ("registers", "spills", "shared"):
-            if getattr(usage, name) > getattr(budget, name):
-                over[f"{variant}: {name}"] = (getattr(usage, name), getattr(budget, name))
-    assert not over
+    assert machine_code.over_budget(measured, BUDGET) == {}
 
 
 def test_nothing_spills_up_to_head_dim_64(measured):
-    assert {str(v): usage.spills for v, usage in measured.items() if v.head_dim <= 64 and usage.spills} == {}
+    assert {key: code.spills for key, code in measured.items() if "D=128" not in key[1] and code.spills} == {}
 
 
 def test_every_kernel_fits_its_architecture(measured):
-    assert {str(v): u.shared for v, u in measured.items() if u.shared > SHARED_MEMORY_LIMIT[v.capability]} == {}
+    assert {k: code.shared for k, code in measured.items() if code.shared > SHARED_MEMORY_LIMIT[int(k[0][3:])]} == {}
 
 
 def test_16_bit_attention_runs_on_tensor_cores(measured):
-    kernels = [(v, usage) for v, usage in measured.items() if v.dtype == "bfloat16" and "attention" in v.kernel]
+    kernels = [code for (_, name), code in measured.items() if re.match(r"attention\w* bfloat16", name)]
     assert len(kernels) == 36 * len(ARCHITECTURES)
-    assert all(usage.matrix_instructions > 0 for _, usage in kernels)
+    assert all(code.matrix > 0 for code in kernels)
 
 
 # ---- the table and its tuner -----------------------------------------------------------------------------------------
@@ -233,6 +229,6 @@ def test_the_figures_in_the_documentation_are_the_budget():
     assert len(rows) == 3 * len(ARCHITECTURES)
     for kernel, architecture, *shown in rows:
         for head_dim, figures in zip((48, 64), shown, strict=True):
-            usage = Usage(**BUDGET[f"{architecture} bfloat16 D={head_dim} 14x14 {kernel}"])
-            expected = usage.matrix_instructions, usage.instructions, usage.registers, usage.shared
+            code = BUDGET[architecture, f"{kernel} bfloat16 D={head_dim} 14x14"]
+            expected = code.matrix, code.instructions, code.registers, code.shared
             assert tuple(map(int, figures.split(" / "))) == expected

@@ -14,12 +14,9 @@ import pytest
 import torch
 
 import gpsa_kernels
+from tools import machine_code
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import machine_code  # noqa: E402
-
 ARCHITECTURES = (80, 90, 100, 120)
 SHIMS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
 SCHEMAS = {

@@ -1,14 +1,15 @@
-"""Compiles the kernels ahead of time for a named architecture, on any machine, and reads what became of them.
+"""Compiles the Triton kernels ahead of time for a named architecture, on any machine.
 
-Needs a process without ``TRITON_INTERPRET``. Registers, spills and shared memory are read from the binary with the
-``cuobjdump`` that comes with Triton: without a driver Triton itself leaves them unset.
+Needs a process without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
+import itertools
 import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_forward
+from tools.machine_code import Code, Kernels, read
 
-ARCHITECTURES = (80, 90, 100, 120)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may use
 
 _POINTERS = {
@@ -29,17 +30,6 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
 }
-_MATRIX_INSTRUCTION = re.compile(r"^\s*(?:@!?U?P\d+ )?(HMMA|HGMMA|UTCHMMA|UTCOMMA|UTCQMMA|DMMA)\b", re.MULTILINE)
-
-
-class Usage(NamedTuple):
-    """What one block of a compiled kernel takes, and how much tensor-core work its code holds."""
-
-    registers: int  # of a thread
-    spills: int  # bytes of a thread's registers kept in local memory
-    shared: int  # bytes
-    matrix_instructions: int  # in the code, loops counted once
-    instructions: int
 
 
 class Variant(NamedTuple):
@@ -52,7 +42,7 @@ class Variant(NamedTuple):
     kernel: str
 
     def __str__(self) -> str:
-        return f"sm_{self.capability} {self.dtype} D={self.head_dim} {self.case} {self.kernel}"
+        return f"{self.kernel} {self.dtype} D={self.head_dim} {self.case}"
 
 
 # grid and dropout, for every form of the positional branch and every width of its kernels
@@ -89,26 +79,43 @@ def _name(call: KernelCall) -> str:
     return call.kernel.__name__ + ("_transposed" if call.arguments.get("TRANSPOSED") else "")
 
 
-def variants(capability: int) -> list[Variant]:
-    """What is compiled for an architecture: each kernel in each form that it is launched in, without repetitions."""
+def variants(capabilities: Iterable[int], head_dims: Collection[int] = (32, 48, 64, 128)) -> list[Variant]:
+    """What is compiled: each kernel in each form that it is launched in, without repetitions."""
     attention_cases = ("14x14", "14x14-dropout", "32x32")
     shapes = [("bfloat16", head_dim, case) for head_dim in (32, 48, 64, 128) for case in attention_cases]
     shapes += [("bfloat16", 48, "64x64"), ("bfloat16", 48, "128x128")]
     shapes += [("float32", 48, case) for case in (*attention_cases, "64x64")]
     chosen: list[Variant] = []
-    for dtype, head_dim, case in shapes:
+    for capability, (dtype, head_dim, case) in itertools.product(capabilities, shapes):
         shape = Variant(capability, dtype, head_dim, case, "")
-        for name in dict.fromkeys(map(_name, _calls(shape))):
-            of_attention = name.startswith("attention")  # the same for every grid that takes the same form
-            if (of_attention and case in attention_cases) or (name.startswith("separable") and head_dim == 48):
-                chosen.append(shape._replace(kernel=name))
-    return [*chosen, Variant(capability, "bfloat16", 48, "14x14", "axis_tables")]
+        if head_dim not in head_dims:
+            continue
+        wanted = {
+            "attention": case in attention_cases,  # the same for every grid that takes the same form
+            "separable": head_dim == 48,
+            "axis": (dtype, head_dim, case) == ("bfloat16", 48, "14x14"),
+        }
+        names = dict.fromkeys(map(_name, _calls(shape)))
+        chosen += [shape._replace(kernel=name) for name in names if wanted[name.partition("_")[0]]]
+    return chosen
 
 
-def measure(variant: Variant) -> Usage:
-    """Compiles one variant and reads its resources."""
+def measure_all(chosen: Sequence[Variant], workers: int = 2) -> Kernels:
+    """The figures of each variant, compiled in ``workers`` processes, in the order given."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        codes = pool.map(measure, chosen)
+        return {(f"sm_{v.capability}", str(v)): code for v, code in zip(chosen, codes, strict=True)}
+
+
+def measure(variant: Variant) -> Code:
+    """Compiles one variant and reads its figures."""
     call = next(call for call in _calls(variant) if _name(call) == variant.kernel)
-    return usage(compile_call(call, variant.capability))
+    compiled = compile_call(call, variant.capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (code,) = read(Path(file.name)).values()
+    return code._replace(shared=compiled.metadata.shared)
 
 
 def _source(call: KernelCall) -> ASTSource:
@@ -135,25 +142,3 @@ def _source(call: KernelCall) -> ASTSource:
 def compile_call(call: KernelCall, capability: int) -> Any:
     """Triton's compiled kernel of ``call`` for ``capability`` (80 for sm_80)."""
     return triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=call.options)
-
-
-def usage(compiled: Any) -> Usage:
-    """Resources of a compiled kernel, from its binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def dump(option: str) -> str:
-            return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-
-        resources, assembly = dump("-res-usage"), dump("-sass")
-    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
-    body = re.sub(r"/\*[0-9a-fx]+\*/", "", assembly)
-    return Usage(
-        registers=figures["REG"],
-        spills=figures["STACK"] + figures["LOCAL"],
-        shared=compiled.metadata.shared,
-        matrix_instructions=len(_MATRIX_INSTRUCTION.findall(body)),
-        instructions=len(re.findall(r"^ +\S.*;", body, re.MULTILINE)),
-    )

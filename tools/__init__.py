@@ -1,0 +1,1 @@
+"""What only developers use: reading compiled code. Run from the repository's root; no part of the wheel."""

@@ -1,0 +1,207 @@
+"""What the compilers made of the kernels, for every architecture: ``python -m tools.machine_code``.
+
+python -m tools.machine_code [cuda] [triton] [--arch 90 ...] [--head-dim 48 ...] [--write]
+
+Needs no GPU. The CUDA kernels are read from the built library (``make extension``), Triton's are compiled for it
+(minutes). ``--write`` makes tests/budget.txt anew, which the tests hold every kernel to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from gpsa_kernels.backends.cuda import FOLDER
+
+LIBRARY = FOLDER / "gpsa_cuda.so"
+BUDGET = Path(__file__).parents[1] / "tests" / "budget.txt"
+ARCHITECTURES = (80, 90, 100, 120)
+
+
+class Code(NamedTuple):
+    """One kernel for one architecture. Instructions are counted in the code, loops once."""
+
+    registers: int  # of a thread
+    spills: int  # bytes of a thread's registers kept in local memory
+    shared: int  # bytes of a block, where the compiler knows them: Triton's
+    matrix: int  # instructions of the tensor cores
+    ldmatrix: int
+    exponentials: int
+    wide: int  # accesses of global memory, 16 bytes a thread
+    scalar: int  # of 4 or 8 bytes a thread: parameters, statistics
+    other: int  # any other access, asynchronous copies of 4 bytes among them
+    atomics: int
+    instructions: int
+
+
+Kernels = dict[tuple[str, str], Code]  # by architecture ("sm_90") and name
+
+_KINDS = {
+    "matrix": r"HMMA|HGMMA|UTC[HOQ]MMA|DMMA",
+    "ldmatrix": r"LDSM",
+    "exponentials": r"MUFU\.EX2",
+    "wide": r"(LDG|STG|LDGSTS)\b.*\.128",
+    "scalar": r"(LDG|STG)\.E(\.64)?(\.CONSTANT)?$",
+    "other": r"(LDG|STG|LDGSTS|LD|ST)\b",
+    "atomics": r"RED|ATOM",
+}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+_LEGEND = "# kernel | " + " | ".join(f"sm_{code}" for code in ARCHITECTURES) + f": {', '.join(Code._fields)}"
+
+
+def tool() -> str:
+    """Where ``cuobjdump`` is.
+
+    Raises:
+        FileNotFoundError: nowhere.
+    """
+    places = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which("cuobjdump", path=os.pathsep.join(places))
+    if found is None:
+        raise FileNotFoundError("cuobjdump was found neither in the CUDA toolkit nor in triton")
+    return found
+
+
+def kind(instruction: str) -> str | None:
+    """Which of :class:`Code`'s counts an instruction belongs to: the first that fits."""
+    return next((name for name, pattern in _KINDS.items() if re.match(pattern, instruction)), None)
+
+
+def read(binary: Path = LIBRARY) -> Kernels:
+    """Every kernel in a library or cubin.
+
+    Raises:
+        FileNotFoundError: ``cuobjdump`` is not installed.
+        subprocess.CalledProcessError: it cannot read the file.
+    """
+    resources = {
+        key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        for key, text in _functions(binary, "-res-usage", r" Function (\S+):$")
+    }
+    codes = {}
+    for key, text in _functions(binary, "-sass", r"\t\tFunction : (\S+)$"):
+        instructions = _INSTRUCTION.findall(text)
+        counts = Counter(map(kind, instructions))
+        usage = resources[key]
+        codes[key] = Code(
+            registers=usage["REG"],
+            spills=usage["STACK"] + usage["LOCAL"],
+            shared=usage["SHARED"],
+            **{name: counts[name] for name in _KINDS},
+            instructions=len(instructions),
+        )
+    names = _readable(name for _, name in codes)
+    return {(architecture, names[name]): code for (architecture, name), code in codes.items()}
+
+
+def _functions(binary: Path, option: str, heading: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """What ``cuobjdump`` prints of each kernel: ((architecture, mangled name), text)."""
+    dumped = subprocess.run([tool(), option, binary], check=True, capture_output=True, text=True).stdout
+    pieces = re.split(rf"(?m)^(?:arch = (\w+)|{heading})", dumped)
+    architecture = ""
+    for new_architecture, function, text in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if new_architecture:
+            architecture = new_architecture
+        else:
+            yield (architecture, function), text
+
+
+def _readable(mangled: Iterable[str]) -> dict[str, str]:
+    """``whole_image_backward<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
+    names = list(dict.fromkeys(mangled))
+    plain = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
+    short = [
+        re.sub(r"\(anonymous namespace\)::|gpsa::|^void |\(.*\)$", "", name).replace("> >", ">>")
+        for name in plain.splitlines()
+    ]
+    return dict(zip(names, short, strict=True))
+
+
+def without_twins(kernels: Kernels) -> Kernels:
+    """Without the float16 kernels: their machine code has the bfloat16 ones' figures, as a test makes sure of."""
+    return {key: code for key, code in kernels.items() if "Half" not in key[1]}
+
+
+def render(kernels: Kernels) -> str:
+    """A line a kernel: its name, and its figures for every architecture, "-" where it has none."""
+    lines = [_LEGEND]
+    for name in sorted({name for _, name in kernels}):
+        codes = (kernels.get((f"sm_{code}", name)) for code in ARCHITECTURES)
+        lines.append(" | ".join([name, *("-" if code is None else " ".join(map(str, code)) for code in codes)]))
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> Kernels:
+    """The reverse of :func:`render`."""
+    kernels = {}
+    for line in text.splitlines()[1:]:
+        name, *cells = line.split(" | ")
+        for architecture, cell in zip(ARCHITECTURES, cells, strict=True):
+            if cell != "-":
+                kernels[f"sm_{architecture}", name] = Code(*map(int, cell.split()))
+    return kernels
+
+
+def over_budget(kernels: Kernels, budget: Kernels) -> dict[str, tuple[int, int]]:
+    """What takes more than the budget gives: the figure, and its budget. The length of the code is free."""
+    return {
+        f"{architecture} {name}: {figure}": (value, allowed)
+        for (architecture, name), code in kernels.items()
+        for figure, value, allowed in zip(Code._fields[:-1], code, budget[architecture, name], strict=False)
+        if value > allowed
+    }
+
+
+def table(kernels: Kernels) -> str:
+    """For a person to read: a line a kernel and architecture, under a heading."""
+    width = max((len(name) for _, name in kernels), default=0) + 8
+    lines = [" " * width + "".join(f"{field:>13}" for field in Code._fields)]
+    for (architecture, name), code in kernels.items():
+        lines.append(f"{architecture:<8}{name:<{width - 8}}" + "".join(f"{value:>13}" for value in code))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.machine_code", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("compilers", nargs="*", choices=("cuda", "triton"), default=("cuda", "triton"))
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="80 for sm_80, ...")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=(32, 48, 64, 128), help="of Triton's kernels")
+    parser.add_argument("--library", type=Path, default=LIBRARY, help="of the CUDA kernels")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {BUDGET.name}")
+    options = parser.parse_args(arguments)
+    found: Kernels = {}
+    if "cuda" in options.compilers:
+        found |= read(options.library)
+    if "triton" in options.compilers:
+        from tools import ahead_of_time
+
+        found |= ahead_of_time.measure_all(ahead_of_time.variants(options.arch, options.head_dim))
+    chosen = {key: code for key, code in found.items() if key[0] in {f"sm_{code}" for code in options.arch}}
+    print(table(chosen))
+    if options.write:
+        known = parse(BUDGET.read_text()) if BUDGET.exists() else {}
+        renewed = {(f"sm_{code}", compiler) for code in options.arch for compiler in options.compilers}
+        kept = {key: code for key, code in known.items() if (key[0], compiler_of(key[1])) not in renewed}
+        BUDGET.write_text(render(kept | without_twins(chosen)))
+
+
+def compiler_of(name: str) -> str:
+    """Which compiler a kernel is from: the CUDA kernels are templates."""
+    return "cuda" if "<" in name else "triton"
+
+
+if __name__ == "__main__":
+    main()
