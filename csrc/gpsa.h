@@ -50,7 +50,7 @@ struct Backward {
     Tensor content;
     const float* logsumexp;
     Tensor grad_q, grad_k, grad_v;
-    float* sums;  // (B*H, Sizes::slots, 4): <dO, (dR/dw) V> for w0, w1, w2, and the sum of dO * (O_pos - O_content)
+    float* sums;  // (B*H, Sizes::slots, 4): g <dO, (dR/dw) V> for w0, w1, w2, and g (1 - g) <dO, O_pos - O_content>
     void* workspace;
 };
 

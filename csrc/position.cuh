@@ -215,11 +215,16 @@ GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
     }
 }
 
-/// Values mixed along one axis: for each line of the grid along it, A (or A^T) times the line's tokens.
+/// The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits. All of it, so that what can
+/// overflow in float16 is of the size of dV, not of dV / g; but at least 1 / N, with which nothing overflows, so that
+/// small gradients do not underflow. What is left of g, open / early_share, follows in float32.
+GPSA_DEVICE float early_share(float open, int tokens) { return maximum(open, 1.0f / static_cast<float>(tokens)); }
+
+/// Values mixed along one axis: for each line of the grid along it, A (or A^T) times the line's tokens, times `factor`.
 ///
 /// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token.
 template <typename E, int channels, bool transposed = false, typename From, typename To>
-GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to) {
+GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float factor = 1) {
     const int tiles = (axis.size + 15) / 16;
     Left a;
     bool have_a = false;
@@ -237,11 +242,14 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to) {
                 multiply<E>(&sums[2 * s], a, b);
             }
         }
+        for (Sum& sum : sums) {
+            for (float& x : sum.values) x *= factor;
+        }
         store_line<E, channels>(sums, row, axis.size, [&](int i, int chunk) { return to(i, line, chunk); });
     }
 }
 
-/// The same in place, along an axis of at most 16: a warp has read a line when it writes it.
+/// Mixed in place, along an axis of at most 16: a warp has read a line when it writes it.
 template <typename E, int channels, bool transposed = false, typename At>
 GPSA_DEVICE void mix_in_place(const Axis& axis, int lines, At at) {
     if (warp() >= lines) return;
@@ -326,15 +334,16 @@ GPSA_DEVICE void add_weight_gradient(
     }
 }
 
-/// Backward: mixed = (Ay (x) Ax)^T dO, 16-bit, and this thread's part of the sums over the weights' gradients. On the
-/// way `mixed` holds V mixed along the shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is
-/// never the one mixed in place, is that of the columns.
+/// Backward: mixed = early (Ay (x) Ax)^T dO, 16-bit, and this thread's part of the sums over the weights' gradients;
+/// `early`, of which grad_shorter is a multiple as well, is early_share(). On the way `mixed` holds V mixed along the
+/// shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is never the one mixed in place, is that
+/// of the columns.
 /// Starts and ends with what each thread wrote; a barrier makes it everybody's.
 template <typename E, int channels>
 GPSA_DEVICE void differentiate_position(
     WeightGradient& grad_longer, WeightGradient& grad_shorter, bool wide, const Axis& longer, const Axis& shorter,
     Shared<float> longer_means, Shared<float> shorter_means, const Rows<E, channels>& grad_out,
-    const GridRows<E, channels>& v, const GridRows<E, channels>& mixed) {
+    const GridRows<E, channels>& v, const GridRows<E, channels>& mixed, float early) {
     const auto in_grad_out = [&](int i, int j, int chunk) {  // i along the longer axis, j along the shorter
         return grad_out.chunk(wide ? j * longer.size + i : i * shorter.size + j, chunk);
     };
@@ -349,7 +358,7 @@ GPSA_DEVICE void differentiate_position(
     sync_block();
     add_weight_gradient<E, channels>(grad_longer, longer, shorter.size, longer_means, in_grad_out, in_mixed);
     sync_block();
-    mix_along<E, channels, true>(longer, shorter.size, in_grad_out, in_mixed);
+    mix_along<E, channels, true>(longer, shorter.size, in_grad_out, in_mixed, early);
     sync_block();
     add_weight_gradient<E, channels>(
         grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);

@@ -25,7 +25,7 @@ struct TiledBackwardCall {
     int slots;
 };
 
-/// dQ, delta, and in the block's slot of `sums` minus the sum of delta; with dropout the sums of the position, too.
+/// dQ, delta, and in the block's slot of `sums` the part of delta; with dropout those of the position, too.
 template <typename Config, bool has_dropout>
 struct TiledQueryGradient {
     using E = typename Config::E;
@@ -113,7 +113,8 @@ struct TiledQueryGradient {
             sync_block();
         }
 
-        const float closed = sigmoid(-load(Global<const float>(call.gate) + at.head));
+        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale_rows<channels>(sums, closed * problem.scale);
         store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, at, head_dim);
         float of_block[4];
@@ -122,7 +123,7 @@ struct TiledQueryGradient {
         if (thread() == 0) {
             const int64_t index = at.image * arguments.slots + at.first / tile_tokens;
             const Global<float> slot = Global<float>(call.sums) + 4 * index;
-            for (int n = 0; n < 4; ++n) store(slot + n, of_block[n]);
+            for (int n = 0; n < 4; ++n) store(slot + n, (n < 3 ? open : open * closed) * of_block[n]);
         }
     }
 
@@ -199,7 +200,7 @@ private:
     using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
 };
 
-/// dK and dV. What `grad_v` holds, the position's share without the gate, is read and written over.
+/// dK and dV. What `grad_v` holds, the position's part with early_share() of its gate, is read and written over.
 template <typename Config, bool has_dropout>
 struct TiledKeyGradient {
     using E = typename Config::E;
@@ -326,6 +327,7 @@ struct TiledKeyGradient {
         const float gate = load(Global<const float>(call.gate) + at.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         if constexpr (!has_dropout) {
+            const float late = open / early_share(open, at.tokens);
             fetch_own_rows(own_values, call.grad_v, at, head_dim);
             copy_wait<0>();
             sync_warp();
@@ -335,7 +337,7 @@ struct TiledKeyGradient {
             for (int n = 0; n < channels / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    grad_v[n].values[i] = closed * grad_v[n].values[i] + open * place[n].values[i];
+                    grad_v[n].values[i] = closed * grad_v[n].values[i] + late * place[n].values[i];
                 }
             }
         }
@@ -431,11 +433,13 @@ const char* tiled_backward(const Backward& call, Launch launch) {
     const Tensor mixed_grad = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const int slot_y = tiled::tiles(problem), slot_x = slot_y + along_y.blocks();
-    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, 0, 0};
+    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
     const MixCall grad_y{
-        problem, along_y, call.pos_weight, statistics, call.grad_out, mixed_grad, mixed, call.sums, slots, slot_y};
+        problem, along_y,   call.pos_weight, statistics, call.grad_out, mixed_grad,
+        mixed,   call.gate, call.sums,       slots,      slot_y};
     const MixCall grad_x{
-        problem, along_x, call.pos_weight, statistics, mixed_grad, call.grad_v, call.v, call.sums, slots, slot_x};
+        problem, along_x,   call.pos_weight, statistics, mixed_grad, call.grad_v,
+        call.v,  call.gate, call.sums,       slots,      slot_x};
     if (!error) error = launch(MixLines<Config, false>{}, values);
     if (!error) error = launch(MixLines<Config, true>{}, grad_y);
     if (!error) error = launch(MixLines<Config, true>{}, grad_x);

@@ -139,14 +139,16 @@ struct MixCall {
     const float* statistics;
     Tensor from, to;
     Tensor values;  // of the rest, what only the backward kernel has
-    float* sums;    // (B * H, slots, 4)
+    const float* gate;
+    float* sums;  // (B * H, slots, 4)
     int slots, first_slot;
 };
 
 /// to = A from along every line. Backward: to = A^T from, `from` being a gradient of what `values` was mixed into, and
 /// in the block's slot of `sums` its share of the gradients of the weights,
-///   dA[i, j] = sum over lines and channels of from[i] values[j],   dw = sum of A (d - mean of d) dA,
-/// and of the sum of A dA. All are sums over the entries of A^T, so its rows may be shared out over blocks.
+///   dA[i, j] = sum over lines and channels of from[i] values[j],   dw = g sum of A (d - mean of d) dA,
+/// and of g (1 - g) sum of A dA. All are sums over the entries of A^T, so its rows may be shared out over blocks. The
+/// pass along y comes first: what it writes, and the one along x then reads and writes, carries early_share().
 template <typename Config, bool backward>
 struct MixLines {
     using E = typename Config::E;
@@ -202,6 +204,7 @@ struct MixLines {
             sync_block();
         }
         if (!idle) {
+            factor.scale(call, sums);
             store_line_rows<E, channels>(
                 sums, {streamed, 16 * warp()}, image_of<E>(call.to, batch, head), call.to.token, lines,
                 first_line + own_line, own_row, problem.head_dim);
@@ -234,6 +237,7 @@ private:
             }
             return as_left<E>(entries);
         }
+        GPSA_DEVICE void scale(const Call&, Sum*) {}
         GPSA_DEVICE void finish(const Call&, int64_t, int) {}
     };
 
@@ -241,13 +245,16 @@ private:
     struct Transposed {
         const Rows<E, channels> values;
         const Shared<float> partial;
+        const float gate;
         Left own[channels / 16];
         float linear = 0, square = 0, total = 0;
 
         GPSA_DEVICE Transposed(
             const Call& call, const GridAxis&, SharedMemory& memory, int64_t batch, int head, int first_line, int first,
             int)
-            : values{memory.array<E>(tile_tokens * channels, "values")}, partial(memory.array<float>(12, "sums")) {
+            : values{memory.array<E>(tile_tokens * channels, "values")},
+              partial(memory.array<float>(12, "sums")),
+              gate(load(Global<const float>(call.gate) + head)) {
             copy_lines<E, channels>(values, image_of<const E>(call.values, batch, head), call.values.token, call.lines,
                                     first_line, first, call.problem.head_dim);
         }
@@ -285,6 +292,13 @@ private:
             return as_left<E>(entries);
         }
 
+        GPSA_DEVICE float early(const Call& call) const {
+            return early_share(sigmoid(gate), call.problem.rows * call.problem.columns);
+        }
+        GPSA_DEVICE void scale(const Call& call, Sum* sums) const {
+            if (!call.lines.along_x) scale_rows<channels>(sums, early(call));
+        }
+
         GPSA_DEVICE void finish(const Call& call, int64_t image, int block) {
             const float sums[3] = {linear, square, total};
             const Global<float> slot =
@@ -292,11 +306,13 @@ private:
             float of_block[3];
             add_up(of_block, sums, partial);
             if (thread() == 0) {
+                const bool along_x = call.lines.along_x;
+                const float open = sigmoid(gate), late = along_x ? open / early(call) : open;
                 // sum dO * O_pos is sum A dA of either axis: the one along y tells it
-                store(slot, call.lines.along_x ? of_block[0] : 0);
-                store(slot + 1, call.lines.along_x ? 0 : of_block[0]);
-                store(slot + 2, of_block[1]);
-                store(slot + 3, call.lines.along_x ? 0 : of_block[2]);
+                store(slot, along_x ? late * of_block[0] : 0);
+                store(slot + 1, along_x ? 0 : late * of_block[0]);
+                store(slot + 2, late * of_block[1]);
+                store(slot + 3, along_x ? 0 : open * sigmoid(-gate) * of_block[2]);
             }
         }
     };

@@ -147,19 +147,21 @@ struct WholeImageBackward {
         sync_warp();
         store_rows(to_k, call.grad_k.token, first_key, tokens, 0, channels / 8, head_dim, row_of_k);
 
+        const float open = sigmoid(gate), early = has_dropout ? 1 : early_share(open, tokens), late = open / early;
         if constexpr (!has_dropout) {
             differentiate_position(
-                grad_longer, grad_shorter, wide, longer, shorter, means, shorter_means, grad_out, v, mixed);
+                grad_longer, grad_shorter, wide, longer, shorter, means, shorter_means, grad_out, v, mixed, early);
         }
+        const float of_longer = open * grad_longer.linear, of_shorter = late * grad_shorter.linear;
         store_sums(
-            warp_sums, wide ? grad_longer.linear : grad_shorter.linear, wide ? grad_shorter.linear : grad_longer.linear,
-            grad_longer.square + grad_shorter.square, grad_longer.total - delta_sum);
+            warp_sums, wide ? of_longer : of_shorter, wide ? of_shorter : of_longer,
+            open * grad_longer.square + late * grad_shorter.square, open * closed * (grad_longer.total - delta_sum));
         sync_block();
         const auto in_mixed = [&](int i, int chunk) { return mixed.chunk(i, chunk); };
         if constexpr (has_dropout) {
             store_line<E, channels>(grad_v, first_key, tokens, in_mixed);
         } else {
-            blend(mixed, first_key, tokens, sigmoid(gate), grad_v, closed, closed);
+            blend(mixed, first_key, tokens, late, grad_v, closed, closed);
         }
         sync_warp();
         store_rows(to_v, call.grad_v.token, first_key, tokens, 0, channels / 8, head_dim, in_mixed);
@@ -314,8 +316,9 @@ private:
     /// The sums over this warp's lanes.
     GPSA_DEVICE static void store_sums(Shared<float> to, float x, float y, float square, float gate) {
         const float sums[4] = {warp_sum(x), warp_sum(y), warp_sum(square), warp_sum(gate)};
+        const int w = warp();
         if (lane() > 0) return;
-        for (int i = 0; i < 4; ++i) store(to + (4 * warp() + i), sums[i]);
+        for (int i = 0; i < 4; ++i) store(to + (4 * w + i), sums[i]);
     }
 };
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -118,17 +117,12 @@ def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple
     """The gradients of ``pos_weight`` and ``gate`` from what each program of a backward kernel has summed.
 
     Args:
-        sums: (B, H, slots, 4), float32 or float64: of <dO, (dR/dw) V> for the three weights, and of
-            dO * (O_pos - O_content), all without the gate.
+        sums: (B, H, slots, 4), float32 or float64: of g <dO, (dR/dw) V> for the three weights, and of
+            g (1 - g) <dO, O_pos - O_content>.
         pos_weight: (H, 3).
         gate: (H,) logits.
     """
-    sums = sums.sum((0, 2))
-    logit = gate.to(sums.dtype)
-    g = torch.sigmoid(logit)
-    grad_pos_weight = g.unsqueeze(1) * sums[:, :3]
-    grad_gate = g * torch.sigmoid(-logit) * sums[:, 3]
-    return grad_pos_weight.to(pos_weight.dtype), grad_gate.to(gate.dtype)
+    return sums[..., :3].sum((0, 2)).to(pos_weight.dtype), sums[..., 3].sum((0, 2)).to(gate.dtype)
 
 
 def as_output(t: Tensor) -> Tensor:

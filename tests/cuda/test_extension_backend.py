@@ -284,10 +284,10 @@ def stand_in_backward(
         mixed = torch.lerp(own, position, share)
         upstream = grad_out.double()
         grads = torch.autograd.grad(mixed, leaves, upstream, retain_graph=True)
-        (weights,) = torch.autograd.grad(position, expanded, upstream)  # without the gate's factor
+        (weights,) = torch.autograd.grad(mixed, expanded, upstream)
     for grad, result in zip((grad_q, grad_k, grad_v), grads, strict=True):
         grad.copy_(result)
-    gates = (upstream * (position - own).detach()).sum((2, 3))
+    gates = (upstream * (share * (1 - share) * (position - own)).detach()).sum((2, 3))
     whole = torch.cat((weights, gates.unsqueeze(-1)), dim=-1)
     parts = torch.tensor([0.5, 0.75, -0.25], dtype=torch.float64).view(SLOTS, 1)  # which sum to 1
     sums.copy_(whole.unsqueeze(2) * parts)

@@ -162,8 +162,8 @@ BACKWARD_BUGS = {
     ),
     "missing barrier before the warps' sums": (
         "whole_image_backward.cuh",
-        "grad_longer.total - delta_sum);\n        sync_block();",
-        "grad_longer.total - delta_sum);",
+        "(grad_longer.total - delta_sum));\n        sync_block();",
+        "(grad_longer.total - delta_sum));",
         r"race|uninitialised",
     ),
     "missing sync_warp before dQ is stored": (
@@ -222,8 +222,26 @@ BACKWARD_BUGS = {
     ),
     "g where 1 - g belongs in dV": (
         "whole_image_backward.cuh",
-        "sigmoid(gate), grad_v, closed, closed)",
-        "sigmoid(gate), grad_v, closed, 1 - closed)",
+        "late, grad_v, closed, closed)",
+        "late, grad_v, closed, 1 - closed)",
+        None,
+    ),
+    "g taken twice in dV": (
+        "whole_image_backward.cuh",
+        "late, grad_v, closed, closed)",
+        "open, grad_v, closed, closed)",
+        None,
+    ),
+    "the positional weights along the shorter axis without what is left of g": (
+        "whole_image_backward.cuh",
+        "late * grad_shorter.linear",
+        "open * grad_shorter.linear",
+        None,
+    ),
+    "1 - g missing in the gate's gradient": (
+        "whole_image_backward.cuh",
+        "open * closed * (",
+        "open * (",
         None,
     ),
     "dV by the table instead of its transpose": (
@@ -234,8 +252,8 @@ BACKWARD_BUGS = {
     ),
     "the gradient of w2 from one axis alone": (
         "whole_image_backward.cuh",
-        "grad_longer.square + grad_shorter.square",
-        "grad_longer.square",
+        "open * grad_longer.square + late * grad_shorter.square",
+        "open * grad_longer.square",
         None,
     ),
     "the content left out of the gate's gradient": (

@@ -6,7 +6,12 @@ import emulation
 import pytest
 import torch
 from dropped import assert_exact_with_dropout
-from reference import assert_as_exact_as_eager, inputs
+from reference import (
+    assert_a_small_share_keeps_its_digits,
+    assert_as_exact_as_eager,
+    assert_large_gradients_stay_finite,
+    inputs,
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 # (batch, heads, grid_size, head_dim): one tile and several, whole and partial; every native head_dim; long axes
@@ -50,6 +55,17 @@ def test_open_and_closed_gates(dtype, logit):
     *tensors, gate = inputs(1, 2, (5, 14), 16, dtype)
     gate = torch.full_like(gate, logit).requires_grad_()
     assert_as_exact_as_eager(emulation.tiled_attention, [*tensors, gate], (5, 14))
+
+
+@pytest.mark.parametrize("grid_size", [(5, 14), (67, 2)], ids=str)
+@pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
+def test_large_gradients_stay_finite(grid_size, logit):
+    assert_large_gradients_stay_finite(emulation.tiled_attention, grid_size, logit)
+
+
+@pytest.mark.parametrize("grid_size", [(5, 14), (67, 2)], ids=str)
+def test_a_small_share_keeps_its_digits(grid_size):
+    assert_a_small_share_keeps_its_digits(emulation.tiled_attention, grid_size)
 
 
 @pytest.mark.parametrize("grid_size", [(3, 5), (2, 67), (67, 2)], ids=str)

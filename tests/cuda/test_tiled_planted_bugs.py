@@ -143,6 +143,27 @@ BUGS = {
         None,
         NO_DROPOUT,
     ),
+    "g taken twice in dV": (
+        "tiled_backward.cuh",
+        "+ late * place[n].values[i];",
+        "+ open * place[n].values[i];",
+        None,
+        NO_DROPOUT,
+    ),
+    "g taken twice in the gradients of weights": (
+        "tiled_position.cuh",
+        "along_x ? open / early(call) : open;",
+        "open;",
+        None,
+        NO_DROPOUT,
+    ),
+    "1 - g missing in the content's part of the gate's gradient": (
+        "tiled_backward.cuh",
+        "(n < 3 ? open : open * closed)",
+        "open",
+        None,
+        NO_DROPOUT,
+    ),
     "another mask backward": (
         "tiled_backward.cuh",
         "dropout.keep_transposed(query, key)",

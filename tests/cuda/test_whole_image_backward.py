@@ -5,7 +5,12 @@ from __future__ import annotations
 import emulation
 import pytest
 import torch
-from reference import assert_as_exact_as_eager, inputs
+from reference import (
+    assert_a_small_share_keeps_its_digits,
+    assert_as_exact_as_eager,
+    assert_large_gradients_stay_finite,
+    inputs,
+)
 
 DTYPES = [torch.float16, torch.bfloat16]
 # (batch, heads, grid_size, head_dim): 1, 15, 16, 17, 63, 64, 65, 196, 197 and 256 tokens; axes longer than 16 on
@@ -48,6 +53,17 @@ def test_scale(dtype, scale):
 def test_open_and_closed_gates(logit):
     *tensors, gate = inputs(1, 2, (3, 6), 16, torch.float16)
     assert_as_exact_as_eager(emulation.attention, [*tensors, torch.full_like(gate, logit)], (3, 6))
+
+
+@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2)], ids=str)
+@pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
+def test_large_gradients_stay_finite(grid_size, logit):
+    assert_large_gradients_stay_finite(emulation.attention, grid_size, logit)
+
+
+@pytest.mark.parametrize("grid_size", [(3, 6), (18, 2)], ids=str)
+def test_a_small_share_keeps_its_digits(grid_size):
+    assert_a_small_share_keeps_its_digits(emulation.attention, grid_size)
 
 
 @pytest.mark.parametrize("grid_size", [(3, 6), (2, 17), (17, 2)], ids=str)

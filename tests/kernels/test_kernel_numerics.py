@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import NAMES, assert_as_exact_as_eager, inputs
+from reference import (
+    NAMES,
+    assert_a_small_share_keeps_its_digits,
+    assert_as_exact_as_eager,
+    assert_large_gradients_stay_finite,
+    inputs,
+)
 
 from gpsa_kernels import gpsa_attention
 
@@ -53,6 +59,17 @@ def test_open_and_closed_gates(target, dtype, grid_size, logit):
         pytest.skip("the formula itself, which takes 1 - g, is the less exact one here")
     *tensors, gate = inputs(1, 2, grid_size, 16, dtype)
     check([*tensors, torch.full_like(gate, logit)], grid_size, target)
+
+
+@pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
+@pytest.mark.parametrize("grid_size", [(3, 6), (2, 17)], ids=str)
+def test_large_gradients_stay_finite(target, grid_size, logit):
+    assert_large_gradients_stay_finite(gpsa_attention, grid_size, logit, device=target.device, backend=target.backend)
+
+
+@pytest.mark.parametrize("grid_size", [(3, 6), (2, 17)], ids=str)
+def test_a_small_share_keeps_its_digits(target, grid_size):
+    assert_a_small_share_keeps_its_digits(gpsa_attention, grid_size, device=target.device, backend=target.backend)
 
 
 @pytest.mark.parametrize("weight", [0.0, 30.0, -30.0])

@@ -15,6 +15,8 @@ from gpsa_kernels.backends.triton.tiles import (
     add_rows,
     add_weighted,
     dropout_factors,
+    early_share,
+    gate_shares,
     load_rows,
     output_base,
     position_product,
@@ -133,15 +135,15 @@ def attention_backward_query(
             sum_position += tl.sum(position, axis=1)
 
     # the content's share of the gate and the scale act on the sums: small shares do not underflow in 16 bits
-    content_share = 1.0 / (1.0 + tl.exp(tl.load(gate + head).to(SUM)))
+    position_share, content_share = gate_shares(gate + head, SUM)
     grad_q = output_base(grad_q, image, heads, tokens, HEAD_DIM)
     store_rows(grad_q, query, heads * HEAD_DIM, tokens, scale_rows(grad_q_sum, scale * content_share), HEAD_DIM)
 
     slot = sums + (image * slots + tile) * 4
-    tl.store(slot, tl.sum(sum_dx, axis=0))
-    tl.store(slot + 1, tl.sum(sum_dy, axis=0))
-    tl.store(slot + 2, tl.sum(sum_square, axis=0))
-    tl.store(slot + 3, tl.sum(sum_position - row_delta, axis=0))
+    tl.store(slot, position_share * tl.sum(sum_dx, axis=0))
+    tl.store(slot + 1, position_share * tl.sum(sum_dy, axis=0))
+    tl.store(slot + 2, position_share * tl.sum(sum_square, axis=0))
+    tl.store(slot + 3, position_share * content_share * tl.sum(sum_position - row_delta, axis=0))
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
@@ -198,9 +200,7 @@ def attention_backward_key(
     q += batch * q_batch + head * q_head
     k += batch * k_batch + head * k_head
     v += batch * v_batch + head * v_head
-    gate_logit = tl.load(gate + head).to(SUM)
-    content_share = 1.0 / (1.0 + tl.exp(gate_logit))
-    position_share = 1.0 / (1.0 + tl.exp(-gate_logit))
+    position_share, content_share = gate_shares(gate + head, SUM)
 
     k_tile = load_rows(k, key, k_token, tokens, HEAD_DIM, FIRST, REST)
     v_tile = load_rows(v, key, v_token, tokens, HEAD_DIM, FIRST, REST)
@@ -241,5 +241,6 @@ def attention_backward_key(
             )
         else:  # left there by separable_product
             position_sum = load_rows(grad_v, key, heads * HEAD_DIM, tokens, HEAD_DIM, FIRST, REST)
+            position_share /= early_share(position_share, tokens)
         grad_v_sum = add_rows(scale_rows(grad_v_sum, content_share), scale_rows(position_sum, position_share))
     store_rows(grad_v, key, heads * HEAD_DIM, tokens, grad_v_sum, HEAD_DIM)

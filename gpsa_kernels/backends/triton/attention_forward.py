@@ -12,6 +12,7 @@ from gpsa_kernels.backends.triton.tiles import (
     add_rows,
     add_weighted,
     dropout_factors,
+    gate_shares,
     load_rows,
     output_base,
     position_product,
@@ -108,9 +109,7 @@ def attention_forward(
         )
     elif POSITION == "slabs":  # left there by separable_product
         position_sum = load_rows(out, query, heads * HEAD_DIM, tokens, HEAD_DIM, FIRST, REST)
-    gate_logit = tl.load(gate + head).to(SUM)
-    content_share = 1.0 / (1.0 + tl.exp(gate_logit))
-    position_share = 1.0 / (1.0 + tl.exp(-gate_logit))
+    position_share, content_share = gate_shares(gate + head, SUM)
     mixed = add_rows(scale_rows(content_sum, content_share), scale_rows(position_sum, position_share))
     store_rows(out, query, heads * HEAD_DIM, tokens, mixed, HEAD_DIM)
     if content is not None:

@@ -49,7 +49,7 @@ class BackwardPlan(NamedTuple):
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor
-    sums: Tensor  # (B * H, slots, 4): dx, dy, dx^2 + dy^2, position minus content
+    sums: Tensor  # (B * H, slots, 4), as base.parameter_gradients says
 
 
 class _Position(NamedTuple):
@@ -193,7 +193,7 @@ def plan_forward(
     tables, position = _plan_tables(pos_weight, grid_size, q.element_size(), dropout_p)
     calls = [tables]
     if position.form == "slabs":
-        product = {"x": v, "out": out, **_strides(x=v), "TRANSPOSED": False}
+        product = {"x": v, "out": out, "gate": None, **_strides(x=v), "TRANSPOSED": False}
         calls.append(_plan_separable(positional_kernels.separable_product, q, position, grid_size, product))
     arguments = {
         **{"q": q, "k": k, "v": v, "gate": gate.contiguous(), "out": out, "content": content, "logsumexp": logsumexp},
@@ -229,6 +229,7 @@ def plan_backward(
     tables, position = _plan_tables(pos_weight, grid_size, q.element_size(), dropout_p)
     calls = [tables]
 
+    gate = gate.contiguous()
     launch = attention_launch("backward_query", q.size(3), q.element_size(), position.form, capability)
     query_slots = triton.cdiv(q.size(2), launch.query_tile)
     slots = query_slots + (0 if position.form == "tiles" else _separable_slots(q, grid_size))
@@ -236,11 +237,12 @@ def plan_backward(
     moments = {"moments_x": position.moments_x, "moments_y": position.moments_y}
 
     if position.form == "slabs":
-        product = {"x": grad_out, "out": grad_v, **_strides(x=grad_out), "TRANSPOSED": True}
+        product = {"x": grad_out, "out": grad_v, "gate": gate, **_strides(x=grad_out), "TRANSPOSED": True}
         calls.append(_plan_separable(positional_kernels.separable_product, q, position, grid_size, product))
     if position.form != "tiles":
         gradient = {
-            **{"grad_out": grad_out, "v": v, "sums": sums, "slots": slots, "first_slot": query_slots},
+            **{"grad_out": grad_out, "v": v, "gate": gate},
+            **{"sums": sums, "slots": slots, "first_slot": query_slots},
             "QUERY_COLUMNS": positional_launch(grid_size[1], q.element_size()).query_columns,
             **moments,
             **_strides(g=grad_out, v=v),
@@ -248,8 +250,7 @@ def plan_backward(
         calls.append(_plan_separable(positional_kernels.separable_gradient, q, position, grid_size, gradient))
 
     shared = {
-        **{"grad_out": grad_out, "q": q, "k": k, "v": v, "logsumexp": logsumexp, "delta": delta},
-        "gate": gate.contiguous(),
+        **{"grad_out": grad_out, "q": q, "k": k, "v": v, "logsumexp": logsumexp, "delta": delta, "gate": gate},
         **_strides(g=grad_out, q=q, k=k, v=v),
         **_common(q, grid_size),
     }

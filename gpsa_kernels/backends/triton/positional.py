@@ -11,7 +11,7 @@ is contracted with Ay, seen as (columns, rows * channels) with Ax; both are plai
 import triton
 import triton.language as tl
 
-from gpsa_kernels.backends.triton.tiles import LOG2_E, output_base
+from gpsa_kernels.backends.triton.tiles import LOG2_E, early_share, gate_shares, output_base
 
 
 @triton.jit
@@ -136,6 +136,7 @@ def separable_product(
     x,
     ax,
     ay,
+    gate,  # of the transpose alone
     out,
     x_batch,
     x_head,
@@ -151,7 +152,7 @@ def separable_product(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """out = (Ay x Ax) x, or its transpose: one tile of grid rows and one slab of channels of the result."""
+    """A tile of grid rows and a slab of channels of out = (Ay x Ax) x, or of early_share (Ay x Ax)^T x."""
     rows = tokens // columns
     slabs = tl.cdiv(HEAD_DIM, CHANNELS)
     row_tiles = tl.cdiv(rows, ROW_TILE)
@@ -167,6 +168,9 @@ def separable_product(
         *(x, x_token, ay, None, first_row, slab, rows, columns, 0, TRANSPOSED),
         *(HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM),
     )
+    if TRANSPOSED:
+        position_share, _ = gate_shares(gate + head, SUM)
+        mixed *= early_share(position_share, tokens)
     mixed = _swap_axes(mixed.to(x.dtype.element_ty), ROW_TILE, COLUMN_TILE, CHANNELS)
     to_column, from_column = tl.arange(0, COLUMN_TILE)[:, None], tl.arange(0, COLUMN_TILE)[None, :]
     if TRANSPOSED:
@@ -194,6 +198,7 @@ def separable_gradient(
     ay,
     moments_x,
     moments_y,
+    gate,
     sums,  # (B * H, slots, 4), one slot from first_slot on written by each program
     g_batch,
     g_head,
@@ -214,7 +219,7 @@ def separable_gradient(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """The share of one tile of query rows and one slab of channels in d pos_weight and in <dO, O_pos>.
+    """The part of one tile of query rows and one slab of channels in d pos_weight and in g (1 - g) <dO, O_pos>.
 
     d/dw <dO, (Ay x Ax) V> is the same product with one table differentiated, so that all of it is sums of entrywise
     products: of dO with what was mixed along x, of Ax^T dO with what was mixed along y.
@@ -245,13 +250,16 @@ def separable_gradient(
         g_tile = tl.load(grad_out + offsets, mask=(query_x < columns)[:, None] & outer_valid, other=0.0)
         table = _load_table(ax, query_x[None, :], key_x[:, None], columns)
         spread = tl.dot(table.to(g_tile.dtype), g_tile, spread, input_precision=PRECISION, out_dtype=SUM)
-    spread = _swap_axes(spread.to(v.dtype.element_ty), COLUMN_TILE, ROW_TILE, CHANNELS).to(SUM)
+    position_share, content_share = gate_shares(gate + head, SUM)
+    early = early_share(position_share, tokens)
+    late = position_share / early
+    spread = _swap_axes((spread * early).to(v.dtype.element_ty), COLUMN_TILE, ROW_TILE, CHANNELS).to(SUM)
 
     along_rows = (v, v_token, ay, moments_y, first_row, slab, rows, columns)
     mixed = _along_rows(*along_rows, 1, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
     sum_dy = tl.sum(spread * mixed)
     mixed = _along_rows(*along_rows, 2, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
-    sum_square = tl.sum(spread * mixed)
+    sum_square = late * tl.sum(spread * mixed)
     mixed = _along_rows(*along_rows, 0, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
     sum_position = tl.sum(spread * mixed)
 
@@ -268,10 +276,11 @@ def separable_gradient(
         sum_dx += tl.sum(g_tile * tl.dot(by_dx, mixed, input_precision=PRECISION, out_dtype=SUM))
         mean_square = tl.load(moments_x + columns + query_x, mask=query_x < columns, other=0.0)
         by_dx_square = _differentiated(table, dx, mean, mean_square, 2).to(mixed.dtype)
-        sum_square += tl.sum(g_tile * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM))
+        products = g_tile * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
+        sum_square += position_share * tl.sum(products)
 
     slot = sums + (image * slots + first_slot + program) * 4
-    tl.store(slot, sum_dx)
-    tl.store(slot + 1, sum_dy)
+    tl.store(slot, position_share * sum_dx)
+    tl.store(slot + 1, late * sum_dy)
     tl.store(slot + 2, sum_square)
-    tl.store(slot + 3, sum_position)
+    tl.store(slot + 3, late * content_share * sum_position)

@@ -113,6 +113,23 @@ def row_products(a, b, SUM: tl.constexpr):
 
 
 @triton.jit
+def gate_shares(gate, SUM: tl.constexpr):
+    """g and 1 - g, which would have no digits left as g -> 1."""
+    logit = tl.load(gate).to(SUM)
+    return 1.0 / (1.0 + tl.exp(-logit)), 1.0 / (1.0 + tl.exp(logit))
+
+
+@triton.jit
+def early_share(position_share, tokens):
+    """The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
+
+    All of it, so that what can overflow in float16 is of the size of dV, not of dV / g; but at least 1/N, with which
+    nothing overflows, so that small gradients do not underflow. What is left of g follows in the dtype of sums.
+    """
+    return tl.maximum(position_share, 1.0 / tokens)
+
+
+@triton.jit
 def output_base(pointer, image, heads, tokens, HEAD_DIM: tl.constexpr):
     """The first element of one (batch element, head) in the memory layout (B, N, H, D)."""
     return pointer + (image // heads) * tokens * heads * HEAD_DIM + (image % heads) * HEAD_DIM
