@@ -276,8 +276,8 @@ def test_dropping_everything_gives_zero():
 @pytest.mark.parametrize(
     ("backend", "seeded", "dropout_p", "error", "message"),
     [
-        *((name, False, 0.5, ValueError, "seed must be a tensor for dropout_p > 0") for name in ALL_KERNELS),
-        *((name, True, 0.0, ValueError, "seed must be None for dropout_p = 0") for name in ALL_KERNELS),
+        *((name, False, 0.5, ValueError, "if and only if dropout_p > 0, got None for 0.5") for name in ALL_KERNELS),
+        *((name, True, 0.0, ValueError, "if and only if dropout_p > 0, got a tensor for 0.0") for name in ALL_KERNELS),
         ("sdpa", True, 0.5, RuntimeError, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
     ],
 )
@@ -292,4 +292,4 @@ def test_the_registered_operator_refuses_dropout_that_would_drop_nothing(
         with pytest.raises(error, match=message):
             torch.ops.gpsa.attention_forward(*tensors, *settings)
         with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_backward(out, *tensors, out, torch.randn(1, 2, 6), *settings)
+            torch.ops.gpsa.attention_backward(out, *tensors, *settings[:4], out, torch.randn(1, 2, 6), backend)

@@ -194,7 +194,7 @@ def test_fake_tensors(grid_size, head_dim, dropout_p, saves_content):
         tensors = cuda_tensors(grid_size, head_dim)
         seed = torch.empty(1, dtype=torch.int64, device="cuda") if dropout_p else None
         out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, seed, *settings, True)
-        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, content, logsumexp, *settings)
+        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, *settings[:4], content, logsumexp, "cuda")
     assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, head_dim), heads_last, torch.bfloat16)
     assert content.shape == (out.shape if saves_content else (0,))
     assert (logsumexp.shape, logsumexp.dtype) == ((2, 4, tokens), torch.float32)
