@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import Case
-from gpsa_kernels.backends.eager import attention_map
+from gpsa_kernels.formula import attention_map
 
 NAMES = ("out", "q", "k", "v", "pos_weight", "gate")
 HOPELESS = 1e30  # JSON has no infinity

@@ -25,6 +25,7 @@ from benchmarks.measure import Effort, Row, floor_columns, memory
 from benchmarks.peers import REFERENCE
 from benchmarks.workloads import ModelWorkload
 from gpsa_kernels import BACKENDS, fuse
+from gpsa_kernels.backends import Call
 
 DEIT = "DeiT, SDPA"
 START_SECONDS = 240
@@ -157,7 +158,8 @@ def refusal(backend: str, workload: ModelWorkload, device: str) -> str | None:
     """Why a backend cannot run the attention of a model, or None; asked about a head, in the dtype of autocast."""
     side = workload.image // 16
     q = torch.empty(1, 1, side * side, 48, device=device, dtype=getattr(torch, workload.dtype))
-    return BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(q, q, q, (side, side), 0.0)
+    call = Call(q, q, q, q, q, None, side, side, 1.0, 0.0)
+    return BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(call)
 
 
 def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates) -> Iterator[Row]:

@@ -20,7 +20,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks import check, floors
 from benchmarks.workloads import DIRECTIONS, Case
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
-from gpsa_kernels.backends.eager import relative_offsets
+from gpsa_kernels.backends import Call
+from gpsa_kernels.formula import relative_offsets
 
 Function = Callable[..., Tensor]
 REFERENCE = "timm"  # what speed-ups are relative to
@@ -240,7 +241,7 @@ def ours(name: str) -> Peer:
 def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
     """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
     backend = BACKENDS[name]
-    reason = backend.unavailable() or backend.unsupported(*tensors[:3], case.grid_size, 0.0)
+    reason = backend.unavailable() or backend.unsupported(Call(*tensors, None, *case.grid_size, case.scale, 0.0))
     if reason is None and name == "triton" and tensors[0].device.type == "cpu":
         reason = "here it runs in Triton's interpreter, whose times mean nothing"
     if reason is not None:

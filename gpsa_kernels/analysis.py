@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpsa_kernels.backends.eager import relative_offsets
+from gpsa_kernels.formula import relative_offsets
 
 
 def non_locality(attention: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
-from gpsa_kernels.positional import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype
 
 
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

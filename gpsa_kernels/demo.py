@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpsa_kernels.analysis import gates, non_locality
-from gpsa_kernels.backends import BACKENDS
+from gpsa_kernels.backends import BACKENDS, Call
 from gpsa_kernels.convit import ConViT
 from gpsa_kernels.functional import select_backend
 from gpsa_kernels.modules import FusedGPSA
@@ -285,10 +285,9 @@ def in_own_process(*arguments: Any) -> Run:
 
 def fused_backend() -> str:
     """What ``backend="auto"`` comes to for the demo's layers on this machine."""
-    q = torch.empty(
-        1, HEADS, GRID[0] * GRID[1], EMBED_DIM // HEADS, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    return select_backend(q, q, q, GRID, dropout_p=0.0).name
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q = torch.empty(1, HEADS, GRID[0] * GRID[1], EMBED_DIM // HEADS, device=device)
+    return select_backend(Call(q, q, q, q, q, None, *GRID, 1.0, 0.0)).name
 
 
 def failures(runs: list[Run]) -> list[str]:

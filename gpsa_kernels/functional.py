@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from gpsa_kernels import autograd
-from gpsa_kernels.backends import BACKENDS, Backend
+from gpsa_kernels import operators  # noqa: F401  (registers the operators)
+from gpsa_kernels.backends import BACKENDS, Backend, Call
+from gpsa_kernels.derivatives import first_order, transformed
+from gpsa_kernels.tensors import autocast_dtype, autocast_inputs, without_autocast
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -69,21 +71,19 @@ def gpsa_attention(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
 
-    chosen = select_backend(q, k, v, (rows, columns), dropout_p, backend)
+    call = Call(q, k, v, pos_weight, gate, None, rows, columns, scale, dropout_p)
+    chosen = select_backend(call, backend)
     if q.device.type in chosen.kernel_devices and not _traced(chosen, q.dtype):
-        seed = None
-        if dropout_p > 0:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-        out, _, _ = torch.ops.gpsa.attention_forward(
-            q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p, chosen.name
-        )
+        if call.has_dropout:
+            call = call._replace(seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device))
+        out, _, _ = torch.ops.gpsa.attention_forward(*call, chosen.name)
         return out
     assert chosen.compose is not None, f"backend {chosen.name!r} has no kernels for {q.device.type}"
-    q, k, v = autograd.autocast_inputs(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     if not chosen.all_derivatives:
-        q, k, v, pos_weight, gate = autograd.first_order(q, k, v, pos_weight, gate)
-    with autograd.without_autocast(q.device.type):
-        return chosen.compose(q, k, v, pos_weight, gate, (rows, columns), scale, dropout_p)
+        q, k, v, pos_weight, gate = first_order(q, k, v, pos_weight, gate)
+    with without_autocast(q.device.type):
+        return chosen.compose(Call(q, k, v, pos_weight, gate, None, rows, columns, scale, dropout_p))
 
 
 def _traced(backend: Backend, dtype: torch.dtype) -> bool:
@@ -92,28 +92,24 @@ def _traced(backend: Backend, dtype: torch.dtype) -> bool:
     return torch.compiler.is_compiling() and backend.compose is not None and dtype != torch.float64
 
 
-def select_backend(
-    q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float, name: str = "auto"
-) -> Backend:
-    """The backend that :func:`gpsa_attention` uses for these tensors.
+def select_backend(call: Call, name: str = "auto") -> Backend:
+    """The backend that :func:`gpsa_attention` uses for a call.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend asked for by name cannot run these tensors; the message says why.
+        RuntimeError: the backend asked for by name cannot run the call; the message says why.
     """
     if name == "auto":
-        transformed = autograd.transformed()
+        all_derivatives = transformed()
         for candidate in BACKENDS.values():
-            if transformed and not candidate.all_derivatives:
+            if candidate.by_name_only or (all_derivatives and not candidate.all_derivatives):
                 continue
-            if candidate.by_name_only or candidate.unavailable() is not None:
-                continue
-            if candidate.unsupported(q, k, v, grid_size, dropout_p) is None:
+            if candidate.unavailable() is None and candidate.unsupported(call) is None:
                 return candidate
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     chosen = BACKENDS[name]
-    reason = chosen.unavailable() or chosen.unsupported(q, k, v, grid_size, dropout_p)
+    reason = chosen.unavailable() or chosen.unsupported(call)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
     return chosen
@@ -134,7 +130,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Te
         if t.shape != shape:
             raise ValueError(f"{name} must have q's shape {tuple(shape)}, got {tuple(t.shape)}")
         # under autocast q, k and v are cast to one dtype before any work, as SDPA's are
-        if t.dtype != dtype and autograd.autocast_dtype(device.type) is None:
+        if t.dtype != dtype and autocast_dtype(device.type) is None:
             raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
     for name, t, expected in (("pos_weight", pos_weight, (shape[1], 3)), ("gate", gate, (shape[1],))):
         if t.shape != expected:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gpsa_kernels._version import __version__
-from gpsa_kernels.backends import BACKENDS, Backend, cuda
+from gpsa_kernels.backends import BACKENDS, Backend, Call, cuda
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ def _served(backend: Backend, device: str) -> str:
 
     def runs(dtype: torch.dtype, dropout_p: float) -> bool:
         q = torch.empty(1, 1, 4, 64, dtype=dtype, device=device)
-        return backend.unsupported(q, q, q, (2, 2), dropout_p) is None
+        return backend.unsupported(Call(q, q, q, q, q, None, 2, 2, 1.0, dropout_p)) is None
 
     names = [name for name, dtype in _DTYPES.items() if runs(dtype, 0.0)]
     if not names:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpsa_kernels import autograd
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.backends import BACKENDS
-from gpsa_kernels.backends.eager import attention_map, relative_offsets
+from gpsa_kernels.derivatives import first_order, transformed
+from gpsa_kernels.formula import attention_map, relative_offsets
 from gpsa_kernels.functional import gpsa_attention
-from gpsa_kernels.positional import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype, without_autocast
 
 
 def _head_dim(dim: int, num_heads: int) -> int:
@@ -165,7 +165,7 @@ class FusedGPSA(nn.Module):
         grid_size = self._grid(x.shape[1], grid_size)
         q, k = self._queries_and_keys(x)
         dtype = accumulation_dtype(q.dtype)
-        with autograd.without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             attention = attention_map(
                 q.to(dtype), k.to(dtype), self._pos_weight(), self.gating_param, grid_size, self.scale
             )
@@ -276,10 +276,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
         q, k, v = self._queries_keys_values(x)
-        if self.backend == "eager" or (self.backend == "auto" and autograd.transformed()):
+        if self.backend == "eager" or (self.backend == "auto" and transformed()):
             out = self.attn_drop(self._attention_map(q, k)) @ v
         else:
-            q, k, v = autograd.first_order(q, k, v)
+            q, k, v = first_order(q, k, v)
             dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))

@@ -1,5 +1,8 @@
 import pytest
 import torch
+import torch._functorch.config
+
+torch._functorch.config.enable_autograd_cache = False  # it keeps an operator's backward pass when our code changes
 
 
 @pytest.fixture(autouse=True)

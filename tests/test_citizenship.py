@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reference import assert_as_exact_as_eager, inputs
 
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
-from gpsa_kernels.autograd import _forward_fake
+from gpsa_kernels.operators import _forward_fake
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 KERNELS_ON_CPU = [name for name, backend in BACKENDS.items() if "cpu" in backend.kernel_devices]
@@ -27,7 +27,7 @@ def test_opcheck(backend, dtype, requires_grad):
     assert set(results.values()) == {"SUCCESS"}
     tensors = [t.detach() for t in tensors]
     out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend, True)
-    arguments = (out, *tensors, None, content, logsumexp, *SETTINGS, backend)
+    arguments = (out, *tensors, None, *SETTINGS, content, logsumexp, backend)
     results = torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -47,11 +47,11 @@ def test_fake_tensors_have_the_real_strides(backend, save, packed):
     assert [t.stride() for t in real] == [t.stride() for t in _forward_fake(*forward, *SETTINGS, backend, save)]
     if not save:
         return
-    backward = (torch.randn(2, 2, 12, 8), *forward, *real[1:])
-    real = torch.ops.gpsa.attention_backward(*backward, *SETTINGS, backend)
+    backward = (torch.randn(2, 2, 12, 8), *forward, *SETTINGS, *real[1:])
+    real = torch.ops.gpsa.attention_backward(*backward, backend)
     with FakeTensorMode() as mode:
-        fakes = [None if t is None else mode.from_tensor(t) for t in backward]
-        fake = torch.ops.gpsa.attention_backward(*fakes, *SETTINGS, backend)
+        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in backward]
+        fake = torch.ops.gpsa.attention_backward(*fakes, backend)
     assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in fake]
 
 

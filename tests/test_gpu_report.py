@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as suite
+from benchmarks import exercise, gpu_report, machine, peers, results, supervisor
+from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps
+from benchmarks.workloads import model_workloads
+from gpsa_kernels import BACKENDS, gpsa_attention
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as suite  # noqa: E402
-from benchmarks import exercise, gpu_report, machine, peers, results, supervisor  # noqa: E402
-from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps  # noqa: E402
-from benchmarks.workloads import model_workloads  # noqa: E402
-from gpsa_kernels import BACKENDS, gpsa_attention  # noqa: E402
-
 PYTHON = sys.executable
 MACHINE = {
     "device": "Pretended GPU",

@@ -12,7 +12,7 @@ from torch import nn
 
 from gpsa_kernels import FusedGPSA, SelfAttention
 from gpsa_kernels.analysis import gates, non_locality
-from gpsa_kernels.backends.eager import attention_map, relative_offsets
+from gpsa_kernels.formula import attention_map, relative_offsets
 
 backends = pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
 

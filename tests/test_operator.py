@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpsa_kernels
 from gpsa_kernels import gpsa_attention
-from gpsa_kernels.backends import Backend, eager, sdpa
+from gpsa_kernels.backends import Backend, Call, eager, sdpa
 from gpsa_kernels.backends.base import Forward
 
 BACKENDS = ("eager", "sdpa")
@@ -179,6 +179,10 @@ def test_a_nearly_closed_gate_keeps_the_content_gradient(backend, dtype, gate):
     assert_as_exact_as_eager(gpsa_attention, tensors, (4, 5), backend=backend)
 
 
+def composed(backend, q, k, v, pos_weight, gate, grid_size, scale):
+    return backend.compose(Call(q, k, v, pos_weight, gate, None, *grid_size, scale, 0.0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @pytest.mark.parametrize("gate", [-8.0, 0.0, 4.0, 8.0, 12.0])
 @pytest.mark.parametrize(("grid_size", "head_dim"), [((4, 5), 8), ((14, 14), 48)], ids=str)
@@ -187,8 +191,8 @@ def test_sdpa_blends_16_bit_branches_in_float32(dtype, gate, grid_size, head_dim
     tensors = inputs(2, 2, grid_size, head_dim, dtype)
     tensors[4].data.fill_(gate)
     underflows = torch.sigmoid(torch.tensor(-gate)) < torch.finfo(dtype).tiny  # the content's share of a gradient
-    rule = {} if underflows else {"eager": partial(eager.compose, dropout_p=0.0)}
-    assert_as_exact_as_eager(partial(sdpa.compose, dropout_p=0.0), tensors, grid_size, **rule)
+    rule = {} if underflows else {"eager": partial(composed, eager)}
+    assert_as_exact_as_eager(partial(composed, sdpa), tensors, grid_size, **rule)
 
 
 @backends
@@ -293,9 +297,9 @@ def test_dropping_everything_gives_zero():
 def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     seeds = []
 
-    def record(q, k, v, pos_weight, gate, seed, *_):
-        seeds.append(seed.item())
-        return Forward(torch.empty_like(q), q.new_empty(0), q.new_empty(0))
+    def record(call, save):
+        seeds.append(call.seed.item())
+        return Forward(torch.empty_like(call.q), call.q.new_empty(0), call.q.new_empty(0))
 
     recorder = Backend("recorder", lambda: None, lambda *_: None, forward=record, kernel_devices=frozenset({"cpu"}))
     monkeypatch.setitem(gpsa_kernels.BACKENDS, "recorder", recorder)
@@ -309,8 +313,8 @@ def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "seeded", "dropout_p", "error", "message"),
     [
-        *((name, False, 0.5, ValueError, "seed must be a tensor for dropout_p > 0") for name in ALL_KERNELS),
-        *((name, True, 0.0, ValueError, "seed must be None for dropout_p = 0") for name in ALL_KERNELS),
+        *((name, False, 0.5, ValueError, "if and only if dropout_p > 0, got None for 0.5") for name in ALL_KERNELS),
+        *((name, True, 0.0, ValueError, "if and only if dropout_p > 0, got a tensor for 0.0") for name in ALL_KERNELS),
         ("sdpa", True, 0.5, RuntimeError, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
     ],
 )
@@ -325,4 +329,4 @@ def test_the_registered_operator_refuses_dropout_that_would_drop_nothing(
         with pytest.raises(error, match=message):
             torch.ops.gpsa.attention_forward(*tensors, *settings)
         with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_backward(out, *tensors, out, torch.randn(1, 2, 6), *settings)
+            torch.ops.gpsa.attention_backward(out, *tensors, *settings[:4], out, torch.randn(1, 2, 6), backend)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpsa_kernels import BACKENDS
+from gpsa_kernels.backends.base import Call, Saved
 from gpsa_kernels.backends.triton import INTERPRETED
 
 pytest.importorskip("triton")
@@ -52,10 +53,10 @@ def step(dtype: torch.dtype, batch: int = 2, grid_size: tuple[int, int] = (14, 1
     """A forward and a backward pass of 3 heads of 48 channels, as the operator calls them."""
     tokens = grid_size[0] * grid_size[1]
     qkv = torch.empty(batch, tokens, 3, 3, 48, device="cuda:0", dtype=dtype).permute(2, 0, 3, 1, 4)
-    inputs = (*qkv.unbind(), torch.empty(3, 3, device="cuda:0"), torch.empty(3, device="cuda:0"), None)
-    settings = (grid_size, 0.1, 0.0)
-    out, content, logsumexp = launch.forward(*inputs, *settings, True)
-    return launch.backward(out, *inputs, content, logsumexp, *settings)
+    parameters = torch.empty(3, 3, device="cuda:0"), torch.empty(3, device="cuda:0")
+    call = Call(*qkv.unbind(), *parameters, None, *grid_size, 0.1, 0.0)
+    out, *saved = launch.forward(call, True)
+    return launch.backward(out, call, Saved(*saved))
 
 
 def test_every_kernel_runs_on_the_device_of_its_tensors(launched):
@@ -109,7 +110,6 @@ def test_float32_is_tf32_where_torch_is_told_so(launched, dtype, setting, precis
 
 def test_float64_is_for_the_interpreter():
     with FakeTensorMode():
-        q = torch.empty(1, 1, 6, 8, device="cuda:0", dtype=torch.float64)
-        assert "float64 only in Triton's interpreter" in BACKENDS["triton"].unsupported(q, q, q, (2, 3), 0.0)
-        q = q.float()
-        assert BACKENDS["triton"].unsupported(q, q, q, (2, 3), 0.0) is None
+        for dtype, reason in ((torch.float64, "float64 only in Triton's interpreter"), (torch.float32, "None")):
+            q = torch.empty(1, 1, 6, 8, device="cuda:0", dtype=dtype)
+            assert reason in str(BACKENDS["triton"].unsupported(Call(q, q, q, q, q, None, 2, 3, 1.0, 0.0)))

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gpsa_kernels.backends.base import Call, Saved
 from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_forward
 from tools.machine_code import Code, Kernels, read
 
@@ -67,11 +68,10 @@ def _calls(variant: Variant) -> list[KernelCall]:
     q, k, v = (tensor(batch, tokens, heads, variant.head_dim).transpose(1, 2) for _ in range(3))
     pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
     seed = tensor(1, dtype=torch.int64) if dropout_p else None
-    inputs = (q, k, v, pos_weight, gate, seed)
-    settings = (grid_size, 1.0, dropout_p)
-    forward = plan_forward(*inputs, *settings, True, variant.capability)
-    _, content, logsumexp = forward.result
-    backward = plan_backward(content, *inputs, content, logsumexp, *settings, variant.capability)
+    call = Call(q, k, v, pos_weight, gate, seed, *grid_size, 1.0, dropout_p)
+    forward = plan_forward(call, True, variant.capability)
+    out, *saved = forward.result
+    backward = plan_backward(out, call, Saved(*saved), variant.capability)
     return [*forward.calls, *backward.calls]
 
 

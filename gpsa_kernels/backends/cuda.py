@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
-from gpsa_kernels.backends.base import Backend, Forward, Gradients, empty_output, parameter_gradients
+from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
+from gpsa_kernels.tensors import empty_output, parameter_gradients
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
 _ALIGNMENT = 16  # bytes: the kernels read and write rows 16 bytes at a time
@@ -122,20 +123,18 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _unsupported_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
+def unsupported(call: Call) -> str | None:
+    q = call.q
     if q.device.type != "cuda":
         return f"its kernels run on CUDA tensors, and q is on {q.device}"
     dtype = q.dtype
     if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cuda")  # as autograd.autocast_inputs will
+        dtype = torch.get_autocast_dtype("cuda")  # as operators.autocast_inputs will
     if dtype != torch.float16 and dtype != torch.bfloat16:
         return f"its kernels take float16 and bfloat16, and q is {dtype}"
     if q.size(-1) % 8 or q.size(-1) > 128:
         return f"head_dim must be a multiple of 8 from 8 to 128, got {q.size(-1)}"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(-1) != 1:
-            return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
-    return _unsupported_device(q.device.index)
+    return strided_channels(call) or _unsupported_device(q.device.index)
 
 
 class _Sizes(NamedTuple):
@@ -159,17 +158,19 @@ def _device_index(q: Tensor) -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else -1
 
 
-def _sizes_for(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> _Sizes:
-    shape = (q.size(0), q.size(1), *grid_size, q.size(3))
-    return _sizes(*shape, q.dtype == torch.bfloat16, dropout_p, _device_index(q))
+def _sizes_for(call: Call) -> _Sizes:
+    batch, heads, _, head_dim = call.q.shape
+    bfloat16 = call.q.dtype == torch.bfloat16
+    return _sizes(batch, heads, *call.grid_size, head_dim, bfloat16, call.dropout_p, _device_index(call.q))
 
 
-def saves_content(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> bool:
+def saves_content(call: Call) -> bool:
+    q = call.q
     if q.size(2) > _WHOLE_IMAGE_TOKENS:  # the library says so, too; not asked, it leaves the sizes symbolic
         return True
-    shape = (1, 1, int(grid_size[0]), int(grid_size[1]), int(q.size(3)))  # for any batch and heads
+    shape = (1, 1, int(call.rows), int(call.columns), int(q.size(3)))  # for any batch and heads
     with _disable_current_modes():  # which are for operators on tensors
-        return _sizes(*shape, q.dtype == torch.bfloat16, dropout_p, _device_index(q)).content
+        return _sizes(*shape, q.dtype == torch.bfloat16, call.dropout_p, _device_index(q)).content
 
 
 def _workspace(q: Tensor, size: int) -> Tensor | None:
@@ -189,26 +190,20 @@ def _float32(t: Tensor) -> Tensor:
     return t.to(torch.float32).contiguous()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    save: bool,
-) -> Forward:
-    sizes = _sizes_for(q, grid_size, dropout_p)
+def _inputs(call: Call) -> tuple[Tensor | None, ...]:
+    """What every kernel reads, as it can be read."""
+    tensors = (_aligned(call.q), _aligned(call.k), _aligned(call.v), _float32(call.pos_weight), _float32(call.gate))
+    return *tensors, call.seed
+
+
+def forward(call: Call, save: bool) -> Forward:
+    q, sizes = call.q, _sizes_for(call)
     out = empty_output(q)
     content = empty_output(q) if save and sizes.content else None
     logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32) if save else None
-    torch.ops.gpsa_cuda.forward(
-        *(_aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed, out, content, logsumexp),
-        *(_workspace(q, sizes.forward_workspace if save else sizes.inference_workspace), *grid_size, scale, dropout_p),
-    )
+    workspace = _workspace(q, sizes.forward_workspace if save else sizes.inference_workspace)
+    settings = (*call.grid_size, call.scale, call.dropout_p)
+    torch.ops.gpsa_cuda.forward(*_inputs(call), out, content, logsumexp, workspace, *settings)
     return Forward(
         out,
         q.new_empty(0) if content is None else content,
@@ -216,29 +211,17 @@ def forward(
     )
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Gradients:
-    sizes = _sizes_for(q, grid_size, dropout_p)
-    grad_q, grad_k, grad_v = empty_output(q), empty_output(q), empty_output(q)
+def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
+    q, sizes = call.q, _sizes_for(call)
+    grads = empty_output(q), empty_output(q), empty_output(q)
     sums = q.new_empty((q.size(0), q.size(1), sizes.slots, 4), dtype=torch.float32)
+    content = saved.content if sizes.content else None
+    workspace = _workspace(q, sizes.backward_workspace)
+    settings = (*call.grid_size, call.scale, call.dropout_p)
     torch.ops.gpsa_cuda.backward(
-        *(_aligned(grad_out), _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed),
-        *(content if sizes.content else None, logsumexp, grad_q, grad_k, grad_v, sums),
-        *(_workspace(q, sizes.backward_workspace), *grid_size, scale, dropout_p),
+        _aligned(grad_out), *_inputs(call), content, saved.logsumexp, *grads, sums, workspace, *settings
     )
-    return Gradients(grad_q, grad_k, grad_v, *parameter_gradients(sums, pos_weight, gate))
+    return Gradients(*grads, *parameter_gradients(sums, call.pos_weight, call.gate))
 
 
 BACKEND = Backend(

@@ -1,74 +1,22 @@
-"""The formula of GPSA, literally: what every other backend is checked against.
-
-    A = (1 - g) softmax(scale q k^T) + g softmax(w . (dx, dy, dx^2 + dy^2)),   g = sigmoid(gate)
-    out = (A / rowsum(A)) v
-
-d'Ascoli et al., ConViT, arXiv 2103.10697, section 3. The division by the row sum is the paper's code's; both rows sum
-to one, so it changes nothing but rounding.
-"""
+"""The formula, literally: plain PyTorch that can be differentiated in every way PyTorch knows."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Backend, as_output
-from gpsa_kernels.positional import accumulation_dtype
+from gpsa_kernels.backends.base import Backend, Call
+from gpsa_kernels.formula import attention_map
+from gpsa_kernels.tensors import accumulation_dtype, as_output
 
 
-def relative_offsets(
-    grid_size: tuple[int, int], device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """(N, N, 3) table of dx, dy and dx^2 + dy^2, key minus query, for tokens numbered row by row."""
-    rows, columns = grid_size
-    y = torch.arange(rows, device=device, dtype=dtype).repeat_interleave(columns)
-    x = torch.arange(columns, device=device, dtype=dtype).repeat(rows)
-    dx, dy = x - x.unsqueeze(1), y - y.unsqueeze(1)
-    return torch.stack((dx, dy, dx**2 + dy**2), dim=-1)
-
-
-def attention_map(
-    q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
-) -> Tensor:
-    """The gated mixture of the two softmaxes: (B, H, N, N), rows summing to one, in q's dtype.
-
-    Args:
-        q: (B, H, N, D) queries.
-        k: (B, H, N, D) keys, of q's dtype.
-        pos_weight: (H, 3) weights of dx, dy, dx^2 + dy^2.
-        gate: (H,) logits.
-        grid_size: (rows, columns), rows*columns = N.
-        scale: factor of the content scores.
-    """
-    offsets = relative_offsets(grid_size, q.device, q.dtype)
-    content = (scale * (q @ k.transpose(-2, -1))).softmax(dim=-1)
-    position = torch.einsum("ijc,hc->hij", offsets, pos_weight.to(q.dtype)).softmax(dim=-1)
-    g = torch.sigmoid(gate.to(q.dtype)).view(-1, 1, 1)
-    mixed = (1 - g) * content + g * position
-    return mixed / mixed.sum(dim=-1, keepdim=True)
-
-
-def compose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    dtype = accumulation_dtype(q.dtype)
-    attention = attention_map(q.to(dtype), k.to(dtype), pos_weight, gate, grid_size, scale)
-    out = F.dropout(attention, dropout_p) @ v.to(dtype)
-    return as_output(out.to(q.dtype))
-
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
-    return None
+def compose(call: Call) -> Tensor:
+    dtype = accumulation_dtype(call.q.dtype)
+    q, k, v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
+    attention = attention_map(q, k, call.pos_weight, call.gate, call.grid_size, call.scale)
+    return as_output((F.dropout(attention, call.dropout_p) @ v).to(call.q.dtype))
 
 
 BACKEND = Backend(
-    name="eager", unavailable=lambda: None, unsupported=unsupported, compose=compose, all_derivatives=True
+    name="eager", unavailable=lambda: None, unsupported=lambda call: None, compose=compose, all_derivatives=True
 )

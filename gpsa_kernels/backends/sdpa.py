@@ -1,8 +1,8 @@
 """torch's scaled_dot_product_attention for the content, the separable product for the position.
 
-Runs on any device and compiles nothing. Plain PyTorch (:func:`compose`) where it is traced or where no CPU is
-involved; on the CPU in eager mode :func:`forward` and :func:`backward` call torch's flash attention directly and write
-the gradients in closed form, which saves the passes over memory that autograd would spend on the blend.
+Runs on any device and compiles nothing. On the CPU in eager mode :func:`forward` and :func:`backward` call torch's
+flash attention directly and write the gradients in closed form, which saves the passes over memory that autograd would
+spend on the blend. Everywhere else, and under a compiler, it is plain PyTorch (:func:`compose`).
 """
 
 from __future__ import annotations
@@ -13,39 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Backend, Forward, Gradients, as_output, empty_output
-from gpsa_kernels.positional import (
-    accumulation_dtype,
-    axis_factors,
-    axis_factors_backward,
-    separable_product,
-)
+from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
+from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
+from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output
 
 _WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
 
 
-def _factors_and_gate(
-    pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    ax, ay = axis_factors(pos_weight.to(dtype), grid_size)
-    return ax, ay, torch.sigmoid(gate.to(dtype))
+def _factors_and_gate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(call.q.dtype)
+    ax, ay = axis_factors(call.pos_weight.to(dtype), call.grid_size)
+    return ax, ay, torch.sigmoid(call.gate.to(dtype))
 
 
-def compose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Tensor:
-    dtype = accumulation_dtype(q.dtype)
-    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
-    content = F.scaled_dot_product_attention(q, k, v, scale=scale).to(dtype)
-    position = separable_product(ax, ay, v.to(dtype), grid_size)
-    return as_output(torch.lerp(content, position, g.view(-1, 1, 1)).to(q.dtype))
+def compose(call: Call) -> Tensor:
+    ax, ay, g = _factors_and_gate(call)
+    content = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale).to(g.dtype)
+    position = separable_product(ax, ay, call.v.to(g.dtype), call.grid_size)
+    return as_output(torch.lerp(content, position, g.view(-1, 1, 1)).to(call.q.dtype))
 
 
 class _Buffer(NamedTuple):
@@ -97,29 +82,19 @@ def _blend(content: Tensor, position: Tensor, share: Tensor, out: Tensor) -> Non
         out.copy_(torch.lerp(content.to(position.dtype), position, share))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    save: bool,
-) -> Forward:
-    dtype = accumulation_dtype(q.dtype)
-    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
-    content, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+def forward(call: Call, save: bool) -> Forward:
+    ax, ay, g = _factors_and_gate(call)
+    content, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        call.q, call.k, call.v, scale=call.scale
+    )
     content = as_output(content)
-    out = empty_output(q) if save else content  # with no backward pass to come, blend in place
+    out = empty_output(call.q) if save else content  # with no backward pass to come, blend in place
     share = g.view(-1, 1, 1)
-    ax = ax.repeat_interleave(grid_size[0], dim=0)
-    workspace = _Workspace(q, grid_size, count=2)
+    ax = ax.repeat_interleave(call.rows, dim=0)
+    workspace = _Workspace(call.q, call.grid_size, count=2)
     for part in workspace.batches:
         x, y = workspace.buffers(part)
-        x.tokens.copy_(v[part])
+        x.tokens.copy_(call.v[part])
         torch.bmm(ay, x.rows, out=y.rows)
         torch.bmm(ax, y.columns, out=x.columns)
         _blend(content[part], x.tokens, share, out=out[part])
@@ -128,42 +103,27 @@ def forward(
     return Forward(out, content, logsumexp.contiguous())
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Gradients:
-    dtype = accumulation_dtype(q.dtype)
-    ax, ay, g = _factors_and_gate(pos_weight, gate, grid_size, dtype)
+def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
+    ax, ay, g = _factors_and_gate(call)
     share = g.view(-1, 1, 1)
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, content, logsumexp, 0.0, False, scale=scale
+        grad_out, call.q, call.k, call.v, *saved, 0.0, False, scale=call.scale
     )
     grad_q, grad_k, grad_v = as_output(grad_q), as_output(grad_k), as_output(grad_v)
-    grad_q.mul_((1 - share).to(q.dtype))
-    grad_k.mul_((1 - share).to(q.dtype))
+    grad_q.mul_((1 - share).to(grad_q.dtype))
+    grad_k.mul_((1 - share).to(grad_k.dtype))
 
     # O_pos = Ax (Ay V), and back along the same two contractions, unscaled
-    rows = grid_size[0]
-    ax_backward, ay_backward = ax.transpose(1, 2).repeat_interleave(rows, dim=0), ay.transpose(1, 2)
+    ax_backward, ay_backward = ax.transpose(1, 2).repeat_interleave(call.rows, dim=0), ay.transpose(1, 2)
     grad_ax, grad_ay = torch.zeros_like(ax_backward), torch.zeros_like(ay)
     along_content = torch.zeros_like(g)
-    workspace = _Workspace(q, grid_size, count=3)
+    workspace = _Workspace(call.q, call.grid_size, count=3)
     for part in workspace.batches:
         x, y, z = workspace.buffers(part)
-        x.tokens.copy_(v[part])
+        x.tokens.copy_(call.v[part])
         z.tokens.copy_(grad_out[part])
         torch.bmm(ay, x.rows, out=y.rows)
         grad_ax.baddbmm_(z.columns, y.columns.transpose(1, 2))
@@ -171,27 +131,24 @@ def backward(
         grad_ay.baddbmm_(y.rows, x.rows.transpose(1, 2))
         torch.bmm(ay_backward, y.rows, out=x.rows)
         _blend(grad_v[part], x.tokens, share, out=grad_v[part])
-        z.tokens.mul_(content[part])
+        z.tokens.mul_(saved.content[part])
         along_content += z.rows.sum((1, 2))
 
     # gate: sum of dO . (O_pos - O_content), the first half of it read off Ax and its gradient
-    grad_ax = grad_ax.view(-1, rows, *ax.shape[1:]).sum(1)
+    grad_ax = grad_ax.view(-1, call.rows, *ax.shape[1:]).sum(1)
     along_position = (ax * grad_ax).sum((1, 2))
     grad_gate = g * (1 - g) * (along_position - along_content)
     grad_pos_weight = axis_factors_backward(ax, ay, share * grad_ax, share * grad_ay)
-    return Gradients(grad_q, grad_k, grad_v, grad_pos_weight.to(pos_weight.dtype), grad_gate.to(gate.dtype))
+    return Gradients(grad_q, grad_k, grad_v, grad_pos_weight.to(call.pos_weight.dtype), grad_gate.to(call.gate.dtype))
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
-    if dropout_p > 0:
+def unsupported(call: Call) -> str | None:
+    if call.has_dropout:
         return (
             "attention dropout needs one mask over both branches, "
             "and scaled_dot_product_attention keeps its mask to itself"
         )
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(-1) != 1 and t.size(-1) > 1:
-            return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
-    return None
+    return strided_channels(call)
 
 
 BACKEND = Backend(

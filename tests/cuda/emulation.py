@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpsa_kernels.backends.base import parameter_gradients
+from gpsa_kernels.tensors import parameter_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "emulator"

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gpsa_kernels
 from gpsa_kernels import gpsa_attention, info
 from gpsa_kernels.backends import cuda
+from gpsa_kernels.backends.base import Call, Saved
 
 GOOD = {
     "version": gpsa_kernels.__version__,
@@ -234,7 +235,7 @@ def test_fake_tensors(grid_size, head_dim, dropout_p, saves_content):
         tensors = cuda_tensors(grid_size, head_dim)
         seed = torch.empty(1, dtype=torch.int64, device="cuda") if dropout_p else None
         out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, seed, *settings, True)
-        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, content, logsumexp, *settings)
+        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, *settings[:4], content, logsumexp, "cuda")
     assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, head_dim), heads_last, torch.bfloat16)
     assert content.shape == (out.shape if saves_content else (0,))
     assert (logsumexp.shape, logsumexp.dtype) == ((2, 4, tokens), torch.float32)
@@ -455,7 +456,7 @@ def test_results_have_the_strides_that_fake_tensors_promise(grid_size):
 
 
 @pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("workspaces", [(0, 0), (24, 40)])
+@pytest.mark.parametrize("workspaces", [(0, 0, 0), (INFERENCE_BYTES, FORWARD_BYTES, BACKWARD_BYTES)])
 @pytest.mark.parametrize("saves_content", [True, False])
 def test_what_the_kernels_are_called_with(register, save, workspaces, saves_content):
     calls = {}
@@ -466,15 +467,15 @@ def test_what_the_kernels_are_called_with(register, save, workspaces, saves_cont
     )
     q, k, v = torch.randn(2, 12, 3, 2, 8, dtype=torch.bfloat16).permute(2, 0, 3, 1, 4)
     pos_weight, gate, seed = torch.randn(3, 2, dtype=torch.float64).T, torch.randn(2).half(), torch.tensor([7])
-    settings = (3, 4), 0.3, 0.1
-    out, content, logsumexp = cuda.forward(q, k, v, pos_weight, gate, seed, *settings, save)
-    grads = cuda.backward(v, q, k, v, pos_weight, gate, seed, content, torch.zeros(2, 2, 12), *settings)
+    made = Call(q, k, v, pos_weight, gate, seed, 3, 4, 0.3, 0.1)
+    out, content, logsumexp = cuda.forward(made, save)
+    grads = cuda.backward(v, made, Saved(content, torch.zeros(2, 2, 12)))
 
     def as_passed(*tensors: Tensor | None) -> list[tuple | None]:
         return [t if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
     named = {name: dict(zip(ARGUMENTS[name], arguments, strict=True)) for name, arguments in calls.items()}
-    for call, size in zip(named.values(), workspaces, strict=True):
+    for call, size in zip(named.values(), (workspaces[save], workspaces[2]), strict=True):
         assert as_passed(call["q"], call["k"], call["v"], call["seed"]) == as_passed(q, k, v, seed)  # not copied
         for name, given in (("pos_weight", pos_weight), ("gate", gate)):
             assert call[name].is_contiguous()
@@ -509,11 +510,11 @@ def test_the_functions_behind_the_schemas_name_the_same_arguments_in_the_same_or
 )
 def test_sizes_are_asked_for_the_device_of_q(monkeypatch, register, device, gpus, expected):
     asked = []
-    register(sizes=lambda *shape: asked.append(shape) or (SLOTS, 0, 0, False))
+    register(sizes=lambda *shape: asked.append(shape) or (SLOTS, 0, 0, 0, False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    q = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, size=[5, 3, 12, 8].__getitem__)
-    cuda._sizes_for(q, (3, 4), 0.1)
+    q = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, shape=(5, 3, 12, 8))
+    cuda._sizes_for(Call(q, q, q, q, q, None, 3, 4, 1.0, 0.1))
     assert asked == [(5, 3, 3, 4, 8, True, 0.1, expected)]
 
 

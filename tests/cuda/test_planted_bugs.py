@@ -12,7 +12,7 @@ import torch
 from dropped import dropped_out, masks
 from reference import inputs, literal, with_gradients
 
-from gpsa_kernels.backends.base import parameter_gradients
+from gpsa_kernels.tensors import parameter_gradients
 
 GRID_SIZE, HEAD_DIM, DROPOUT_P = (5, 9), 48, 0.3
 SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1, 2) for deferred in (False, True)]

@@ -7,6 +7,7 @@ import torch
 from reference import inputs
 
 from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels.backends import Call
 from gpsa_kernels.functional import select_backend
 
 
@@ -28,7 +29,7 @@ def test_opcheck_backward(target, widest):
     grad_out = torch.randn_like(tensors[0])
     settings = (3, 5, 0.25, 0.0, target.backend)
     _, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *settings, True)
-    arguments = (grad_out, *tensors, None, content, logsumexp, *settings)
+    arguments = (grad_out, *tensors, None, *settings[:4], content, logsumexp, target.backend)
     torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
 
 
@@ -69,24 +70,28 @@ def test_inference_mode(target, widest):
         assert torch.equal(gpsa_attention(*tensors, (3, 5), backend=target.backend), expected)
 
 
+def _call(q, k, v, dropout_p=0.0):
+    return Call(q, k, v, torch.zeros(1, 3), torch.zeros(1), None, 2, 3, 1.0, dropout_p)
+
+
 def test_refusals(target, widest):
     unsupported = BACKENDS[target.backend].unsupported
     q, k, v, pos_weight, gate = _inputs(target, widest, 1, 1, (2, 3), 8)
-    assert unsupported(q, k, v, (2, 3), 0.0) is None
+    assert unsupported(_call(q, k, v)) is None
     for head_dim in (12, 136):
         odd = torch.zeros(1, 1, 6, head_dim, dtype=widest, device=target.device)
-        assert f"got {head_dim}" in unsupported(odd, odd, odd, (2, 3), 0.0)
+        assert f"got {head_dim}" in unsupported(_call(odd, odd, odd))
         with pytest.raises(RuntimeError, match="multiple of 8"):
             gpsa_attention(odd, odd, odd, pos_weight, gate, (2, 3), backend=target.backend)
     transposed = torch.zeros(1, 1, 8, 6, dtype=widest, device=target.device).mT
-    assert "k's last dimension" in unsupported(q, transposed, v, (2, 3), 0.0)
+    assert "k's last dimension" in unsupported(_call(q, transposed, v))
 
 
 def test_the_interpreter_takes_what_it_computes_rightly_and_auto_leaves_it_alone(target):
     if target.device != "cpu":
         pytest.skip("about Triton's interpreter")
     q, k, v, *_ = _inputs(target, torch.float32, 1, 1, (2, 3), 8)
-    assert select_backend(q, k, v, (2, 3), 0.0).name == "sdpa"
-    assert select_backend(q, k, v, (2, 3), 0.5).name == "eager"
+    assert select_backend(_call(q, k, v)).name == "sdpa"
+    assert select_backend(_call(q, k, v, 0.5)).name == "eager"
     half = q.bfloat16()
-    assert "bfloat16" in BACKENDS["triton"].unsupported(half, half, half, (2, 3), 0.0)
+    assert "bfloat16" in BACKENDS["triton"].unsupported(_call(half, half, half))

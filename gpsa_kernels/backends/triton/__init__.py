@@ -12,46 +12,22 @@ import os
 import torch
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Backend, Forward, Gradients
+from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    save: bool,
-) -> Forward:
+def forward(call: Call, save: bool) -> Forward:
     from gpsa_kernels.backends.triton import launch
 
-    return launch.forward(q, k, v, pos_weight, gate, seed, grid_size, scale, dropout_p, save)
+    return launch.forward(call, save)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Gradients:
+def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     from gpsa_kernels.backends.triton import launch
 
-    return launch.backward(grad_out, q, k, v, pos_weight, gate, seed, content, logsumexp, grid_size, scale, dropout_p)
+    return launch.backward(grad_out, call, saved)
 
 
 def unavailable() -> str | None:
@@ -62,7 +38,8 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dropout_p: float) -> str | None:
+def unsupported(call: Call) -> str | None:
+    q = call.q
     if not INTERPRETED:
         if q.device.type != "cuda":
             return f"its kernels run on CUDA tensors, and q is on {q.device}"
@@ -72,10 +49,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, grid_size: tuple[int, int], dro
         return "Triton's interpreter computes bfloat16 wrongly"
     if q.size(-1) % 8 or q.size(-1) > 128:
         return f"head_dim must be a multiple of 8 from 8 to 128, got {q.size(-1)}"
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.stride(-1) != 1:
-            return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
-    return None
+    return strided_channels(call)
 
 
 BACKEND = Backend(

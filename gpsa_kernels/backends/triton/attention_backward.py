@@ -94,7 +94,7 @@ def attention_backward_query(
     tl.store(delta + image * tokens + query, row_delta, mask=query < tokens)
     row_logsumexp = tl.load(logsumexp + image * tokens + query, mask=query < tokens, other=0.0) * LOG2_E
 
-    if POSITION == "tiles":
+    if POSITION == "dense":
         rows = tokens // columns
         ax += head * columns * columns
         ay += head * rows * rows
@@ -124,7 +124,7 @@ def attention_backward_query(
         grad_scores = weights * (grad_weights - row_delta[:, None])
         grad_q_sum = add_weighted(grad_q_sum, grad_scores, k_tile, PRECISION, SUM)
 
-        if POSITION == "tiles":
+        if POSITION == "dense":
             # dR/dw = R * (offset - its mean under R): one pass gives the weights' gradients, without cancellation
             position = position_tile(ax, ay, query[:, None], key[None, :], tokens, columns) * grad_weights
             dx = (key % columns)[None, :] - (query % columns)[:, None]
@@ -219,7 +219,7 @@ def attention_backward_key(
         weights = tl.exp2(scores - row_logsumexp[None, :])
         grad_weights = products(v_tile, g_tile, PRECISION, SUM)
         mixed = weights
-        if POSITION == "tiles":
+        if POSITION == "dense":
             position = position_tile(ax, ay, query[None, :], key[:, None], tokens, columns)
             mixed = weights * content_share + position * position_share
             if seed is not None:
@@ -233,7 +233,7 @@ def attention_backward_key(
     grad_k = output_base(grad_k, image, heads, tokens, HEAD_DIM)
     grad_v = output_base(grad_v, image, heads, tokens, HEAD_DIM)
     store_rows(grad_k, key, heads * HEAD_DIM, tokens, scale_rows(grad_k_sum, scale * content_share), HEAD_DIM)
-    if POSITION != "tiles":
+    if POSITION != "dense":
         if POSITION == "rows":
             position_sum = position_product(
                 *(grad_out, g_token, ax, ay, key, tokens, columns, True, HEAD_DIM, FIRST, REST, KEY_TILE, COLUMN_TILE),

@@ -56,7 +56,7 @@ def attention_forward(
     REST: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
-    POSITION: tl.constexpr,  # "rows", "slabs" or "tiles", see configs.position_form
+    POSITION: tl.constexpr,  # "rows", "slabs" or "dense", see configs.position_form
     COLUMN_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
@@ -91,7 +91,7 @@ def attention_forward(
         weights = tl.exp2(scores - new_max[:, None])
         row_max = new_max
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
-        if POSITION == "tiles":
+        if POSITION == "dense":
             position = position_tile(ax, ay, query[:, None], key[None, :], tokens, columns)
             if seed is not None:
                 factors = dropout_factors(seed, image, query[:, None], key[None, :], dropout_p, keep_scale, SUM)

@@ -26,30 +26,30 @@ def _width(element_size: int) -> str:
     return "half" if element_size == 2 else "float32"
 
 
-def position_form(grid_size: tuple[int, int], dropout_p: float, element_size: int) -> str:
+def position_form(grid_size: tuple[int, int], has_dropout: bool, element_size: int) -> str:
     """How the positional branch is computed.
 
     "rows": inside the attention kernels, a grid row at a time: whole images of at most 256 tokens.
     "slabs": as the separable product, by a kernel of its own: every larger grid.
-    "tiles": the positional map formed entry by entry beside the content's: dropout, whose mask breaks the product, and
-    very long grids (a slab holds all columns; squared offsets along the rows must fit 16 bits).
+    "dense": formed entry by entry beside the content's map: dropout, whose mask breaks the product, and very long grids
+    (a slab holds all columns; squared offsets along the rows must fit 16 bits).
     """
     rows, columns = grid_size
-    if dropout_p > 0 or columns > _LONGEST_SLAB[_width(element_size)] or rows > 256:
-        return "tiles"
+    if has_dropout or columns > _LONGEST_SLAB[_width(element_size)] or rows > 256:
+        return "dense"
     return "rows" if columns <= 16 and rows * columns <= 256 else "slabs"
 
 
 def launch_class(element_size: int, form: str, capability: int) -> str:
     """The row of the launch table: by matrix instruction; one for all architectures where other work decides.
 
-    The positional map formed in the tile, with its gathers and random numbers, wants more registers for an entry;
-    float32 products ("ieee") run without tensor cores.
+    A dense positional map, with its gathers and random numbers, wants more registers for an entry; float32 products
+    ("ieee") run without tensor cores.
     """
     if element_size > 2:
         return "float32"
-    if form == "tiles":
-        return "tiles"
+    if form == "dense":
+        return "dense"
     return {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpsa_kernels.backends.base import Forward, Gradients, empty_output, parameter_gradients
+from gpsa_kernels.backends.base import Call, Forward, Gradients, Saved
 from gpsa_kernels.backends.triton import attention_backward as backward_kernels
 from gpsa_kernels.backends.triton import attention_forward as forward_kernels
 from gpsa_kernels.backends.triton import positional as positional_kernels
@@ -25,7 +25,7 @@ from gpsa_kernels.backends.triton.configs import (
     position_form,
     positional_launch,
 )
-from gpsa_kernels.positional import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype, empty_output, parameter_gradients
 
 _TABLE_ELEMENTS = 4096  # of one program of the table kernel
 
@@ -62,26 +62,24 @@ class _Position(NamedTuple):
     form: str  # of configs.position_form
 
 
-def _plan_tables(
-    pos_weight: Tensor, grid_size: tuple[int, int], element_size: int, dropout_p: float
-) -> tuple[KernelCall, _Position]:
-    (rows, columns), heads = grid_size, pos_weight.size(0)
-    dtype = torch.float64 if element_size == 8 else torch.float32
+def _plan_tables(call: Call) -> tuple[KernelCall, _Position]:
+    pos_weight, heads, element_size = call.pos_weight, call.q.size(1), call.q.element_size()
+    dtype = accumulation_dtype(call.q.dtype)
     position = _Position(
-        ax=pos_weight.new_empty((heads, columns, columns), dtype=dtype),
-        ay=pos_weight.new_empty((heads, rows, rows), dtype=dtype),
-        moments_x=pos_weight.new_empty((heads, 2, columns), dtype=dtype),
-        moments_y=pos_weight.new_empty((heads, 2, rows), dtype=dtype),
-        form=position_form(grid_size, dropout_p, element_size),
+        ax=pos_weight.new_empty((heads, call.columns, call.columns), dtype=dtype),
+        ay=pos_weight.new_empty((heads, call.rows, call.rows), dtype=dtype),
+        moments_x=pos_weight.new_empty((heads, 2, call.columns), dtype=dtype),
+        moments_y=pos_weight.new_empty((heads, 2, call.rows), dtype=dtype),
+        form=position_form(call.grid_size, call.has_dropout, element_size),
     )
-    length = padded(max(rows, columns))
+    length = padded(max(call.grid_size))
     tile = max(1, min(16, _TABLE_ELEMENTS // length))
-    programs = heads * (triton.cdiv(rows, tile) + triton.cdiv(columns, tile))
+    programs = heads * (triton.cdiv(call.rows, tile) + triton.cdiv(call.columns, tile))
     arguments = {
         "pos_weight": pos_weight.contiguous(),
         **{name: getattr(position, name) for name in ("ax", "ay", "moments_x", "moments_y")},
-        "rows": rows,
-        "columns": columns,
+        "rows": call.rows,
+        "columns": call.columns,
         "TILE": tile,
         "LENGTH": length,
         "SUM": _sum_dtype(dtype),
@@ -102,42 +100,36 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _common(q: Tensor, grid_size: tuple[int, int]) -> dict[str, Any]:
+def _common(call: Call) -> dict[str, Any]:
     """The arguments that every kernel on images takes."""
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "heads": q.size(1),
-        "tokens": q.size(2),
-        "columns": grid_size[1],
-        "HEAD_DIM": q.size(3),
+        "heads": call.q.size(1),
+        "tokens": call.q.size(2),
+        "columns": call.columns,
+        "HEAD_DIM": call.q.size(3),
         "PRECISION": "tf32" if tf32 else "ieee",
-        "SUM": _sum_dtype(q.dtype),
+        "SUM": _sum_dtype(call.q.dtype),
     }
 
 
 def _plan_attention(
-    kernel: str,
-    tiled: str,
-    q: Tensor,
-    position: _Position,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    capability: int,
-    arguments: dict[str, Any],
+    kernel: str, call: Call, position: _Position, capability: int, arguments: dict[str, Any]
 ) -> KernelCall:
-    """One attention kernel, its programs over tiles of ``tiled``: "query" or "key"."""
+    """An attention kernel: a program for each tile of queries, in backward_key of keys."""
+    q = call.q
     launch = attention_launch(kernel, q.size(3), q.element_size(), position.form, capability)
-    tile = launch.query_tile if tiled == "query" else launch.key_tile
+    tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     module = forward_kernels if kernel == "forward" else backward_kernels
     first, rest = head_parts(q.size(3))
     arguments |= {
+        **_common(call),
         "ax": position.ax,
         "ay": position.ay,
-        "seed": seed,
-        "scale": scale,
-        "dropout_p": dropout_p,
-        "keep_scale": 0.0 if dropout_p == 1 else 1 / (1 - dropout_p),
+        "seed": call.seed,
+        "scale": call.scale,
+        "dropout_p": call.dropout_p,
+        "keep_scale": 0.0 if call.dropout_p == 1 else 1 / (1 - call.dropout_p),
         "FIRST": first,
         "REST": rest,
         "QUERY_TILE": launch.query_tile,
@@ -152,112 +144,98 @@ def _plan_attention(
     return KernelCall(getattr(module, f"attention_{kernel}"), programs, arguments, options)
 
 
-def _plan_separable(
-    kernel: Any, q: Tensor, position: _Position, grid_size: tuple[int, int], arguments: dict[str, Any]
-) -> KernelCall:
-    launch = positional_launch(grid_size[1], q.element_size())
+def _plan_separable(kernel: Any, call: Call, position: _Position, arguments: dict[str, Any]) -> KernelCall:
+    launch = positional_launch(call.columns, call.q.element_size())
     arguments |= {
+        **_common(call),
         "ax": position.ax,
         "ay": position.ay,
         "CHANNELS": launch.channels,
         "ROW_TILE": launch.row_tile,
-        "COLUMN_TILE": padded(grid_size[1]),
+        "COLUMN_TILE": padded(call.columns),
     }
-    programs = q.size(0) * q.size(1) * _separable_slots(q, grid_size)
-    return KernelCall(kernel, programs, arguments | _common(q, grid_size), {"num_warps": launch.warps, "num_stages": 2})
+    programs = call.q.size(0) * call.q.size(1) * _separable_slots(call)
+    return KernelCall(kernel, programs, arguments, {"num_warps": launch.warps, "num_stages": 2})
 
 
-def _separable_slots(q: Tensor, grid_size: tuple[int, int]) -> int:
+def _separable_slots(call: Call) -> int:
     """Programs of the positional kernels for one batch element and head."""
-    launch = positional_launch(grid_size[1], q.element_size())
-    return triton.cdiv(grid_size[0], launch.row_tile) * triton.cdiv(q.size(3), launch.channels)
+    launch = positional_launch(call.columns, call.q.element_size())
+    return triton.cdiv(call.rows, launch.row_tile) * triton.cdiv(call.q.size(3), launch.channels)
 
 
-def plan_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    save: bool,
-    capability: int,
-) -> ForwardPlan:
+def plan_forward(call: Call, save: bool, capability: int) -> ForwardPlan:
+    q, k, v = call.q, call.k, call.v
     dtype = accumulation_dtype(q.dtype)
     out = empty_output(q)
     content = empty_output(q) if save else None
     logsumexp = q.new_empty(q.shape[:3], dtype=dtype) if save else None
-    tables, position = _plan_tables(pos_weight, grid_size, q.element_size(), dropout_p)
+    tables, position = _plan_tables(call)
     calls = [tables]
     if position.form == "slabs":
         product = {"x": v, "out": out, "gate": None, **_strides(x=v), "TRANSPOSED": False}
-        calls.append(_plan_separable(positional_kernels.separable_product, q, position, grid_size, product))
+        calls.append(_plan_separable(positional_kernels.separable_product, call, position, product))
     arguments = {
-        **{"q": q, "k": k, "v": v, "gate": gate.contiguous(), "out": out, "content": content, "logsumexp": logsumexp},
+        "q": q,
+        "k": k,
+        "v": v,
+        "gate": call.gate.contiguous(),
+        "out": out,
+        "content": content,
+        "logsumexp": logsumexp,
         **_strides(q=q, k=k, v=v),
-        **_common(q, grid_size),
     }
-    calls.append(_plan_attention("forward", "query", q, position, seed, scale, dropout_p, capability, arguments))
+    calls.append(_plan_attention("forward", call, position, capability, arguments))
     if content is None or logsumexp is None:
         return ForwardPlan(calls, Forward(out, q.new_empty(0), q.new_empty(0, dtype=dtype)))
     return ForwardPlan(calls, Forward(out, content, logsumexp))
 
 
-def plan_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    capability: int,
-) -> BackwardPlan:
-    dtype = accumulation_dtype(q.dtype)
+def plan_backward(grad_out: Tensor, call: Call, saved: Saved, capability: int) -> BackwardPlan:
+    q, k, v, gate = call.q, call.k, call.v, call.gate.contiguous()
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
     grad_q, grad_k, grad_v = empty_output(q), empty_output(q), empty_output(q)
-    delta = torch.empty_like(logsumexp)
-    tables, position = _plan_tables(pos_weight, grid_size, q.element_size(), dropout_p)
+    tables, position = _plan_tables(call)
     calls = [tables]
 
-    gate = gate.contiguous()
     launch = attention_launch("backward_query", q.size(3), q.element_size(), position.form, capability)
     query_slots = triton.cdiv(q.size(2), launch.query_tile)
-    slots = query_slots + (0 if position.form == "tiles" else _separable_slots(q, grid_size))
-    sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=dtype)
+    slots = query_slots + (0 if position.form == "dense" else _separable_slots(call))
+    sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=saved.logsumexp.dtype)
     moments = {"moments_x": position.moments_x, "moments_y": position.moments_y}
 
     if position.form == "slabs":
         product = {"x": grad_out, "out": grad_v, "gate": gate, **_strides(x=grad_out), "TRANSPOSED": True}
-        calls.append(_plan_separable(positional_kernels.separable_product, q, position, grid_size, product))
-    if position.form != "tiles":
+        calls.append(_plan_separable(positional_kernels.separable_product, call, position, product))
+    if position.form != "dense":
         gradient = {
-            **{"grad_out": grad_out, "v": v, "gate": gate},
-            **{"sums": sums, "slots": slots, "first_slot": query_slots},
-            "QUERY_COLUMNS": positional_launch(grid_size[1], q.element_size()).query_columns,
+            "grad_out": grad_out,
+            "v": v,
+            "gate": gate,
+            "sums": sums,
+            "slots": slots,
+            "first_slot": query_slots,
+            "QUERY_COLUMNS": positional_launch(call.columns, q.element_size()).query_columns,
             **moments,
             **_strides(g=grad_out, v=v),
         }
-        calls.append(_plan_separable(positional_kernels.separable_gradient, q, position, grid_size, gradient))
+        calls.append(_plan_separable(positional_kernels.separable_gradient, call, position, gradient))
 
     shared = {
-        **{"grad_out": grad_out, "q": q, "k": k, "v": v, "logsumexp": logsumexp, "delta": delta, "gate": gate},
+        "grad_out": grad_out,
+        "q": q,
+        "k": k,
+        "v": v,
+        "gate": gate,
+        "logsumexp": saved.logsumexp,
+        "delta": torch.empty_like(saved.logsumexp),
         **_strides(g=grad_out, q=q, k=k, v=v),
-        **_common(q, grid_size),
     }
-    query = shared | {"content": content, "grad_q": grad_q, "sums": sums, "slots": slots} | moments
-    calls.append(_plan_attention("backward_query", "query", q, position, seed, scale, dropout_p, capability, query))
+    query = shared | {"content": saved.content, "grad_q": grad_q, "sums": sums, "slots": slots} | moments
+    calls.append(_plan_attention("backward_query", call, position, capability, query))
     key = shared | {"grad_k": grad_k, "grad_v": grad_v}
-    calls.append(_plan_attention("backward_key", "key", q, position, seed, scale, dropout_p, capability, key))
+    calls.append(_plan_attention("backward_key", call, position, capability, key))
     return BackwardPlan(calls, grad_q, grad_k, grad_v, sums)
 
 
@@ -275,40 +253,14 @@ def _run(calls: list[KernelCall], q: Tensor) -> None:
                 call.kernel[(call.programs,)](**call.arguments, **call.options)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-    save: bool,
-) -> Forward:
-    plan = plan_forward(q, k, v, pos_weight, gate, seed, grid_size, scale, dropout_p, save, _capability(q))
-    _run(plan.calls, q)
+def forward(call: Call, save: bool) -> Forward:
+    plan = plan_forward(call, save, _capability(call.q))
+    _run(plan.calls, call.q)
     return plan.result
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    seed: Tensor | None,
-    content: Tensor,
-    logsumexp: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    dropout_p: float,
-) -> Gradients:
-    plan = plan_backward(
-        grad_out, q, k, v, pos_weight, gate, seed, content, logsumexp, grid_size, scale, dropout_p, _capability(q)
-    )
-    _run(plan.calls, q)
-    sums = plan.sums.view(q.size(0), q.size(1), plan.sums.size(1), 4)
-    return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(sums, pos_weight, gate))
+def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
+    plan = plan_backward(grad_out, call, saved, _capability(call.q))
+    _run(plan.calls, call.q)
+    sums = plan.sums.view(*call.q.shape[:2], *plan.sums.shape[1:])
+    return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(sums, call.pos_weight, call.gate))

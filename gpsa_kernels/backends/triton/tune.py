@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from gpsa_kernels.backends.base import Call, Saved
 from gpsa_kernels.backends.triton import launches
 from gpsa_kernels.backends.triton.configs import launch_class
 from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_forward
@@ -55,11 +56,10 @@ def step(problem: Problem, capability: int, device: str) -> list[KernelCall]:
     q, k, v, grad_out = (tensor(problem.batch, tokens, heads, problem.head_dim).transpose(1, 2) for _ in range(4))
     pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
     seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout_p else None
-    inputs = (q, k, v, pos_weight, gate, seed)
-    settings = (problem.grid_size, problem.head_dim**-0.5, problem.dropout_p)
-    forward = plan_forward(*inputs, *settings, True, capability)
-    _, content, logsumexp = forward.result
-    backward = plan_backward(grad_out, *inputs, content, logsumexp, *settings, capability)
+    call = Call(q, k, v, pos_weight, gate, seed, *problem.grid_size, problem.head_dim**-0.5, problem.dropout_p)
+    forward = plan_forward(call, True, capability)
+    _, *saved = forward.result
+    backward = plan_backward(grad_out, call, Saved(*saved), capability)
     return [*forward.calls, *backward.calls]
 
 
@@ -104,7 +104,7 @@ def attention_problems(capability: int) -> dict[tuple[str, str, int], Problem]:
     """The rows of the attention table that a GPU of this compute capability uses."""
     problems = {}
     for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
-        name = launch_class(dtype.itemsize, "tiles" if dropout_p else "rows", capability)
+        name = launch_class(dtype.itemsize, "dense" if dropout_p else "rows", capability)
         for kernel, (limit, head_dim) in itertools.product(
             ("forward", "backward_query", "backward_key"), ((32, 32), (64, 48), (128, 128))
         ):

@@ -17,10 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, softmax statistics and sums: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from gpsa_kernels.tensors import accumulation_dtype
 
 
 def _axis_offsets(size: int, like: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpsa_kernels.backends.eager import relative_offsets
-from gpsa_kernels.positional import axis_factors, axis_factors_backward, separable_product
+from gpsa_kernels.formula import relative_offsets
+from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
 
 grids = st.tuples(st.integers(1, 7), st.integers(1, 7))
 weights = st.floats(-20, 20, width=32)

@@ -1,0 +1,158 @@
+"""The operator contract of the kernels: ``torch.ops.gpsa.attention_forward`` and ``attention_backward``.
+
+The schemas, fake tensors, autograd and autocast rules are here, once, for every backend that brings kernels; the
+backend is an argument of the operator, so a new one registers nothing. Both operators are pure functions of their
+arguments: the dropout seed is an input, drawn outside, so nothing hides from torch.compile, activation checkpointing
+or CUDA-graph capture.
+
+The schemas are flat: the fields of a :class:`Call` in their order, what else a pass takes, and the backend's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpsa_kernels.backends import BACKENDS, Call
+from gpsa_kernels.backends.base import Forward, Gradients, Saved
+from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
+from gpsa_kernels.tensors import accumulation_dtype, autocast_inputs, empty_output
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
+    "SymInt rows, SymInt columns, float scale, float dropout_p"
+)
+_FIELDS = len(Call._fields)
+_DIFFERENTIABLE = 5  # of them: q, k, v, pos_weight, gate
+
+_library = torch.library.Library("gpsa", "DEF")
+_library.define(
+    f"attention_forward({_CALL}, str backend, bool save=False) -> (Tensor out, Tensor content, Tensor logsumexp)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"attention_backward(Tensor grad_out, {_CALL}, Tensor content, Tensor logsumexp, str backend) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_pos_weight, Tensor grad_gate)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(call: Call, backend: str) -> None:
+    """Raises where a kernel would drop nothing in silence."""
+    if (call.seed is not None) != call.has_dropout:
+        given = "None" if call.seed is None else "a tensor"
+        raise ValueError(f"seed must be a tensor if and only if dropout_p > 0, got {given} for {call.dropout_p}")
+    if call.has_dropout and (reason := BACKENDS[backend].unsupported(call)) is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def _forward(*arguments: Any) -> Forward:
+    call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]  # torch leaves out a last False
+    _check(call, backend)
+    kernel = BACKENDS[backend].forward
+    assert kernel is not None, f"backend {backend!r} has no kernels"
+    return kernel(call, save == [True])
+
+
+def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+    call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    kernel = BACKENDS[backend].backward
+    assert kernel is not None, f"backend {backend!r} has no kernels"
+    return kernel(grad_out, call, Saved(*saved))
+
+
+# ---- fake tensors --------------------------------------------------------------------------------------------------
+
+
+def _forward_fake(*arguments: Any) -> Forward:
+    call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    q, saves = call.q, save == [True]
+    content = empty_output(q) if saves and BACKENDS[backend].saves_content(call) else q.new_empty(0)
+    logsumexp = q.new_empty(q.shape[:3] if saves else (0,), dtype=accumulation_dtype(q.dtype))
+    return Forward(empty_output(q), content, logsumexp)
+
+
+def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
+    call, *_, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    q, pos_weight, gate = call.q, call.pos_weight, call.gate
+    grads = empty_output(q), empty_output(q), empty_output(q)
+    return Gradients(*grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape))
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, content, logsumexp = torch.ops.gpsa.attention_forward(*arguments, True)
+        ctx.settings = arguments[_DIFFERENTIABLE + 1 :]
+        ctx.save_for_backward(*arguments[: _DIFFERENTIABLE + 1], content, logsumexp)
+        ctx.mark_non_differentiable(content, logsumexp)
+        ctx.set_materialize_grads(False)
+        return out, content, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        constant = (None,) * (1 + len(ctx.settings))
+        if grad_out is None:
+            return (None,) * _DIFFERENTIABLE + constant
+        *tensors, content, logsumexp = ctx.saved_tensors
+        *settings, backend = ctx.settings
+        grads = torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return tuple(grad if need else None for grad, need in needed) + constant
+
+
+def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = arguments[:_DIFFERENTIABLE]
+    if transformed():
+        check_transforms(*inputs)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _Attention.apply(*arguments[: _FIELDS + 1])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gpsa.attention_forward(*arguments)
+
+
+def _backward_autograd(*arguments: Any) -> tuple[Tensor | None, ...]:
+    inputs = arguments[: 1 + _DIFFERENTIABLE]
+    if transformed():
+        check_transforms(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.gpsa.attention_backward(*arguments)
+    return first_order_gradients(inputs, grads)
+
+
+# ---- autocast ------------------------------------------------------------------------------------------------------
+
+
+_AUTOCAST_KEYS = {
+    "AutocastCPU": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
+    "AutocastCUDA": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
+}
+
+
+def _forward_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = autocast_inputs(q, k, v)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS["AutocastCPU"] | _AUTOCAST_KEYS["AutocastCUDA"]):
+        return torch.ops.gpsa.attention_forward(q, k, v, *rest)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention_forward", _forward, _key)
+    _library.impl("attention_backward", _backward, _key)
+for _key in _AUTOCAST_KEYS:
+    _library.impl("attention_forward", _forward_autocast, _key)
+_library.impl("attention_forward", _forward_autograd, "Autograd")
+_library.impl("attention_backward", _backward_autograd, "Autograd")
+torch.library.register_fake("gpsa::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake("gpsa::attention_backward", _backward_fake, lib=_library)

@@ -1,0 +1,65 @@
+"""The dtypes and memory layouts that all backends agree on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores, softmax statistics and sums: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """An uninitialised (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view."""
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+
+
+def as_output(t: Tensor) -> Tensor:
+    """``t`` in the memory layout of :func:`empty_output`: a copy only where it has another."""
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``pos_weight`` and ``gate`` from what each program of a backward kernel has summed.
+
+    Args:
+        sums: (B, H, slots, 4), float32 or float64: of g <dO, (dR/dw) V> for the three weights, and of
+            g (1 - g) <dO, O_pos - O_content>.
+        pos_weight: (H, 3).
+        gate: (H,) logits.
+    """
+    return sums[..., :3].sum((0, 2)).to(pos_weight.dtype), sums[..., 3].sum((0, 2)).to(gate.dtype)
+
+
+def _knows_autocast(device: str) -> bool:
+    return is_autocast_available(device)
+
+
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined] # the compiler cannot trace the question
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on a type of device; None where it is off or, as on meta, not known."""
+    if _knows_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Switches autocast off for what is inside."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+
+
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the autocast dtype of their device, by SDPA's rule: float64 stays as it is."""
+    dtype = autocast_dtype(q.device.type)
+    if dtype is None:
+        return q, k, v
+    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    return q, k, v
