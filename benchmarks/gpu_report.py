@@ -312,12 +312,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--evidence", type=Path, help="folder for a copy of the four files, brought up to date")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit; the steps' limits go with it")
+    parser.add_argument("--minutes", type=float, help="time limit, which the steps' limits go with; 9, of a dry run 60")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: every step but the GPU's")
     parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
     options = parser.parse_args(arguments)
-    end = time.monotonic() + 60 * options.minutes
     dry = options.dry_run
+    minutes = (60 if dry else MINUTES) if options.minutes is None else options.minutes
+    end = time.monotonic() + 60 * minutes
 
     def plan(capability: str, unfit: Sequence[str]) -> list[Step]:
         return [step for step in steps(dry, report.results, capability, unfit) if step.name not in options.skip]
@@ -354,8 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
             report.set(step, LEFT)
         else:
             to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one)]
-            spare = left - sum(to_come) * options.minutes / MINUTES
-            limit = step.seconds * options.minutes / MINUTES + max(0.0, spare)
+            spare = left - sum(to_come) * minutes / MINUTES
+            limit = step.seconds * minutes / MINUTES + max(0.0, spare)
             report.set(step, UNDER_WAY)
             start = time.monotonic()
             status, word, printed = perform(step, min(left, limit), report)
