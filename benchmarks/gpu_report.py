@@ -103,11 +103,12 @@ def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> li
         options += ["--without", *unfit] if unfit else []
         return Step(name, (PYTHON, "-m", "benchmarks", *options), seconds)
 
-    def tested(name: str, seconds: float, *files: str) -> Step:
+    def tested(name: str, seconds: float, *files: str, marked: str = "") -> Step:
         options = ["-q", "--tb=short", "-p", "benchmarks.failures"]
         # as their tests' parameter, which one of these characters follows: the folder tests/cuda is something else
         options += ["-k", " and ".join(f"not {name}- and not {name}]" for name in unfit)] if unfit else []
         options += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+        options += ["-m", marked] if marked else []
         options += ["--collect-only"] if dry else []
         interpreted = {"TRITON_INTERPRET": "1"} if dry else {}  # or there would be no test to collect
         return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, files, environment=interpreted)
@@ -126,7 +127,7 @@ def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> li
     return [
         Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
         Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
-        tested("smoke", 60, "tests/cuda/test_primitives.py", "tests/kernels/test_kernel_operator.py"),
+        tested("smoke", 60, "tests/kernels", marked="smoke"),
         measured("headline", 45, "operator", workloads=first),
         measured("models", 60, workloads=r"(tiny|small) (32|224)px B=\d+ \w+$"),
         sanitized("memcheck", 40),
