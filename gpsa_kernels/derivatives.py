@@ -24,8 +24,7 @@ def _differentiated_by_transform() -> bool:
     return forward_ad._current_level >= 0 or any(level.key() in (kinds.Grad, kinds.Jvp) for level in stack)
 
 
-# The compiler enters a transform while it traces what is inside: both are then true of the code that it writes.
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# The compiler cannot trace the question, and it enters a transform itself while it traces what is inside.
 _differentiated_by_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -84,7 +83,7 @@ def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     A no-op where nothing records a graph, inside vmap, and under torch.compile, which refuses second derivatives by
     itself.
     """
-    if _differentiated_by_transform():
+    if transformed() and _differentiated_by_transform():
         raise _refusal("it is differentiated by torch.func or in forward mode")
     if torch.compiler.is_compiling() or transformed():
         return tensors

@@ -269,6 +269,15 @@ def test_compiled_forward_mode(dtype):
     torch.testing.assert_close(results[0], expected.to(dtype))
 
 
+def test_a_compiled_call_notices_forward_mode():
+    torch._dynamo.reset()
+    function, tensors = _attention("auto")
+    tensors = [t.detach() for t in tensors]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), function(*tensors))
+    torch.testing.assert_close(_dual_numbers(compiled, tensors), _dual_numbers(function, tensors))
+
+
 @pytest.mark.usefixtures("_sdpa")
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 @calls
