@@ -1,22 +1,28 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint extension bench gpu-report clean
+.PHONY: demo test proof lint extension bench gpu-report clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m gpsa_kernels demo
 
-# the interpreted kernels beside everything else: neither keeps two cores busy; what they print comes last
-INTERPRETED := $(VENV)/interpreted.log
-test: lint
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels > $(INTERPRETED) 2>&1 & \
-	interpreted=$$!; \
-	$(BIN)/python -m pytest; status=$$?; \
-	wait $$interpreted || status=1; \
-	cat $(INTERPRETED); \
-	exit $$status
+# what a person runs between two edits, and everything; tests/conftest.py says what the difference is
+test proof: lint
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(SUITES:%=$@-%)
+
+# two at a time, each on one core; Triton's kernels are interpreted in a process of their own
+SUITES := cuda triton rest
+export OMP_NUM_THREADS ?= 1
+test-%: TIER := -m "not proof"
+test-cuda proof-cuda:
+	$(PYTEST) $(TIER) tests/cuda tests/kernels
+test-triton proof-triton:
+	TRITON_INTERPRET=1 $(PYTEST) $(TIER) tests/kernels
+test-rest proof-rest:
+	$(PYTEST) $(TIER) --ignore tests/cuda --ignore tests/kernels
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

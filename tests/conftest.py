@@ -1,8 +1,19 @@
+"""What all tests share: poisoned memory, seeds, and the two tiers."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 import torch._functorch.config
+from tiers import pytest_collection_modifyitems, pytest_deselected, pytest_terminal_summary  # noqa: F401
 
 torch._functorch.config.enable_autograd_cache = False  # it keeps an operator's backward pass when our code changes
+
+
+@pytest.fixture(scope="session")
+def architectures(pytestconfig: pytest.Config) -> tuple[int, ...]:
+    """What kernels are compiled for: every day one architecture."""
+    return (90,) if "not proof" in pytestconfig.option.markexpr else (80, 90, 100, 120)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The library as users get it: built by pip into a wheel, installed into an empty folder.
 
-Compiled for the default architectures, without a GPU. The objects are kept in ``build/``: only what changed is compiled
-again.
+Compiled without a GPU, for the default architectures or, every day, for one. The objects are kept in ``build/``: only
+what changed is compiled again.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory, architectures) -> Path:
     if shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])) is None:
         pytest.skip("nvcc is not installed")
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
-    subprocess.run([*command, str(ROOT)], check=True, env=environment | {"GPSA_BUILD_CUDA": "1"})
+    wanted = "9.0" if architectures == (90,) else ""  # empty: the default
+    environment = os.environ | {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": wanted}
+    subprocess.run([*command, str(ROOT)], check=True, env=environment)
     (path,) = folder.glob("*.whl")
     return path
 
