@@ -20,9 +20,8 @@ if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
 
 from gpsa_kernels.backends.triton import attention_backward as backward_kernels
-from gpsa_kernels.backends.triton import tune
-from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch
-from tools import machine_code
+from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch
+from tools import machine_code, tune
 from tools.ahead_of_time import SHARED_MEMORY_LIMIT, measure_all, variants
 from tools.machine_code import ARCHITECTURES
 
@@ -152,7 +151,7 @@ class Pool:
 @pytest.fixture
 def tuner(monkeypatch, tmp_path):
     """The tuner on a pretended H100 with a table of its own; a launch takes as long as its query tile is small."""
-    table = tmp_path / "launches.py"
+    table = tmp_path / "table.py"
     table.write_text(tune.TABLE.read_text())
     for name in ("ATTENTION", "POSITIONAL"):
         monkeypatch.setattr(tune, name, dict(getattr(tune, name)))

@@ -22,7 +22,7 @@ import triton
 from triton.backends.nvidia.compiler import CUDAOptions
 
 from gpsa_kernels.backends.triton import launch
-from gpsa_kernels.backends.triton.launches import ATTENTION
+from gpsa_kernels.backends.triton.table import ATTENTION
 
 OPTIONS = {field.name for field in dataclasses.fields(CUDAOptions)}
 

@@ -56,23 +56,35 @@ CASES = {
 }
 
 
-def _calls(variant: Variant) -> list[KernelCall]:
-    """Every launch of a training step with this variant's shape, on tensors without memory."""
-    grid_size, dropout_p = CASES[variant.case]
-    batch, heads, tokens = 2, 3, grid_size[0] * grid_size[1]
-    dtype = getattr(torch, variant.dtype)
+def training_step(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    grid_size: tuple[int, int],
+    dtype: torch.dtype,
+    dropout_p: float,
+    capability: int,
+    device: str = "meta",
+) -> list[KernelCall]:
+    """Every launch of a forward and a backward pass on random numbers, or on tensors without memory."""
+    tokens = grid_size[0] * grid_size[1]
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device).normal_()
 
-    q, k, v = (tensor(batch, tokens, heads, variant.head_dim).transpose(1, 2) for _ in range(3))
+    q, k, v, grad_out = (tensor(batch, tokens, heads, head_dim).transpose(1, 2) for _ in range(4))
     pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
-    seed = tensor(1, dtype=torch.int64) if dropout_p else None
-    call = Call(q, k, v, pos_weight, gate, seed, *grid_size, 1.0, dropout_p)
-    forward = plan_forward(call, True, variant.capability)
-    out, *saved = forward.result
-    backward = plan_backward(out, call, Saved(*saved), variant.capability)
-    return [*forward.calls, *backward.calls]
+    seed = torch.ones(1, dtype=torch.int64, device=device) if dropout_p else None
+    call = Call(q, k, v, pos_weight, gate, seed, *grid_size, head_dim**-0.5, dropout_p)
+    forward = plan_forward(call, True, capability)
+    _, *saved = forward.result
+    return [*forward.calls, *plan_backward(grad_out, call, Saved(*saved), capability).calls]
+
+
+def _calls(variant: Variant) -> list[KernelCall]:
+    grid_size, dropout_p = CASES[variant.case]
+    dtype = getattr(torch, variant.dtype)
+    return training_step(2, 3, variant.head_dim, grid_size, dtype, dropout_p, variant.capability)
 
 
 def _name(call: KernelCall) -> str:

@@ -37,7 +37,8 @@ class Code(NamedTuple):
     exponentials: int
     wide: int  # accesses of global memory, 16 bytes a thread
     scalar: int  # of 4 or 8 bytes a thread: parameters, statistics
-    other: int  # any other access, asynchronous copies of 4 bytes among them
+    narrow: int  # asynchronous copies of less than 16 bytes a thread: as slow as wide ones
+    other: int  # any other access
     atomics: int
     instructions: int
 
@@ -50,8 +51,9 @@ _KINDS = {
     "exponentials": r"MUFU\.EX2",
     "wide": r"(LDG|STG|LDGSTS)\b.*\.128",
     "scalar": r"(LDG|STG)\.E(\.64)?(\.CONSTANT)?$",
+    "narrow": r"LDGSTS\b",
     "other": r"(LDG|STG|LDGSTS|LD|ST)\b",
-    "atomics": r"RED|ATOM",
+    "atomics": r"RED(?!UX)|ATOM",
 }
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
 _LEGEND = "# kernel | " + " | ".join(f"sm_{code}" for code in ARCHITECTURES) + f": {', '.join(Code._fields)}"

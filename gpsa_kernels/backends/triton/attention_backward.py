@@ -31,19 +31,19 @@ from gpsa_kernels.backends.triton.tiles import (
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns", "slots"])
 def attention_backward_query(
-    grad_out,
+    grad_out,  # (B, H, N, D), like q, k and v by strides of its own
     q,
     k,
     v,
-    content,
-    logsumexp,
-    gate,
-    ax,
-    ay,
-    moments_x,  # (H, 2, C) means of dx and dx^2 under Ax, and the same for y
-    moments_y,
-    seed,
-    grad_q,
+    content,  # (B, N, H, D)
+    logsumexp,  # (B, H, N)
+    gate,  # (H,)
+    ax,  # (H, C, C)
+    ay,  # (H, R, R)
+    moments_x,  # (H, 2, C), means of dx and dx^2 under Ax
+    moments_y,  # (H, 2, R), the same for y
+    seed,  # (1,), None without dropout
+    grad_q,  # (B, N, H, D), written
     delta,  # (B, H, N), written
     sums,  # (B * H, slots, 4), one slot written by each program
     g_batch,
@@ -75,9 +75,10 @@ def attention_backward_query(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
+    """dQ and delta of a tile of query rows of one pair, and their slot of the parameters' sums."""
     tiles = tl.cdiv(tokens, QUERY_TILE)
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = image // heads, image % heads
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = pair // heads, pair % heads
     tile = tl.program_id(0) % tiles
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     first_keys = tl.arange(0, KEY_TILE)
@@ -88,11 +89,11 @@ def attention_backward_query(
 
     q_tile = load_rows(q, query, q_token, tokens, HEAD_DIM, FIRST, REST)
     g_tile = load_rows(grad_out, query, g_token, tokens, HEAD_DIM, FIRST, REST)
-    content = output_base(content, image, heads, tokens, HEAD_DIM)
+    content = output_base(content, pair, heads, tokens, HEAD_DIM)
     content_tile = load_rows(content, query, heads * HEAD_DIM, tokens, HEAD_DIM, FIRST, REST)
     row_delta = row_products(g_tile, content_tile, SUM)
-    tl.store(delta + image * tokens + query, row_delta, mask=query < tokens)
-    row_logsumexp = tl.load(logsumexp + image * tokens + query, mask=query < tokens, other=0.0) * LOG2_E
+    tl.store(delta + pair * tokens + query, row_delta, mask=query < tokens)
+    row_logsumexp = tl.load(logsumexp + pair * tokens + query, mask=query < tokens, other=0.0) * LOG2_E
 
     if POSITION == "dense":
         rows = tokens // columns
@@ -120,7 +121,7 @@ def attention_backward_query(
         weights = tl.exp2(scores - row_logsumexp[:, None])
         grad_weights = products(g_tile, v_tile, PRECISION, SUM)
         if seed is not None:
-            grad_weights *= dropout_factors(seed, image, query[:, None], key[None, :], dropout_p, keep_scale, SUM)
+            grad_weights *= dropout_factors(seed, pair, query[:, None], key[None, :], dropout_p, keep_scale, SUM)
         grad_scores = weights * (grad_weights - row_delta[:, None])
         grad_q_sum = add_weighted(grad_q_sum, grad_scores, k_tile, PRECISION, SUM)
 
@@ -136,10 +137,10 @@ def attention_backward_query(
 
     # the content's share of the gate and the scale act on the sums: small shares do not underflow in 16 bits
     position_share, content_share = gate_shares(gate + head, SUM)
-    grad_q = output_base(grad_q, image, heads, tokens, HEAD_DIM)
+    grad_q = output_base(grad_q, pair, heads, tokens, HEAD_DIM)
     store_rows(grad_q, query, heads * HEAD_DIM, tokens, scale_rows(grad_q_sum, scale * content_share), HEAD_DIM)
 
-    slot = sums + (image * slots + tile) * 4
+    slot = sums + (pair * slots + tile) * 4
     tl.store(slot, position_share * tl.sum(sum_dx, axis=0))
     tl.store(slot + 1, position_share * tl.sum(sum_dy, axis=0))
     tl.store(slot + 2, position_share * tl.sum(sum_square, axis=0))
@@ -148,17 +149,17 @@ def attention_backward_query(
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
 def attention_backward_key(
-    grad_out,
+    grad_out,  # (B, H, N, D), like q, k and v by strides of its own
     q,
     k,
     v,
-    logsumexp,
+    logsumexp,  # (B, H, N), like delta
     delta,
-    gate,
-    ax,
-    ay,
-    seed,
-    grad_k,
+    gate,  # (H,)
+    ax,  # (H, C, C)
+    ay,  # (H, R, R)
+    seed,  # (1,), None without dropout
+    grad_k,  # (B, N, H, D), written, like grad_v
     grad_v,
     g_batch,
     g_head,
@@ -188,9 +189,10 @@ def attention_backward_key(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
+    """dK and dV of a tile of keys of one pair."""
     tiles = tl.cdiv(tokens, KEY_TILE)
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = image // heads, image % heads
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = pair // heads, pair % heads
     key = (tl.program_id(0) % tiles) * KEY_TILE + tl.arange(0, KEY_TILE)
     first_queries = tl.arange(0, QUERY_TILE)
     rows = tokens // columns
@@ -211,8 +213,8 @@ def attention_backward_key(
         q_tile = load_rows(q, query, q_token, tokens, HEAD_DIM, FIRST, REST)
         g_tile = load_rows(grad_out, query, g_token, tokens, HEAD_DIM, FIRST, REST)
         # queries that do not exist get weight exp(-inf) = 0
-        row_logsumexp = tl.load(logsumexp + image * tokens + query, mask=query < tokens, other=float("inf")) * LOG2_E
-        row_delta = tl.load(delta + image * tokens + query, mask=query < tokens, other=0.0)
+        row_logsumexp = tl.load(logsumexp + pair * tokens + query, mask=query < tokens, other=float("inf")) * LOG2_E
+        row_delta = tl.load(delta + pair * tokens + query, mask=query < tokens, other=0.0)
 
         # transposed tiles, (keys, queries), so that both sums are plain products
         scores = products(k_tile, q_tile, PRECISION, SUM) * (scale * LOG2_E)
@@ -223,15 +225,15 @@ def attention_backward_key(
             position = position_tile(ax, ay, query[None, :], key[:, None], tokens, columns)
             mixed = weights * content_share + position * position_share
             if seed is not None:
-                factors = dropout_factors(seed, image, query[None, :], key[:, None], dropout_p, keep_scale, SUM)
+                factors = dropout_factors(seed, pair, query[None, :], key[:, None], dropout_p, keep_scale, SUM)
                 mixed *= factors
                 grad_weights *= factors
         grad_v_sum = add_weighted(grad_v_sum, mixed, g_tile, PRECISION, SUM)
         grad_scores = weights * (grad_weights - row_delta[None, :])
         grad_k_sum = add_weighted(grad_k_sum, grad_scores, q_tile, PRECISION, SUM)
 
-    grad_k = output_base(grad_k, image, heads, tokens, HEAD_DIM)
-    grad_v = output_base(grad_v, image, heads, tokens, HEAD_DIM)
+    grad_k = output_base(grad_k, pair, heads, tokens, HEAD_DIM)
+    grad_v = output_base(grad_v, pair, heads, tokens, HEAD_DIM)
     store_rows(grad_k, key, heads * HEAD_DIM, tokens, scale_rows(grad_k_sum, scale * content_share), HEAD_DIM)
     if POSITION != "dense":
         if POSITION == "rows":

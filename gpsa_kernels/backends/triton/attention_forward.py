@@ -26,16 +26,16 @@ from gpsa_kernels.backends.triton.tiles import (
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
 def attention_forward(
-    q,
+    q,  # (B, H, N, D), like k and v by strides of its own
     k,
     v,
-    gate,
+    gate,  # (H,)
     ax,  # (H, C, C)
     ay,  # (H, R, R)
-    seed,  # None without dropout
-    out,
-    content,  # None where there is no backward pass
-    logsumexp,  # likewise
+    seed,  # (1,), None without dropout
+    out,  # (B, N, H, D), written
+    content,  # (B, N, H, D), written; None where there is no backward pass
+    logsumexp,  # (B, H, N), written; None likewise
     q_batch,
     q_head,
     q_token,
@@ -56,14 +56,15 @@ def attention_forward(
     REST: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
-    POSITION: tl.constexpr,  # "rows", "slabs" or "dense", see configs.position_form
+    POSITION: tl.constexpr,  # "rows", "slabs" or "dense", see rules.position_form
     COLUMN_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
+    """out = (1 - g) softmax(scale Q K^T) V + g R V for a tile of query rows of one pair."""
     tiles = tl.cdiv(tokens, QUERY_TILE)
-    image = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = image // heads, image % heads
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = pair // heads, pair % heads
     query = (tl.program_id(0) % tiles) * QUERY_TILE + tl.arange(0, QUERY_TILE)
     first_keys = tl.arange(0, KEY_TILE)
     rows = tokens // columns
@@ -74,7 +75,7 @@ def attention_forward(
     v += batch * v_batch + head * v_head
 
     q_tile = load_rows(q, query, q_token, tokens, HEAD_DIM, FIRST, REST)
-    row_max = tl.full((QUERY_TILE,), float("-inf"), SUM)
+    row_max = tl.full((QUERY_TILE,), float("-inf"), SUM)  # of the scores so far, in units of log 2
     row_sum = tl.zeros((QUERY_TILE,), SUM)
     content_sum = zero_rows(QUERY_TILE, FIRST, REST, SUM)
     position_sum = zero_rows(QUERY_TILE, FIRST, REST, SUM)
@@ -83,7 +84,7 @@ def attention_forward(
         k_tile = load_rows(k, key, k_token, tokens, HEAD_DIM, FIRST, REST)
         v_tile = load_rows(v, key, v_token, tokens, HEAD_DIM, FIRST, REST)
 
-        # scores in units of log 2, so that the exponential is one instruction
+        # (queries, keys), in units of log 2, so that the exponential is one instruction
         scores = products(q_tile, k_tile, PRECISION, SUM) * (scale * LOG2_E)
         scores = tl.where(key[None, :] < tokens, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -94,14 +95,14 @@ def attention_forward(
         if POSITION == "dense":
             position = position_tile(ax, ay, query[:, None], key[None, :], tokens, columns)
             if seed is not None:
-                factors = dropout_factors(seed, image, query[:, None], key[None, :], dropout_p, keep_scale, SUM)
+                factors = dropout_factors(seed, pair, query[:, None], key[None, :], dropout_p, keep_scale, SUM)
                 weights *= factors
                 position *= factors
             position_sum = add_weighted(position_sum, position, v_tile, PRECISION, SUM)
         content_sum = add_weighted(scale_rows(content_sum, rescale[:, None]), weights, v_tile, PRECISION, SUM)
 
     content_sum = scale_rows(content_sum, (1.0 / row_sum)[:, None])
-    out = output_base(out, image, heads, tokens, HEAD_DIM)
+    out = output_base(out, pair, heads, tokens, HEAD_DIM)
     if POSITION == "rows":
         position_sum = position_product(
             *(v, v_token, ax, ay, query, tokens, columns, False, HEAD_DIM, FIRST, REST, QUERY_TILE, COLUMN_TILE),
@@ -113,6 +114,6 @@ def attention_forward(
     mixed = add_rows(scale_rows(content_sum, content_share), scale_rows(position_sum, position_share))
     store_rows(out, query, heads * HEAD_DIM, tokens, mixed, HEAD_DIM)
     if content is not None:
-        content = output_base(content, image, heads, tokens, HEAD_DIM)
+        content = output_base(content, pair, heads, tokens, HEAD_DIM)
         store_rows(content, query, heads * HEAD_DIM, tokens, content_sum, HEAD_DIM)
-        tl.store(logsumexp + image * tokens + query, row_max * LN_2 + tl.log(row_sum), mask=query < tokens)
+        tl.store(logsumexp + pair * tokens + query, row_max * LN_2 + tl.log(row_sum), mask=query < tokens)

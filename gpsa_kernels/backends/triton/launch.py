@@ -18,7 +18,7 @@ from gpsa_kernels.backends.base import Call, Forward, Gradients, Saved
 from gpsa_kernels.backends.triton import attention_backward as backward_kernels
 from gpsa_kernels.backends.triton import attention_forward as forward_kernels
 from gpsa_kernels.backends.triton import positional as positional_kernels
-from gpsa_kernels.backends.triton.configs import (
+from gpsa_kernels.backends.triton.rules import (
     attention_launch,
     head_parts,
     padded,
@@ -59,7 +59,7 @@ class _Position(NamedTuple):
     ay: Tensor
     moments_x: Tensor
     moments_y: Tensor
-    form: str  # of configs.position_form
+    form: str  # of rules.position_form
 
 
 def _plan_tables(call: Call) -> tuple[KernelCall, _Position]:

@@ -35,16 +35,17 @@ def _axis_table(
 @triton.jit(do_not_specialize=["rows", "columns"])
 def axis_tables(
     pos_weight,  # (H, 3)
-    ax,  # (H, C, C), (H, R, R), written
-    ay,
-    moments_x,  # (H, 2, C), (H, 2, R), written: means of the offset and of its square
-    moments_y,
+    ax,  # (H, C, C), written
+    ay,  # (H, R, R), written
+    moments_x,  # (H, 2, C), written: means of the offset and of its square
+    moments_y,  # (H, 2, R), written
     rows,
     columns,
     TILE: tl.constexpr,
     LENGTH: tl.constexpr,
     SUM: tl.constexpr,
 ):
+    """A tile of rows of one head's Ax or Ay, and its moments."""
     x_tiles, y_tiles = tl.cdiv(columns, TILE), tl.cdiv(rows, TILE)
     head = (tl.program_id(0) // (x_tiles + y_tiles)).to(tl.int64)
     tile = tl.program_id(0) % (x_tiles + y_tiles)
@@ -65,7 +66,7 @@ def _load_table(table, i, j, size):
 
 @triton.jit
 def _slab_offsets(row, column, channel, token_stride, columns):
-    """Offsets of (grid row, grid column, channel) from an image's first element, in 64 bits."""
+    """Offsets of (grid row, grid column, channel) from an pair's first element, in 64 bits."""
     return (row * columns + column).to(tl.int64) * token_stride + channel
 
 
@@ -133,11 +134,11 @@ def _along_rows(
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
 def separable_product(
-    x,
-    ax,
-    ay,
-    gate,  # of the transpose alone
-    out,
+    x,  # (B, H, N, D), by strides
+    ax,  # (H, C, C)
+    ay,  # (H, R, R)
+    gate,  # (H,), of the transpose alone
+    out,  # (B, N, H, D), written
     x_batch,
     x_head,
     x_token,
@@ -158,8 +159,8 @@ def separable_product(
     row_tiles = tl.cdiv(rows, ROW_TILE)
     program = tl.program_id(0) % (slabs * row_tiles)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    image = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
-    batch, head = image // heads, image % heads
+    pair = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
+    batch, head = pair // heads, pair % heads
     ax += head * columns * columns
     ay += head * rows * rows
     x += batch * x_batch + head * x_head
@@ -183,7 +184,7 @@ def separable_product(
     outer = tl.arange(0, ROW_TILE * CHANNELS)[None, :]
     row, channel = first_row + outer // CHANNELS, slab * CHANNELS + outer % CHANNELS
     tl.store(
-        output_base(out, image, heads, tokens, HEAD_DIM)
+        output_base(out, pair, heads, tokens, HEAD_DIM)
         + _slab_offsets(row, to_column, channel, heads * HEAD_DIM, columns),
         mixed.to(out.dtype.element_ty),
         mask=(to_column < columns) & (row < rows) & (channel < HEAD_DIM),
@@ -192,13 +193,13 @@ def separable_product(
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns", "slots", "first_slot"])
 def separable_gradient(
-    grad_out,
+    grad_out,  # (B, H, N, D), like v by strides
     v,
-    ax,
-    ay,
-    moments_x,
-    moments_y,
-    gate,
+    ax,  # (H, C, C)
+    ay,  # (H, R, R)
+    moments_x,  # (H, 2, C)
+    moments_y,  # (H, 2, R)
+    gate,  # (H,)
     sums,  # (B * H, slots, 4), one slot from first_slot on written by each program
     g_batch,
     g_head,
@@ -229,8 +230,8 @@ def separable_gradient(
     row_tiles = tl.cdiv(rows, ROW_TILE)
     program = tl.program_id(0) % (slabs * row_tiles)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    image = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
-    batch, head = image // heads, image % heads
+    pair = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
+    batch, head = pair // heads, pair % heads
     ax += head * columns * columns
     ay += head * rows * rows
     moments_x += head * 2 * columns
@@ -279,7 +280,7 @@ def separable_gradient(
         products = g_tile * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
         sum_square += position_share * tl.sum(products)
 
-    slot = sums + (image * slots + first_slot + program) * 4
+    slot = sums + (pair * slots + first_slot + program) * 4
     tl.store(slot, position_share * sum_dx)
     tl.store(slot + 1, late * sum_dy)
     tl.store(slot + 2, sum_square)

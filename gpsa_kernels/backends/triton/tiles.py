@@ -1,7 +1,8 @@
 """What the attention kernels share: tiles of rows, the dropout mask, the positional map in registers.
 
-A tile of rows of one head is a tuple of one or two parts, whose widths are powers of two as Triton wants them: 48
-channels are 32 + 16 and not 64 with a quarter of every load, product and register wasted.
+A pair is a batch element and a head, counted as batch * heads + head. A tile of rows of one pair is a tuple of one or
+two parts, (rows, FIRST) and (rows, REST), whose widths are powers of two as Triton wants them: 48 channels are 32 + 16
+and not 64 with a quarter of every load, product and register wasted. SUM is the dtype of sums and statistics.
 """
 
 # mypy: ignore-errors
@@ -25,7 +26,7 @@ def _load_part(pointers, valid, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_D
 
 @triton.jit
 def load_rows(x, row, stride, count, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    """Rows of one head, zeros where row >= count. Offsets in 64 bits, whatever the stride."""
+    """Rows of one pair, zeros where row >= count. Offsets in 64 bits, whatever the stride."""
     pointers = x + row[:, None].to(tl.int64) * stride
     valid = (row < count)[:, None]
     first = _load_part(pointers, valid, 0, FIRST, HEAD_DIM)
@@ -56,6 +57,7 @@ def store_rows(x, row, stride, count, parts, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SUM: tl.constexpr):
+    """A tile of ROWS rows to add to."""
     if REST == 0:
         parts = (tl.zeros((ROWS, FIRST), SUM),)
     else:
@@ -65,7 +67,7 @@ def zero_rows(ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SUM: 
 
 @triton.jit
 def products(a, b, PRECISION: tl.constexpr, SUM: tl.constexpr):
-    """a b^T: the inner products of two tiles' rows."""
+    """a b^T: the inner products of two tiles' rows, (rows of a, rows of b)."""
     total = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=SUM)
     if len(a) == 2:
         total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION, out_dtype=SUM)
@@ -74,7 +76,7 @@ def products(a, b, PRECISION: tl.constexpr, SUM: tl.constexpr):
 
 @triton.jit
 def add_weighted(total, weights, x, PRECISION: tl.constexpr, SUM: tl.constexpr):
-    """total + weights x, the weights rounded to x's dtype."""
+    """total + weights x, the weights (rows of total, rows of x) rounded to x's dtype."""
     weights = weights.to(x[0].dtype)
     first = tl.dot(weights, x[0], total[0], input_precision=PRECISION, out_dtype=SUM)
     if len(x) == 1:
@@ -96,6 +98,7 @@ def scale_rows(x, factor):
 
 @triton.jit
 def add_rows(a, b):
+    """The sum of two tiles."""
     if len(a) == 1:
         parts = (a[0] + b[0],)
     else:
@@ -130,20 +133,20 @@ def early_share(position_share, tokens):
 
 
 @triton.jit
-def output_base(pointer, image, heads, tokens, HEAD_DIM: tl.constexpr):
+def output_base(pointer, pair, heads, tokens, HEAD_DIM: tl.constexpr):
     """The first element of one (batch element, head) in the memory layout (B, N, H, D)."""
-    return pointer + (image // heads) * tokens * heads * HEAD_DIM + (image % heads) * HEAD_DIM
+    return pointer + (pair // heads) * tokens * heads * HEAD_DIM + (pair % heads) * HEAD_DIM
 
 
 @triton.jit
-def dropout_factors(seed, image, query, key, dropout_p, keep_scale, SUM: tl.constexpr):
-    """0 where an attention entry is dropped, else keep_scale = 1/(1-p): one draw for each (image, query, key).
+def dropout_factors(seed, pair, query, key, dropout_p, keep_scale, SUM: tl.constexpr):
+    """0 where an attention entry is dropped, else keep_scale = 1/(1-p): one draw for each (pair, query, key).
 
     Factors and not a mask: Triton 3.6 fails to bring a tile of booleans into the layout of a matrix operand.
     """
     query, key = tl.broadcast(query, key)
-    image_low, image_high = image.to(tl.int32), (image >> 32).to(tl.int32)
-    bits, _, _, _ = tl.philox(tl.load(seed), query, key, image_low, image_high)
+    pair_low, pair_high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    bits, _, _, _ = tl.philox(tl.load(seed), query, key, pair_low, pair_high)
     return (tl.uint_to_uniform_float(bits) >= dropout_p).to(SUM) * keep_scale
 
 
@@ -175,7 +178,7 @@ def position_product(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """A tile of rows of the positional map (or of its transpose) times one image's x, a grid row of x at a time.
+    """A tile of rows of the positional map (or of its transpose) times one pair's x, a grid row of x at a time.
 
     The factor along x is the same for every grid row, so a row of the map costs one multiplication an entry.
     """

@@ -1,4 +1,4 @@
-"""The launch table: tile sizes and compiler options by architecture and shape class. ``tune.py`` rewrites its rows."""
+"""The launch table: tile sizes and compiler options by architecture and shape class; ``tools/tune.py`` rewrites it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PositionalLaunch(NamedTuple):
     warps: int
 
 
-# (class of configs.launch_class, kernel, head_dim up to)
+# (class of rules.launch_class, kernel, head_dim up to)
 ATTENTION: dict[tuple[str, str, int], Launch] = {
     ("mma", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
     ("mma", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
@@ -41,8 +41,8 @@ ATTENTION: dict[tuple[str, str, int], Launch] = {
     ("wgmma", "backward_query", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
     ("wgmma", "backward_query", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
     ("wgmma", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("wgmma", "backward_key", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
-    ("wgmma", "backward_key", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
+    ("wgmma", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=1, registers=None),
+    ("wgmma", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=1, registers=None),
     ("wgmma", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
     ("tcgen05", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
     ("tcgen05", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),

@@ -1,8 +1,8 @@
-"""Which form and which launch a call gets: rules over the table in ``launches.py``, no search at run time."""
+"""Which form and which launch a call gets: rules over the table in ``table.py``, no search at run time."""
 
 from __future__ import annotations
 
-from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch, PositionalLaunch
+from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch, PositionalLaunch
 
 # the most columns that a slab of the positional kernels has a launch for
 _LONGEST_SLAB = {width: max(columns for w, columns in POSITIONAL if w == width) for width, _ in POSITIONAL}

@@ -1,4 +1,4 @@
-"""Times the launches of this GPU and rewrites the table: ``python -m gpsa_kernels.backends.triton.tune``.
+"""Times the launches of this GPU and rewrites the table: ``python -m tools.tune``.
 
 Nothing is tuned at import or at a first call: this is run once for an architecture, and what it finds is committed.
 Every row is tried with its neighbours first, then, while there is time, with the rest; what is found is saved after
@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from gpsa_kernels.backends.base import Call, Saved
-from gpsa_kernels.backends.triton import launches
-from gpsa_kernels.backends.triton.configs import launch_class
-from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_forward
-from gpsa_kernels.backends.triton.launches import ATTENTION, POSITIONAL, Launch, PositionalLaunch
+from gpsa_kernels.backends.triton import table as launch_table
+from gpsa_kernels.backends.triton.launch import KernelCall
+from gpsa_kernels.backends.triton.rules import launch_class
+from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch, PositionalLaunch
+from tools.ahead_of_time import training_step
 
-TABLE = Path(launches.__file__)
+TABLE = Path(launch_table.__file__)
 NEAR = 2  # changes of one setting by one step that lead to a neighbour
 Row = Launch | PositionalLaunch
 
@@ -47,20 +46,9 @@ class Problem(NamedTuple):
 
 
 def step(problem: Problem, capability: int, device: str) -> list[KernelCall]:
-    """The launches of a training step on random numbers, as the table has them now."""
-    heads, tokens = 9, problem.grid_size[0] * problem.grid_size[1]
-
-    def tensor(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_()
-
-    q, k, v, grad_out = (tensor(problem.batch, tokens, heads, problem.head_dim).transpose(1, 2) for _ in range(4))
-    pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
-    seed = torch.ones(1, dtype=torch.int64, device=device) if problem.dropout_p else None
-    call = Call(q, k, v, pos_weight, gate, seed, *problem.grid_size, problem.head_dim**-0.5, problem.dropout_p)
-    forward = plan_forward(call, True, capability)
-    _, *saved = forward.result
-    backward = plan_backward(grad_out, call, Saved(*saved), capability)
-    return [*forward.calls, *backward.calls]
+    """The launches of a training step with 9 heads, as the table has them now."""
+    _, dtype, batch, head_dim, grid_size, dropout_p = problem
+    return training_step(batch, 9, head_dim, grid_size, dtype, dropout_p, capability, device)
 
 
 def of_problem(problem: Problem, calls: list[KernelCall]) -> list[KernelCall]:
@@ -166,7 +154,7 @@ def best(key: Any, candidates: Iterable[Row], milliseconds: Callable[[], float |
 def render(
     text: str, attention: dict[tuple[str, str, int], Launch], positional: dict[tuple[str, int], PositionalLaunch]
 ) -> str:
-    """The text of ``launches.py`` with these rows in its tables."""
+    """The text of ``table.py`` with these rows in its tables."""
     for name, rows in (("ATTENTION", attention), ("POSITIONAL", positional)):
         body = "".join(f"    {key!r}: {row!r},\n" for key, row in rows.items()).replace("'", '"')
         head, _, rest = text.partition(f"\n{name}: ")
@@ -177,7 +165,7 @@ def render(
 
 
 def save() -> None:
-    """Writes the tables, as they are now, into ``launches.py``."""
+    """Writes the tables, as they are now, into ``table.py``."""
     unfinished = TABLE.with_suffix(".unfinished")
     unfinished.write_text(render(TABLE.read_text(), ATTENTION, POSITIONAL))
     os.replace(unfinished, TABLE)  # whoever is interrupted leaves the old table whole
@@ -189,7 +177,7 @@ def row_name(key: tuple[object, ...]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gpsa_kernels.backends.triton.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="the rows to time, half-16 say, instead of all")
     parser.add_argument("--minutes", type=float, default=10.0, help="no row is begun later")
     parser.add_argument("--dry-run", action="store_true", help="say what would change, and leave the table")
@@ -218,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
             if not options.dry_run:
                 save()
     if not options.dry_run:
-        print(f"{TABLE} written: compile it ahead of time (report.py) and run tests/kernels before you commit it")
+        print(f"{TABLE} written: run tests/kernels and tools.machine_code triton --write before you commit it")
 
 
 if __name__ == "__main__":
