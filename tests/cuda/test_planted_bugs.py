@@ -113,7 +113,7 @@ FORWARD_BUGS = {
         "tiles.cuh",
         "mma<E>(sums[1].values,",
         "if (lane() < 16) mma<E>(sums[1].values,",
-        r"divergence: .* mma",
+        r"divergence: .*mma",
     ),
     "a collective called by some lanes": (
         "position.cuh",
