@@ -103,10 +103,11 @@ GPSA_DEVICE void scale_rows(Sum* sums, float factor) {
 /// The sums over a block's 4 warps of what each lane holds, for thread 0. `partial`: room for 4 * count numbers.
 template <int count>
 GPSA_DEVICE void add_up(float (&result)[count], const float (&values)[count], Shared<float> partial) {
+    const int w = warp();
 #pragma unroll
     for (int n = 0; n < count; ++n) {
         const float sum = warp_sum(values[n]);
-        if (lane() == 0) store(partial + (count * warp() + n), sum);
+        if (lane() == 0) store(partial + (count * w + n), sum);
     }
     sync_block();
     if (thread() != 0) return;

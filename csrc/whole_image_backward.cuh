@@ -314,8 +314,9 @@ private:
     /// The sums over this warp's lanes.
     GPSA_DEVICE static void store_sums(Shared<float> to, float x, float y, float square, float gate) {
         const float sums[4] = {warp_sum(x), warp_sum(y), warp_sum(square), warp_sum(gate)};
+        const int w = warp();
         if (lane() > 0) return;
-        for (int i = 0; i < 4; ++i) store(to + (4 * warp() + i), sums[i]);
+        for (int i = 0; i < 4; ++i) store(to + (4 * w + i), sums[i]);
     }
 };
 
