@@ -59,12 +59,14 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
            bits(maximum(x.low, x.high)), bits(maximum(x.low, __builtin_nanf(""))));
     record(out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
            bits(exp2_approx(-140.0f)));
-    record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)), 0);
+    record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)),
+           bits(reciprocal_approx(x.low)));
 
     store(numbers + lane(), own);
     sync_block();
     sync_named(1, lanes);
-    record(out, 9, bits(load(numbers + (31 - lane()))), 0, 0, 0);
+    record(out, 9, bits(load(numbers + (31 - lane()))), bits(reciprocal_approx(INFINITY)),
+           bits(reciprocal_approx(3e38f)), bits(reciprocal_approx(0.0f)));
     copy_wait<0>();
     sync_warp();
     const Chunk half_copied = load_chunk<E>(copied + 8 * lane());

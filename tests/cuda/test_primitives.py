@@ -97,8 +97,11 @@ def test_primitives_do_what_is_documented(programs, dtype):
         assert (logs[:, 0].double() - x[:, 0].double().square().log2()).abs().max() <= 2**-20, "log2"
         assert is_close(logs[:, 1], (1 + LANE.double()).log2(), 2**-21), "log2"
         assert logs[:, 2].eq(-math.inf).all(), "log2 of 0"
+        assert is_close(logs[:, 3], 1 / x[:, 0].double(), 2**-22), "reciprocal"
 
         assert torch.equal(floats(out[9, :, 0]), 31.0 - LANE), "barriers"
+        assert floats(out[9, :, 1:3]).eq(0).all(), "reciprocal of infinity, and where it would be subnormal"
+        assert floats(out[9, :, 3]).eq(math.inf).all(), "reciprocal of 0"
         rows = flat.view(32, 8).clone()
         rows[1::2] = 0
         assert torch.equal(out[10].contiguous().view(dtype), rows), "cp.async with zero fill"

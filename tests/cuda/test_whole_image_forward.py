@@ -176,6 +176,13 @@ def test_query_rows_are_split_when_there_are_fewer_images_than_multiprocessors(b
     assert emulation.forward_parts(q, (side, side), 132) == parts
 
 
+def test_the_division_by_the_columns_of_a_grid_is_exact():
+    row_of_token = emulation.kernels().row_of_token
+    for columns in range(1, 257):
+        tokens = range(256 // columns * columns)
+        assert [row_of_token(columns, token) for token in tokens] == [token // columns for token in tokens]
+
+
 def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
     q = inputs(1, 1, (14, 14), 48, torch.float16)[0]
     assert 3 * (emulation.forward_shared_bytes(q, (14, 14)) + 1024) <= 228 * 1024

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "tiled_kernels.h"
+#include "tiles.cuh"
 #include "whole_image.h"
 
 namespace py = pybind11;
@@ -72,6 +73,7 @@ PYBIND11_MODULE(gpsa_emulated, m) {
     m.def("forward_shared_bytes", [](std::tuple<int64_t, int, int, int, int, bool, float> p, int parts) {
         return emulator::forward_shared_bytes(std::apply(problem_of, p), parts);
     });
+    m.def("row_of_token", [](int columns, int token) { return gpsa::Columns(columns).row_of(token); });
     m.def(
         "tiled_forward",
         [](std::tuple<int64_t, int, int, int, int, bool, float> p, float dropout_p,
