@@ -23,33 +23,44 @@ public:
     GPSA_DEVICE Axis(int size, float linear, float square, Shared<float> normaliser)
         : size(size), linear(linear * log2_e), square(square * log2_e), normaliser(normaliser) {}
 
-    /// Called by all threads; the normalisers can be used after the next barrier of the block.
-    GPSA_DEVICE void prepare() const {
-        for (int i = thread(); i < size; i += threads()) {
-            float largest = score(static_cast<float>(-i));
+    /// The normalisers of two axes with the same weight of d^2, one after the other in shared memory. Called by all
+    /// threads; they can be used after the next barrier of the block.
+    GPSA_DEVICE static void prepare(const Axis& first, const Axis& second) {
+        each_coordinate(first, second, [&](const Axis& axis, int i, int) {
+            float largest = -INFINITY, sum = 0;
 #pragma unroll 1
-            for (int j = 1; j < size; ++j) largest = maximum(largest, score(static_cast<float>(j - i)));
-            float sum = 0;
+            for (int j = lane() % 4; j < axis.size; j += 4) {
+                largest = maximum(largest, axis.score(static_cast<float>(j - i)));
+            }
+            largest = row_maximum(largest);
 #pragma unroll 1
-            for (int j = 0; j < size; ++j) sum += exp2_approx(score(static_cast<float>(j - i)) - largest);
-            store(normaliser + i, largest + log2_approx(sum));
-        }
+            for (int j = lane() % 4; j < axis.size; j += 4) {
+                sum += exp2_approx(axis.score(static_cast<float>(j - i)) - largest);
+            }
+            sum = row_sum(sum);
+            if (lane() % 4 == 0 && i < axis.size) store(axis.normaliser + i, largest + log2_approx(sum));
+        });
     }
 
     /// Follows prepare(), before the barrier. `means`: 2 numbers per coordinate, of d and d^2 under its row of A.
-    GPSA_DEVICE void prepare_means(Shared<float> means) const {
-        for (int i = thread(); i < size; i += threads()) {
-            const float shift = load(normaliser + i);
+    GPSA_DEVICE static void prepare_means(const Axis& first, const Axis& second, Shared<float> means) {
+        sync_warp();  // a coordinate's normaliser is of the same four lanes
+        each_coordinate(first, second, [&](const Axis& axis, int i, int at) {
+            const float shift = axis.log2_normaliser(i);
             float mean = 0, mean_square = 0;
 #pragma unroll 1
-            for (int j = 0; j < size; ++j) {
-                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * d;
+            for (int j = lane() % 4; j < axis.size; j += 4) {
+                const float d = static_cast<float>(j - i), share = axis.entry(i, j, shift) * d;
                 mean += share;
                 mean_square += share * d;
             }
-            store(means + 2 * i, mean);
-            store(means + (2 * i + 1), mean_square);
-        }
+            mean = row_sum(mean);
+            mean_square = row_sum(mean_square);
+            if (lane() % 4 == 0 && i < axis.size) {
+                store(means + 2 * at, mean);
+                store(means + (2 * at + 1), mean_square);
+            }
+        });
     }
 
     /// The (16, 16) tile of A that begins at (row, column), zeros outside of the axis.
@@ -118,6 +129,17 @@ public:
 private:
     const float linear, square;
     const Shared<float> normaliser;
+
+    /// visit(axis, coordinate, its place among both axes') by four lanes each; the last warp goes beyond the last one.
+    template <typename Visit>
+    GPSA_DEVICE static void each_coordinate(const Axis& first, const Axis& second, Visit visit) {
+        for (int start = 8 * warp(); start < first.size + second.size; start += threads() / 4) {
+            const int at = start + lane() / 4;
+            const bool in_first = at < first.size;
+            const Axis axis(in_first ? first : second);  // a copy: its members are chosen, not their addresses
+            visit(axis, in_first ? at : at - first.size, at);
+        }
+    }
 
     GPSA_DEVICE float entry(int i, int j, float shift) const {
         return i < size && j < size ? exp2_approx(score(static_cast<float>(j - i)) - shift) : 0.0f;
@@ -220,20 +242,43 @@ GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
 /// small gradients do not underflow. What is left of g, open / early_share, follows in float32.
 GPSA_DEVICE float early_share(float open, int tokens) { return maximum(open, 1.0f / static_cast<float>(tokens)); }
 
-/// Values mixed along one axis: for each line of the grid along it, A (or A^T) times the line's tokens, times `factor`.
+/// Values mixed along one axis of at most 16: for each line of the grid along it, A (or A^T) times the line's tokens,
+/// times `factor`.
 ///
-/// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token.
+/// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token. They may be the same: a warp
+/// has read a line when it writes it.
+template <typename E, int channels, bool transposed = false, typename From, typename To>
+GPSA_DEVICE void mix_short(const Axis& axis, int lines, From from, To to, float factor = 1) {
+    if (warp() >= lines) return;
+    const Left a = axis.tile<E, transposed>(0, 0);
+    for (int line = warp(); line < lines; line += threads() / 32) {
+        Sum sums[channels / 8] = {};
+#pragma unroll
+        for (int s = 0; s < channels / 16; ++s) {
+            const Right b = load_right_over_tokens<E>(
+                s, [&](int i, int chunk) { return from(smaller(i, axis.size - 1), line, chunk); });
+            multiply<E>(&sums[2 * s], a, b);
+        }
+        for (Sum& sum : sums) {
+            for (float& x : sum.values) x *= factor;
+        }
+        sync_warp();
+        store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return to(i, line, chunk); });
+    }
+}
+
+/// The same along an axis of any size; `from` and `to` must not meet.
 template <typename E, int channels, bool transposed = false, typename From, typename To>
 GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float factor = 1) {
+    if (axis.size <= 16) return mix_short<E, channels, transposed>(axis, lines, from, to, factor);
     const int tiles = (axis.size + 15) / 16;
-    Left a;
-    bool have_a = false;
+#pragma unroll 1
     for (int item = warp(); item < tiles * lines; item += threads() / 32) {
         const int row = item / lines * 16, line = item % lines;
         Sum sums[channels / 8] = {};
+#pragma unroll 1
         for (int column = 0; column < axis.size; column += 16) {
-            if (!have_a) a = axis.tile<E, transposed>(row, column);
-            have_a = tiles == 1;  // the same tile for every line
+            const Left a = axis.tile<E, transposed>(row, column);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
                 const Right b = load_right_over_tokens<E>(s, [&](int i, int chunk) {
@@ -249,24 +294,6 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float 
     }
 }
 
-/// Mixed in place, along an axis of at most 16: a warp has read a line when it writes it.
-template <typename E, int channels, bool transposed = false, typename At>
-GPSA_DEVICE void mix_in_place(const Axis& axis, int lines, At at) {
-    if (warp() >= lines) return;
-    const Left a = axis.tile<E, transposed>(0, 0);
-    for (int line = warp(); line < lines; line += threads() / 32) {
-        Sum sums[channels / 8] = {};
-#pragma unroll
-        for (int s = 0; s < channels / 16; ++s) {
-            const Right b = load_right_over_tokens<E>(
-                s, [&](int i, int chunk) { return at(smaller(i, axis.size - 1), line, chunk); });
-            multiply<E>(&sums[2 * s], a, b);
-        }
-        sync_warp();
-        store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return at(i, line, chunk); });
-    }
-}
-
 /// position = (Ay (x) Ax) V for all tokens of an image, 16-bit like V. The longer axis goes first, so that the one done
 /// in place has at most 16 coordinates (N <= 256). Ends with what each thread wrote; a barrier makes it everybody's.
 template <typename E, int channels>
@@ -279,12 +306,12 @@ GPSA_DEVICE void mix_position(
         mix_along<E, channels>(
             along_x, rows, [&](int x, int y, int chunk) { return v.chunk(y * columns + x, chunk); }, by_x);
         sync_block();
-        mix_in_place<E, channels>(along_y, columns, by_y);
+        mix_short<E, channels>(along_y, columns, by_y, by_y);
     } else {
         mix_along<E, channels>(
             along_y, columns, [&](int y, int x, int chunk) { return v.chunk(y * columns + x, chunk); }, by_y);
         sync_block();
-        mix_in_place<E, channels>(along_x, rows, by_x);
+        mix_short<E, channels>(along_x, rows, by_x, by_x);
     }
 }
 
@@ -299,12 +326,15 @@ GPSA_DEVICE void blend(
         const int token = first + fragment_row() + 8 * part;
         if (token >= tokens) continue;
         const float share = part == 0 ? share0 : share1;
+        const auto at = [&](int n) { return position.chunk(token, n) + fragment_column(); };
+        uint32_t words[channels / 8];  // all are loaded before the first is stored: the waits overlap
+#pragma unroll
+        for (int n = 0; n < channels / 8; ++n) words[n] = load_pair<E>(at(n));
 #pragma unroll
         for (int n = 0; n < channels / 8; ++n) {
-            const Shared<E> at = position.chunk(token, n) + fragment_column();
-            const Pair p = unpack<E>(load_pair<E>(at));
+            const Pair p = unpack<E>(words[n]);
             const float* c = &content[n].values[2 * part];
-            store_pair<E>(at, pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
+            store_pair<E>(at(n), pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
         }
     }
 }
@@ -363,7 +393,7 @@ GPSA_DEVICE void differentiate_position(
     add_weight_gradient<E, channels>(
         grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);
     sync_block();
-    mix_in_place<E, channels, true>(shorter, longer.size, in_mixed_swapped);
+    mix_short<E, channels, true>(shorter, longer.size, in_mixed_swapped, in_mixed_swapped);
 }
 
 }  // namespace gpsa

@@ -88,7 +88,9 @@ GPSA_DEVICE Chunk load_chunk(Global<const T> from) {
 
 template <typename T>
 GPSA_DEVICE void store_chunk(Global<T> to, const Chunk& value) {
-    *reinterpret_cast<Chunk*>(to.pointer) = value;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to.pointer)),
+                 "r"(value.words[0]), "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
+                 : "memory");
 }
 
 GPSA_DEVICE float load(Shared<float> from) {
@@ -233,6 +235,13 @@ GPSA_DEVICE float exp2_approx(float x) {
 GPSA_DEVICE float log2_approx(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// 1 / x, 0 where that would be subnormal.
+GPSA_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

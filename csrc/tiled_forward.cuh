@@ -47,16 +47,17 @@ struct TiledForward {
         const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
         const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
-        const auto copy = [&](const Tile& to, const Tensor& from, int start, int count) {
-            copy_rows(to, image_of<const E>(from, at.batch, at.head) + start * from.token, from.token,
-                      at.tokens - start, count, problem.head_dim);
+        const auto copy = [&](const Tile& to, Global<const E> from, int64_t stride, int start, int count) {
+            copy_rows(to, from + start * stride, stride, at.tokens - start, count, problem.head_dim);
         };
+        const Global<const E> k = image_of<const E>(call.k, at.batch, at.head);
+        const Global<const E> v = image_of<const E>(call.v, at.batch, at.head);
         const auto fetch = [&](int start, int stage) {
-            copy({keys, stage * tile_keys}, call.k, start, tile_keys);
-            copy({values, stage * tile_keys}, call.v, start, tile_keys);
+            copy({keys, stage * tile_keys}, k, call.k.token, start, tile_keys);
+            copy({values, stage * tile_keys}, v, call.v.token, start, tile_keys);
             copy_commit();
         };
-        copy(queries, call.q, at.first, tile_tokens);
+        copy(queries, image_of<const E>(call.q, at.batch, at.head), call.q.token, at.first, tile_tokens);
         fetch(0, 0);
         copy_wait<0>();
         sync_block();
@@ -90,7 +91,7 @@ struct TiledForward {
 
         const float keep_scale = mask.keep_scale();
         float share[2];
-        for (int part = 0; part < 2; ++part) share[part] = keep_scale / softmax.sum[part];
+        for (int part = 0; part < 2; ++part) share[part] = keep_scale * reciprocal_approx(softmax.sum[part]);
         for (int n = 0; n < channels / 8; ++n) {
             for (int i = 0; i < 4; ++i) content[n].values[i] *= share[i / 2];
         }
@@ -160,10 +161,10 @@ private:
 #pragma unroll
             for (int n = 0; n < tile_keys / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float& s = scores[n].values[i];
-                    s = exp2_approx(s * log2_scale - shift[i / 2]);
-                    sum[i / 2] += s;
+                for (int part = 0; part < 2; ++part) {
+                    float* pair = &scores[n].values[2 * part];
+                    for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[part]);
+                    sum[part] += pair[0] + pair[1];
                 }
             }
         }

@@ -104,13 +104,13 @@ template <typename E, int channels>
 GPSA_DEVICE void copy_lines(
     const Rows<E, channels>& rows, Global<const E> from, int64_t stride, const Lines& lines, int first_line, int start,
     int head_dim) {
-    constexpr int chunks = channels / 8;
-    for (int n = thread(); n < lines.together() * lines.width() * chunks; n += threads()) {
-        const int row = n / chunks, chunk = n % chunks;
-        const int line = first_line + row / lines.width(), i = start + row % lines.width();
-        const bool valid = line < lines.count && i < lines.size && chunk * 8 < head_dim;
-        copy_async<E>(
-            rows.chunk(row, chunk), valid ? from + (lines.token(line, i) * stride + chunk * 8) : from, valid);
+    constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
+    for (int row = thread() / beside; row < lines.together() * lines.width(); row += threads() / beside) {
+        const int own_line = row >> (4 + lines.log2_room()), line = first_line + own_line;
+        const int i = start + row - own_line * lines.width();
+        copy_chunks<chunks>(
+            rows.chunk(row, thread() % beside), from + lines.token(line, i) * stride,
+            line < lines.count && i < lines.size, head_dim);
     }
 }
 
@@ -122,14 +122,9 @@ GPSA_DEVICE void store_line_rows(
     int first, int head_dim) {
     stage_rows<E, channels>(sums, staged);
     sync_warp();
-    constexpr int chunks = channels / 8;
-    for (int n = lane(); n < 16 * chunks; n += 32) {
-        const int row = n / chunks, chunk = n % chunks;
-        if (first + row < lines.size && chunk * 8 < head_dim) {
-            store_chunk<E>(
-                to + (lines.token(line, first + row) * stride + chunk * 8), load_chunk<E>(staged.chunk(row, chunk)));
-        }
-    }
+    store_rows<channels / 8>(
+        to + lines.token(line, 0) * stride, lines.step * stride, first, lines.size, 0, head_dim,
+        [&](int i, int chunk) { return staged.chunk(i - first, chunk); });
 }
 
 struct MixCall {
@@ -162,12 +157,13 @@ struct MixLines {
     GPSA_DEVICE static void run(const Call& call) {
         const Problem& problem = call.problem;
         const Lines& lines = call.lines;
-        const int64_t image = block_x() / lines.blocks(), batch = image / problem.heads;
-        const int head = static_cast<int>(image % problem.heads), block = block_x() % lines.blocks();
+        const int image = block_x() / lines.blocks(), block = block_x() % lines.blocks();
+        const int batch = image / problem.heads, head = image % problem.heads;
         const int first_line = block / lines.parts() * lines.together();
         const int first = block % lines.parts() * lines.width();  // coordinate of the result
-        const int own_line = warp() / lines.tiles(), own_row = first + warp() % lines.tiles() * 16;
-        const bool idle = own_line >= lines.together() || first_line + own_line >= lines.count;
+        const int own_line = warp() >> lines.log2_room(), own_tile = warp() - (own_line << lines.log2_room());
+        const int own_row = first + 16 * own_tile;
+        const bool idle = own_tile >= lines.tiles() || first_line + own_line >= lines.count;
 
         SharedMemory memory;
         const Shared<E> streamed = memory.array<E>(2 * tile_tokens * channels, "streamed");

@@ -17,8 +17,9 @@ struct Place {
           first(block_x() % tiled::tiles(problem) * tile_tokens),
           row(first + 16 * warp()),
           image(block_x() / tiled::tiles(problem)) {
-        batch = image / problem.heads;
-        head = static_cast<int>(image % problem.heads);
+        const int block = static_cast<int>(image);  // a division of 32 bits is the faster one
+        batch = block / problem.heads;
+        head = block % problem.heads;
     }
 };
 
@@ -69,11 +70,12 @@ GPSA_DEVICE void unstage_rows(Sum* sums, const Rows<E, channels>& staged) {
 template <typename E, int channels>
 GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& tensor, const Place& at, int head_dim) {
     const Global<const E> from = image_of<const E>(tensor, at.batch, at.head);
-    constexpr int chunks = channels / 8;
-    for (int n = lane(); n < 16 * chunks; n += 32) {
-        const int row = n / chunks, chunk = n % chunks, token = at.row + row;
-        const bool valid = token < at.tokens && chunk * 8 < head_dim;
-        copy_async<E>(rows.chunk(row, chunk), valid ? from + (token * tensor.token + chunk * 8) : from, valid);
+    constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
+#pragma unroll
+    for (int turn = 0; turn < ChunkShare<chunks>::turns; ++turn) {
+        const int row = (32 * turn + lane()) / beside, token = at.row + row;
+        copy_chunks<chunks>(
+            rows.chunk(row, lane() % beside), from + token * tensor.token, token < at.tokens, head_dim);
     }
     copy_commit();
 }
@@ -85,8 +87,8 @@ GPSA_DEVICE void store_own_rows(
     sync_warp();
     stage_rows<E, channels>(sums, staged);
     sync_warp();
-    store_rows<E>(
-        image_of<E>(to, at.batch, at.head), to.token, at.row, at.tokens, 0, channels / 8, head_dim,
+    store_rows<channels / 8>(
+        image_of<E>(to, at.batch, at.head), to.token, at.row, at.tokens, 0, head_dim,
         [&](int token, int chunk) { return staged.chunk(token - at.row, chunk); });
 }
 

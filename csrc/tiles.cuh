@@ -9,14 +9,25 @@ namespace gpsa {
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float ln_2 = 0.6931471805599453f;
 
+/// Into groups of how many chunks a row is divided, within which they are swizzled.
+template <int chunks>
+constexpr int chunk_group = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
+
 /// What to add to a row's chunks, by exclusive or, so that 8 consecutive rows' chunks of one column lie in 8 different
 /// groups of 4 banks. Without it a row advances by chunks % 8 groups, and comes round after `period` rows.
 template <int chunks>
 GPSA_DEVICE int swizzle(unsigned row) {
     static_assert(chunks % 2 == 0 && (chunks % 8 == 0 || chunks < 8), "the swizzled chunk must be in the row");
-    constexpr unsigned shared_factor = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
-    constexpr unsigned period = 8 / shared_factor;
+    constexpr unsigned shared_factor = chunk_group<chunks>, period = 8 / shared_factor;
     return static_cast<int>(row / period % shared_factor);
+}
+
+/// A chunk of the row that begins `row_start` elements after `base`. The group is added last: all groups are then
+/// reached from one address, by offsets that the compiler knows.
+template <int chunks, typename E>
+GPSA_DEVICE Shared<E> chunk_of_row(Shared<E> base, int row_start, int row, int chunk) {
+    const int group = chunk / chunk_group<chunks>, in_group = chunk % chunk_group<chunks>;
+    return base + (row_start + (in_group ^ swizzle<chunks>(row)) * 8) + group * chunk_group<chunks> * 8;
 }
 
 /// Rows of `channels` elements, one per token.
@@ -27,7 +38,7 @@ struct Rows {
     int first = 0;  // row of the array that is row 0 here
 
     GPSA_DEVICE Shared<E> chunk(int row, int chunk) const {
-        return base + ((first + row) * channels + (chunk ^ swizzle<chunks>(first + row)) * 8);
+        return chunk_of_row<chunks>(base, (first + row) * channels, first + row, chunk);
     }
     /// The same of row 16 tile + row: with `tile` known to the compiler one address serves all tiles.
     GPSA_DEVICE Shared<E> chunk(int row, int chunk_, int tile) const {
@@ -35,31 +46,43 @@ struct Rows {
     }
 };
 
-/// Rows of `channels` elements, one per token of a grid, free of bank conflicts along both of the grid's axes and over
-/// 8 tokens from a multiple of 8 on. Along y, tokens are `columns` apart, and the chunks of 8 / f rows are in different
-/// banks, f the largest power of two in `columns`. So that the next rows' lie between them, every (8 / f)th row of the
-/// grid begins late. (Two collide where 4 chunks meet f = 4.)
+/// Divides tokens by the columns of their grid, of at most 256 tokens: a multiplication instead of a division.
+struct Columns {
+    const int count, reciprocal;  // in units of 2^-16
+
+    GPSA_DEVICE explicit Columns(int count) : count(count), reciprocal(0x10000u / count + 1) {}
+    GPSA_DEVICE int row_of(int token) const { return token * reciprocal >> 16; }
+};
+
+/// Rows of `channels` elements, one per token of a grid of at most 256, free of bank conflicts along both of the grid's
+/// axes and over 8 tokens from a multiple of 8 on. Along y, tokens are `columns` apart, and the chunks of 8 / f rows
+/// are in different banks, f the largest power of two in `columns`. So that the next rows' lie between them, every
+/// (8 / f)th row of the grid begins late. (Two collide where 4 chunks meet f = 4.)
 template <typename E, int channels>
-struct GridRows {
+class GridRows {
+public:
     static constexpr int chunks = channels / 8;
-    Shared<E> base;
-    int columns;
+    const Shared<E> base;
+
+    GPSA_DEVICE GridRows(Shared<E> base, int columns) : base(base), columns(columns) {}
 
     GPSA_HOST_DEVICE static int elements(int rows, int columns) {
         return rows * columns * channels + late(rows - 1, columns) * 8;
     }
     GPSA_DEVICE Shared<E> chunk(int y, int x, int chunk) const {
-        const int token = y * columns + x;
-        return base + (token * channels + (late(y, columns) + (chunk ^ swizzle<chunks>(token))) * 8);
+        const int token = y * columns.count + x;
+        return chunk_of_row<chunks>(base, token * channels + late(y, columns.count) * 8, token, chunk);
     }
     GPSA_DEVICE Shared<E> chunk(int token, int c) const {
-        const int y = static_cast<unsigned>(token) / static_cast<unsigned>(columns);
-        return chunk(y, token - y * columns, c);
+        const int y = columns.row_of(token);
+        return chunk(y, token - y * columns.count, c);
     }
 
 private:
+    const Columns columns;
+
     /// By how many chunks.
-    GPSA_HOST_DEVICE static int late(int y, int columns) {
+    GPSA_HOST_DEVICE static int late(unsigned y, int columns) {
         const int f = columns % 8 == 0 ? 8 : columns & -columns;
         const int step = chunks % 8 == 0 || f == 8 ? 1 : chunks % 4 != 0 ? 2 : f == 2 ? 4 : 1;
         return y * f / 8 * step;
@@ -178,33 +201,64 @@ GPSA_DEVICE void spread_columns(float (&columns)[2][2], float own) {
 
 GPSA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-GPSA_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp2_approx(-x * log2_e)); }
+GPSA_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-x * log2_e)); }
+
+/// How threads share out rows of chunks: `beside` lanes take a group of a row's chunks, and the same of its other
+/// groups, which are `step` elements apart in shared and in global memory alike.
+template <int chunks>
+struct ChunkShare {
+    static constexpr int beside = chunk_group<chunks>, groups = chunks / beside, step = beside * 8;
+    static constexpr int turns = beside / 2;  // of a warp, for 16 rows
+};
+
+/// Starts copying this lane's chunks of a row, zeros where the row is not `valid` and from head_dim on. `to`: the chunk
+/// of the first group; `row`: the row's first element.
+template <int chunks, typename E>
+GPSA_DEVICE void copy_chunks(Shared<E> to, Global<const E> row, bool valid, int head_dim) {
+    using Share = ChunkShare<chunks>;
+    const int chunk = thread() % Share::beside;
+    const Global<const E> from = row + chunk * 8;
+#pragma unroll
+    for (int n = 0; n < Share::groups; ++n) {
+        copy_async<E>(to + n * Share::step, from + n * Share::step, valid && chunk * 8 + n * Share::step < head_dim);
+    }
+}
 
 /// Starts copying `count` tokens of a (batch, head) into rows, the channels from head_dim on and rows from `count` to
 /// `padded` filled with zeros.
 template <typename E, int channels, template <typename, int> class Layout = Rows>
 GPSA_DEVICE void copy_rows(
     const Layout<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
-    constexpr int chunks = channels / 8;
-    for (int i = thread(); i < padded * chunks; i += threads()) {
-        const int row = i / chunks, chunk = i % chunks;
-        const bool valid = row < count && chunk * 8 < head_dim;
-        copy_async<E>(rows.chunk(row, chunk), valid ? from + (row * stride + chunk * 8) : from, valid);
+    constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
+    const int step = threads() / beside;
+    Global<const E> source = from + thread() / beside * stride;
+    for (int row = thread() / beside; row < padded; row += step, source = source + step * stride) {
+        copy_chunks<chunks>(rows.chunk(row, thread() % beside), source, row < count, head_dim);
     }
 }
 
-/// Chunks first_chunk to first_chunk + chunks - 1 of 16 tokens from `first` on to global memory, as far as tokens and
-/// channels exist, 16 bytes a lane of this warp. `at(token, chunk)` says where they are.
-template <typename E, typename At>
-GPSA_DEVICE void store_rows(
-    Global<E> to, int64_t stride, int first, int tokens, int first_chunk, int chunks, int head_dim, At at) {
-#pragma unroll 1  // unrolled, its addresses would be kept in registers
-    for (int i = lane(); i < 16 * chunks; i += 32) {
-        const int token = first + i / chunks, chunk = first_chunk + i % chunks;
-        if (token < tokens && chunk * 8 < head_dim) {
-            store_chunk<E>(to + (token * stride + chunk * 8), load_chunk<E>(at(token, chunk)));
+/// `chunks` chunks, from first_chunk on, of 16 tokens from `first` on to global memory, as far as tokens and channels
+/// exist, 16 bytes a lane of this warp. `at(token, chunk)` says where they are.
+template <int chunks, typename E, typename At>
+GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens, int first_chunk, int head_dim, At at) {
+    using Share = ChunkShare<chunks>;
+    const int chunk = first_chunk + lane() % Share::beside;
+    Chunk own[Share::turns][Share::groups];  // all are loaded before the first is stored: the waits overlap
+    const auto each = [&](auto visit) {
+#pragma unroll
+        for (int turn = 0; turn < Share::turns; ++turn) {
+            const int token = first + (32 * turn + lane()) / Share::beside;
+#pragma unroll
+            for (int n = 0; n < Share::groups; ++n) {
+                const int offset = n * Share::step;
+                if (token < tokens && chunk * 8 + offset < head_dim) visit(own[turn][n], token, offset);
+            }
         }
-    }
+    };
+    each([&](Chunk& value, int token, int offset) { value = load_chunk<E>(at(token, chunk) + offset); });
+    each([&](const Chunk& value, int token, int offset) {
+        store_chunk<E>(to + (token * stride + chunk * 8) + offset, value);
+    });
 }
 
 }  // namespace gpsa

@@ -51,9 +51,9 @@ struct WholeImageBackward {
         const int grid_elements = GridRows<E, channels>::elements(problem.rows, problem.columns);
         const Shared<E> queries = memory.array<E>(grid_elements, "queries");
         const Rows<E, channels> q{queries};
-        const GridRows<E, channels> mixed{queries, problem.columns};
+        const GridRows<E, channels> mixed(queries, problem.columns);
         const Rows<E, channels> k{memory.array<E>(padded * channels, "keys")};
-        const GridRows<E, channels> v{memory.array<E>(grid_elements, "values"), problem.columns};
+        const GridRows<E, channels> v(memory.array<E>(grid_elements, "values"), problem.columns);
         const Rows<E, channels> grad_out{memory.array<E>(tokens * channels, "gradient of the output")};
         const Rows<E, 16> grad_scores{memory.array<E>(kept_steps * padded * 16, "gradient of the scores")};
         const Shared<float> logsumexp = memory.array<float>(padded, "logsumexp");
@@ -82,10 +82,8 @@ struct WholeImageBackward {
         const Axis shorter(
             wide ? problem.rows : problem.columns, load(weights + (wide ? 1 : 0)), square, normalisers + longer.size);
         const Shared<float> shorter_means = means + 2 * longer.size;
-        longer.prepare();
-        shorter.prepare();
-        longer.prepare_means(means);
-        shorter.prepare_means(shorter_means);
+        Axis::prepare(longer, shorter);
+        Axis::prepare_means(longer, shorter, means);
         copy_wait<0>();
         sync_block();
 
@@ -145,7 +143,7 @@ struct WholeImageBackward {
         }
         store_line<E, channels>(grad_k, first_key, tokens, row_of_k);
         sync_warp();
-        store_rows(to_k, call.grad_k.token, first_key, tokens, 0, channels / 8, head_dim, row_of_k);
+        store_rows<channels / 8>(to_k, call.grad_k.token, first_key, tokens, 0, head_dim, row_of_k);
 
         const float open = sigmoid(gate), early = has_dropout ? 1 : early_share(open, tokens), late = open / early;
         if constexpr (!has_dropout) {
@@ -164,7 +162,7 @@ struct WholeImageBackward {
             blend(mixed, first_key, tokens, late, grad_v, closed, closed);
         }
         sync_warp();
-        store_rows(to_v, call.grad_v.token, first_key, tokens, 0, channels / 8, head_dim, in_mixed);
+        store_rows<channels / 8>(to_v, call.grad_v.token, first_key, tokens, 0, head_dim, in_mixed);
         if (thread() < 4) {
             float sum = 0;
             for (int w = 0; w < threads() / 32; ++w) sum += load(warp_sums + (4 * w + thread()));
@@ -309,7 +307,7 @@ private:
             }
             store_line<E, 16>(sums, 16 * step, tokens, [&](int i, int chunk) { return row_of_q(i, 2 * s + chunk); });
             sync_warp();
-            store_rows(to, call.grad_q.token, 16 * step, tokens, 2 * s, 2, call.problem.head_dim, row_of_q);
+            store_rows<2>(to, call.grad_q.token, 16 * step, tokens, 2 * s, call.problem.head_dim, row_of_q);
         }
     }
 

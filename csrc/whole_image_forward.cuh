@@ -51,11 +51,18 @@ struct WholeImageForward {
         const Shared<E> keys_values = memory.array<E>(key_value_rows(tokens) * channels, "keys and values");
         const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
         const Rows<E, channels> q{memory.array<E>(smaller(part_rows, tokens) * channels, "queries")};
-        const GridRows<E, channels> position{  // not used with dropout
-            has_dropout ? q.base : memory.array<E>(position_elements(problem), "position"), problem.columns};
+        const GridRows<E, channels> position(  // not used with dropout
+            has_dropout ? q.base : memory.array<E>(position_elements(problem), "position"), problem.columns);
         const int coordinates = problem.rows + problem.columns;
         const Shared<float> normalisers = memory.array<float>(coordinates + place_numbers, "normalisers and places");
         const Shared<float> places = normalisers + coordinates;
+
+        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
+        const float square = load(weights + 2);
+        const Axis along_x(problem.columns, load(weights), square, normalisers);
+        const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
+        const float gate = load(Global<const float>(call.gate) + head);
+        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 
         using whole_image::rows_of;
         copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, keys, head_dim);
@@ -64,12 +71,7 @@ struct WholeImageForward {
         copy_rows(q, rows_of<const E>(call.q, batch, head, first_row), call.q.token, row_count, row_count, head_dim);
         copy_commit();
 
-        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
-        const float square = load(weights + 2);
-        const Axis along_x(problem.columns, load(weights), square, normalisers);
-        const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
-        along_x.prepare();
-        along_y.prepare();
+        Axis::prepare(along_x, along_y);
         if constexpr (has_dropout) store_places({along_x, along_y}, places);
 
         if constexpr (!has_dropout) {
@@ -82,36 +84,32 @@ struct WholeImageForward {
 
         const Global<E> out = rows_of<E>(call.out, batch, head, 0);
 #pragma unroll 1
-        for (int row = 16 * warp(); row < row_count; row += 16 * (threads() / 32)) {
+        for (int row = 16 * rotated_warp(); row < row_count; row += 16 * (threads() / 32)) {
             Sum scores[2 * key_tiles] = {};
             score(scores, q, row, row_count, k);
             const Softmax softmax = exponentiate(scores, problem.scale, tokens);
             const int token = first_row + row;
+            if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+            const auto share = [&](int part) { return closed * reciprocal_approx(softmax.sum[part]); };
             const auto store_out = [&](auto at) {
                 sync_warp();
-                store_rows(out, call.out.token, token, tokens, 0, channels / 8, head_dim, at);
+                store_rows<channels / 8>(out, call.out.token, token, tokens, 0, head_dim, at);
             };
             Sum content[channels / 8] = {};
             if constexpr (has_dropout) {
-                if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
                 const Dropout dropout(problem, block_x());
                 const DenseRows<Axis> dense({along_x, along_y}, token);
-                const float gate = load(Global<const float>(call.gate) + head);
-                const float open = sigmoid(gate) * dropout.keep_scale, closed = sigmoid(-gate) * dropout.keep_scale;
                 const Mixture mixture{dropout, dense, places, token,
-                                      {closed / softmax.sum[0], closed / softmax.sum[1]}, open};
+                                      {share(0) * dropout.keep_scale, share(1) * dropout.keep_scale},
+                                      open * dropout.keep_scale};
                 weigh(content, scores, v, tokens, mixture);
                 sync_warp();
                 store_line<E, channels>(content, row, row_count, [&](int i, int chunk) { return q.chunk(i, chunk); });
                 store_out([&](int i, int chunk) { return q.chunk(i - first_row, chunk); });
             } else {
                 weigh(content, scores, v, tokens, [](Sum*, int) {});
-                const float gate = load(Global<const float>(call.gate) + head);  // here, to spare a register above
-                const float closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-                blend(
-                    position, token, tokens, sigmoid(gate), content, closed / softmax.sum[0], closed / softmax.sum[1]);
+                blend(position, token, tokens, open, content, share(0), share(1));
                 store_out([&](int i, int chunk) { return position.chunk(i, chunk); });
-                if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
             }
         }
     }
@@ -121,6 +119,12 @@ private:
 
     GPSA_HOST_DEVICE static int position_elements(const Problem& problem) {
         return has_dropout ? 0 : GridRows<E, channels>::elements(problem.rows, problem.columns);
+    }
+
+    /// Of 4 warps with 13 tiles of rows, one has a tile more: by a hash, in every block another one, as each scheduler of
+    /// a multiprocessor has the same warp of all its blocks.
+    GPSA_DEVICE static int rotated_warp() {
+        return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) % (whole_image_threads / 32);
     }
 
     /// Of rows g and g + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
@@ -165,7 +169,10 @@ private:
 #pragma unroll
         for (int n = 0; n < 2 * key_tiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) largest[i / 2] = maximum(largest[i / 2], scores[n].values[i]);
+            for (int part = 0; part < 2; ++part) {  // in pairs: half as long a chain of dependent instructions
+                const float* pair = &scores[n].values[2 * part];
+                largest[part] = maximum(largest[part], maximum(pair[0], pair[1]));
+            }
         }
         Softmax result;
 #pragma unroll
@@ -176,10 +183,10 @@ private:
 #pragma unroll
         for (int n = 0; n < 2 * key_tiles; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& s = scores[n].values[i];
-                s = exp2_approx(s * log2_scale - result.shift[i / 2]);
-                result.sum[i / 2] += s;
+            for (int part = 0; part < 2; ++part) {
+                float* pair = &scores[n].values[2 * part];
+                for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - result.shift[part]);
+                result.sum[part] += pair[0] + pair[1];
             }
         }
         for (float& sum : result.sum) sum = row_sum(sum);

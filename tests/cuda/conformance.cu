@@ -9,7 +9,7 @@
 
 using namespace gpsa;
 
-constexpr int elements = 256, lanes = 32, records = 15;
+constexpr int elements = 256, lanes = 32, records = 16;
 constexpr int blocks_x = 2, blocks_y = 3, warps = 3;
 
 /// Where this lane's four words of a record are.
@@ -94,6 +94,9 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     const Global<float> to = Global<float>(reinterpret_cast<float*>(out)) + place(14);
     store(to, load(Global<const float>(reinterpret_cast<const float*>(in)) + lane()));
     for (int n = 1; n < 4; ++n) store(to + n, own + n);
+
+    record(out, 15, bits(reciprocal_approx(x.low)), bits(reciprocal_approx(INFINITY)), bits(reciprocal_approx(3e38f)),
+           bits(reciprocal_approx(0.0f)));
 }
 
 constexpr int shared_bytes = warps * (2 * elements * 2 + 2 * lanes * 4);

@@ -132,6 +132,10 @@ def test_primitives_do_what_is_documented(program, dtype):
     assert torch.equal(out[13, :, 2:].contiguous().view(dtype), flat[:128].view(32, 4)), "load of int64"
     assert torch.equal(out[14, :, :1].contiguous().view(dtype), flat[:64].view(32, 2)), "load of float"
     assert torch.equal(floats(out[14, :, 1:]), torch.stack([LANE + n for n in (1, 2, 3)], 1).float()), "store of float"
+    reciprocals = floats(out[15])
+    assert is_close(reciprocals[:, 0], 1 / x[:, 0].double(), 2**-22), "reciprocal"
+    assert reciprocals[:, 1:3].eq(0).all(), "reciprocal of infinity, and where it would be subnormal"
+    assert reciprocals[:, 3].eq(math.inf).all(), "reciprocal of 0"
 
 
 @pytest.mark.parametrize(

@@ -168,3 +168,10 @@ def test_no_bank_conflicts_for_any_native_head_dim(head_dim):
     counts = run(inputs(1, 1, (14, 14), head_dim, torch.float16), (14, 14)).counts
     assert counts["ldmatrix_conflicts"] == 0
     assert counts["copy_conflicts"] == 0
+
+
+def test_the_division_by_the_columns_of_a_grid_is_exact():
+    row_of_token = emulation.kernels().row_of_token
+    for columns in range(1, 257):
+        tokens = range(256 // columns * columns)
+        assert [row_of_token(columns, token) for token in tokens] == [token // columns for token in tokens]

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 #include "tiled.h"
+#include "tiles.cuh"
 
 namespace py = pybind11;
 namespace emulator = gpsa::emulator;
@@ -93,6 +94,7 @@ PYBIND11_MODULE(gpsa_emulated, m) {
         const gpsa::Sizes s = gpsa::sizes(problem_of(problem), 0);
         return std::make_tuple(s.slots, s.inference_workspace, s.forward_workspace, s.backward_workspace, s.content);
     });
+    m.def("row_of_token", [](int columns, int token) { return gpsa::Columns(columns).row_of(token); });
     m.def("tiled_slots", [](const PyProblem& problem) { return gpsa::tiled::slots(problem_of(problem)); });
     m.def(
         "dropout_mask",

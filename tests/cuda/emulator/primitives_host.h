@@ -216,6 +216,7 @@ inline float exp2_approx(float x) {
     return flush_to_zero(std::exp2(flush_to_zero(x)));
 }
 inline float log2_approx(float x) { return std::log2(flush_to_zero(x)); }
+inline float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 
 template <typename T>
