@@ -44,4 +44,4 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _deselected:
         left = ", ".join(f"{count} of {file}" for file, count in _deselected.most_common())
-        terminalreporter.write_line(f"left to make proof: {left}")
+        terminalreporter.write_line(f"deselected (make proof runs everything): {left}")
