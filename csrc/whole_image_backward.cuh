@@ -157,7 +157,8 @@ struct WholeImageBackward {
         if constexpr (has_dropout) {
             store_line<E, channels>(grad_v, first_key, tokens, in_mixed);
         } else {
-            blend(mixed, first_key, tokens, sigmoid(gate), grad_v, closed, closed);
+            const float open = sigmoid(load(Global<const float>(call.gate) + head));  // again, to spare a register above
+            blend(mixed, first_key, tokens, open, grad_v, closed, closed);
         }
         sync_warp();
         store_rows<channels / 8>(to_v, call.grad_v.token, first_key, tokens, 0, head_dim, in_mixed);

@@ -228,8 +228,8 @@ BACKWARD_BUGS = {
     ),
     "g where 1 - g belongs in dV": (
         "whole_image_backward.cuh",
-        "sigmoid(gate), grad_v, closed, closed)",
-        "sigmoid(gate), grad_v, closed, 1 - closed)",
+        "open, grad_v, closed, closed)",
+        "open, grad_v, closed, 1 - closed)",
         None,
     ),
     "dV by the table instead of its transpose": (
