@@ -307,7 +307,13 @@ private:
             }
             store_line<E, 16>(sums, 16 * step, tokens, [&](int i, int chunk) { return row_of_q(i, 2 * s + chunk); });
             sync_warp();
-            store_rows<2>(to, call.grad_q.token, 16 * step, tokens, 2 * s, call.problem.head_dim, row_of_q);
+#pragma unroll 1  // once; not a loop, its addresses would be kept in registers
+            for (int i = lane(); i < 32; i += 32) {
+                const int token = 16 * step + i / 2, chunk = 2 * s + i % 2;
+                if (token < tokens && chunk * 8 < call.problem.head_dim) {
+                    store_chunk<E>(to + (token * call.grad_q.token + chunk * 8), load_chunk<E>(row_of_q(token, chunk)));
+                }
+            }
         }
     }
 
