@@ -293,14 +293,14 @@ class Library:
             return Sizes(*kernels().sizes(settings, H100))
         return Sizes(kernels().tiled_slots(settings), 0, 0, 0, True)
 
-    def forward(self, *arguments: Tensor | None | float) -> None:
+    def forward(self, *arguments: Tensor | float | None) -> None:
         *inputs, out, content, logsumexp, _, rows, columns, scale, dropout_p = arguments
         named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), inputs, strict=True))
         outputs = {"out": out, "content": content, "logsumexp": logsumexp}
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
         kernels().forward(problem, _arguments(named, outputs), self.parts if out.numel() else None, H100, 0, False)
 
-    def backward(self, *arguments: Tensor | None | float) -> None:
+    def backward(self, *arguments: Tensor | float | None) -> None:
         *tensors, _, rows, columns, scale, dropout_p = arguments
         names = ("grad_out", "q", "k", "v", "pos_weight", "gate", "seed", "content", "logsumexp")
         named = dict(zip(names, tensors[:9], strict=True))
@@ -316,3 +316,10 @@ def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, image:
     tensors = {"seed": _argument(device_seed), "mask": _argument(mask, output=True)}
     kernels().dropout_mask(*grid_size, dropout_p, tensors, image, transposed)
     return mask[0, 0]
+
+
+def masks(q: Tensor, grid_size: tuple[int, int], dropout_p: float, seed: int) -> Tensor:
+    """(B, H, N, N) of those."""
+    batch, heads = q.shape[:2]
+    drawn = [dropout_mask(grid_size, dropout_p, seed, image, False) for image in range(batch * heads)]
+    return torch.stack(drawn).unflatten(0, (batch, heads))

@@ -42,7 +42,7 @@ def literal(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The formula as models spell it out, every step in the dtype of the inputs; mask: (B, H, N, N) bool, what is kept."""
+    """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept."""
     rows, columns = grid_size
     index = torch.arange(rows * columns)
     y, x = index // columns, index % columns
@@ -116,7 +116,9 @@ def rounding_walks(
     position = g * maps[1] * (1 + position_score).sqrt()
     kept = 1.0 if mask is None else mask.double() / (1 - dropout_p)
     along = kept * (grad_out.double() @ v.mT)
-    own = [((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps]  # of rowsum(dO * O), squared
+    own = [
+        ((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps
+    ]  # of rowsum(dO * O), squared
     score = content**2 * (along**2 + own[0])
     place = position**2 * (along**2 + own[1])
     squares = {
@@ -198,7 +200,7 @@ def assert_what_backward_reads_is_exact(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
-    """The content branch's own output, if there is any, by the rule of exactness; the logsumexp to its scores' bound."""
+    """The content branch's own output, if there is one, by the rule of exactness; the logsumexp by its scores'."""
     q, k, v, pos_weight, gate = (t.detach() for t in tensors)
     if content.numel():
         branch, settings = [q, k, v, pos_weight, torch.full_like(gate, -math.inf)], (grid_size, scale, mask, dropout_p)

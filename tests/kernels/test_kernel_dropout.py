@@ -43,10 +43,16 @@ def _mask(target, batch, heads, grid_size, dropout_p, dtype):
 
 
 def check(target, tensors, grid_size, dropout_p=P):
+    """The result, all gradients and what backward reads."""
     q = tensors[0]
     mask = _mask(target, *q.shape[:2], grid_size, dropout_p, q.dtype)
     kwargs = {"device": target.device, "backend": target.backend, "mask": mask, "dropout_p": dropout_p}
     assert_as_exact_as_eager(_attention, tensors, grid_size, **kwargs)
+    there, scale = [t.detach().to(target.device) for t in tensors], q.size(-1) ** -0.5
+    torch.manual_seed(SEED)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)  # as gpsa_attention draws it
+    _, *saved = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, target.backend, True)
+    assert_what_backward_reads_is_exact(*saved, tensors, grid_size, scale, mask, dropout_p)
 
 
 def test_as_exact_as_eager_with_the_same_mask(target, dtype, dropout_shape):
@@ -68,16 +74,6 @@ def test_open_and_closed_gates(target, grid, logit):
 def test_flat_and_steep_positions(target, grid, weight):
     q, k, v, pos_weight, gate = inputs(1, 2, grid, 16, target.dtypes[-1])
     check(target, [q, k, v, torch.full_like(pos_weight, weight), gate], grid)
-
-
-def test_what_backward_reads(target, dtype):
-    tensors = inputs(2, 2, (9, 21), 48, dtype)
-    there = [t.detach().to(target.device) for t in tensors]
-    torch.manual_seed(SEED)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)  # as gpsa_attention draws it
-    settings = ((9, 21), 48**-0.5, _mask(target, 2, 2, (9, 21), P, dtype), P)
-    _, *saved = torch.ops.gpsa.attention_forward(*there, seed, 9, 21, 48**-0.5, P, target.backend, True)
-    assert_what_backward_reads_is_exact(*saved, tensors, *settings)
 
 
 def test_keep_rate_and_scale(target, tensors):
@@ -132,6 +128,6 @@ def test_everything_dropped(target, tensors):
     results = with_gradients(gpsa_attention, tensors, grad_out, GRID, dropout_p=1.0, backend=target.backend)
     for name, t in zip(NAMES, results, strict=True):
         assert t.eq(0).all(), name
-    settings = (*GRID, 1.0, 1.0, target.backend, True)
-    _, content, _ = torch.ops.gpsa.attention_forward(*tensors, torch.zeros(1, dtype=torch.int64).to(target.device), *settings)
+    seed = torch.zeros(1, dtype=torch.int64, device=target.device)
+    _, content, _ = torch.ops.gpsa.attention_forward(*tensors, seed, *GRID, 1.0, 1.0, target.backend, True)
     assert content.eq(0).all()

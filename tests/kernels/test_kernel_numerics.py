@@ -17,6 +17,7 @@ from reference import (
 
 from gpsa_kernels import gpsa_attention
 
+
 def check(tensors, grid_size, target, **kwargs):
     assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, device=target.device, backend=target.backend, **kwargs)
 
