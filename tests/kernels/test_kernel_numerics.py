@@ -161,6 +161,24 @@ def test_any_strides(target, widest, grid_size):
         assert torch.equal(a, b), name
 
 
+def _odd(t: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same values; an axis' stride, or for 3 the first byte, is not at a multiple of 16 bytes."""
+    if axis == 3:
+        return torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape)
+    return torch.nn.functional.pad(t.flatten(axis + 1), (0, 4))[..., :-4].unflatten(-1, t.shape[axis + 1 :])
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_rows_at_odd_addresses(target, widest, axis):
+    grid_size = target.grids[0]
+    tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    *odd, odd_grad = (_odd(t, axis) for t in (*tensors[:3], grad_out))
+    assert odd[0].data_ptr() % 16 if axis == 3 else odd[0].stride(axis) % 8
+    expected = _run(target, tensors, grad_out, grid_size)
+    for name, a, b in zip(NAMES, expected, _run(target, [*odd, *tensors[3:]], odd_grad, grid_size), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
 def test_expanded_inputs_and_gradient(target, widest, grid_size):
     tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
@@ -248,11 +266,12 @@ def test_one_frozen_input_changes_no_other_gradient(target, widest, frozen):
             assert torch.equal(leaf.grad, expected[i]), NAMES[i + 1]
 
 
-def test_parameters_of_another_dtype_keep_theirs(target):
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_parameters_of_another_dtype_keep_theirs(target, other):
     tensors, grad_out = _on_device(target, 1, 2, (3, 5), 16, torch.float16)
-    tensors[3:] = [t.float() for t in tensors[3:]]
+    tensors[3:] = [t.to(other) for t in tensors[3:]]
     results = _run(target, tensors, grad_out, (3, 5))
-    assert [t.dtype for t in results] == [torch.float16] * 4 + [torch.float32] * 2
+    assert [t.dtype for t in results] == [torch.float16] * 4 + [other] * 2
 
 
 def test_inputs_are_left_alone(target, widest):
