@@ -9,7 +9,7 @@ from functools import cache
 import emulation
 import pytest
 import torch
-from emulation import masks
+from dropped import dropped_out, masks
 from reference import inputs, literal, with_gradients
 
 from gpsa_kernels.tensors import parameter_gradients
@@ -450,7 +450,7 @@ def formula(kernel, dtype):
     arguments = [t.to(dtype) for t in tensors], grad_out.to(dtype), GRID_SIZE, SCALE
     if kernel in (dropout_forward, dropout_backward):
         mask = masks(tensors[0], GRID_SIZE, DROPOUT_P, seed=5)
-        results = with_gradients(literal, *arguments, mask, DROPOUT_P)
+        results = with_gradients(dropped_out, *arguments, mask, DROPOUT_P)
     else:
         results = with_gradients(literal, *arguments)
     return results[:1] if kernel in (forward, dropout_forward) else results[1:]

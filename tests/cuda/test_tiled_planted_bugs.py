@@ -8,8 +8,8 @@ import shutil
 import emulation
 import pytest
 import torch
-from emulation import masks
-from reference import inputs, literal, with_gradients
+from dropped import dropped_out, masks
+from reference import inputs, with_gradients
 
 GRID_SIZE, HEAD_DIM = (3, 23), 48  # two tiles of tokens, the last of them partial; two of coordinates along x
 SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1) for deferred in (False, True)]
@@ -207,8 +207,8 @@ def results():
     found = {}
     for dropout_p in (NO_DROPOUT, DROPOUT):
         settings = GRID_SIZE, scale, masks(tensors[0], GRID_SIZE, dropout_p, 5), dropout_p
-        truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), *settings)
-        eager = with_gradients(literal, tensors, grad_out, *settings)
+        truth = with_gradients(dropped_out, [t.double() for t in tensors], grad_out.double(), *settings)
+        eager = with_gradients(dropped_out, tensors, grad_out, *settings)
         found[dropout_p] = tensors, grad_out, truth, eager
     return found
 
