@@ -316,10 +316,3 @@ def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, image:
     tensors = {"seed": _argument(device_seed), "mask": _argument(mask, output=True)}
     kernels().dropout_mask(*grid_size, dropout_p, tensors, image, transposed)
     return mask[0, 0]
-
-
-def masks(q: Tensor, grid_size: tuple[int, int], dropout_p: float, seed: int) -> Tensor:
-    """(B, H, N, N) of those."""
-    batch, heads = q.shape[:2]
-    drawn = [dropout_mask(grid_size, dropout_p, seed, image, False) for image in range(batch * heads)]
-    return torch.stack(drawn).unflatten(0, (batch, heads))

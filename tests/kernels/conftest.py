@@ -41,9 +41,9 @@ class Target(NamedTuple):
     dropout_shapes: list[Shape]
 
 
-_TRITON = [
-    [(3, 6), (2, 17)],
-    [
+_TRITON = {
+    "grids": [(3, 6), (2, 17)],
+    "shapes": [
         (1, 2, (1, 1), 8),
         (2, 1, (3, 5), 16),
         (1, 1, (1, 16), 40),
@@ -59,12 +59,12 @@ _TRITON = [
         (1, 1, (1, 130), 16),
         (1, 1, (258, 1), 8),
     ],
-    [(1, 2, (3, 5), 16)],
-    [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)],
-]
-_WHOLE_IMAGE = [
-    [(3, 6), (2, 17), (17, 2)],
-    [
+    "inference_shapes": [(1, 2, (3, 5), 16)],
+    "dropout_shapes": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)],
+}
+_WHOLE_IMAGE = {
+    "grids": [(3, 6), (2, 17), (17, 2)],
+    "shapes": [
         (1, 2, (1, 1), 8),
         (2, 1, (3, 5), 16),
         (1, 1, (1, 16), 40),
@@ -81,8 +81,8 @@ _WHOLE_IMAGE = [
         (1, 1, (32, 8), 64),
         (1, 1, (1, 256), 8),
     ],
-    [(1, 1, (8, 8), 128), (1, 1, (13, 5), 72), (1, 1, (1, 197), 128), (1, 1, (16, 16), 104)],
-    [
+    "inference_shapes": [(1, 1, (8, 8), 128), (1, 1, (13, 5), 72), (1, 1, (1, 197), 128), (1, 1, (16, 16), 104)],
+    "dropout_shapes": [
         (1, 1, (1, 1), 8),
         (2, 2, (3, 6), 16),
         (1, 1, (1, 17), 40),
@@ -94,10 +94,10 @@ _WHOLE_IMAGE = [
         (1, 1, (16, 14), 48),
         (1, 1, (15, 17), 56),
     ],
-]
-_TILED = [
-    [(5, 14), (2, 67), (67, 2)],
-    [
+}
+_TILED = {
+    "grids": [(5, 14), (2, 67), (67, 2)],
+    "shapes": [
         (1, 2, (1, 1), 8),
         (2, 1, (3, 5), 40),
         (1, 1, (13, 5), 64),
@@ -109,16 +109,16 @@ _TILED = [
         (1, 1, (18, 21), 128),
         (1, 1, (24, 24), 48),
     ],
-    [(1, 1, (13, 5), 64)],
-    [
+    "inference_shapes": [(1, 1, (13, 5), 64)],
+    "dropout_shapes": [
         (2, 2, (5, 14), 16),
         (1, 2, (9, 21), 48),
         (1, 1, (1, 70), 128),
         (1, 1, (67, 1), 64),
         (1, 1, (13, 24), 40),
     ],
-]
-_ALL = [list(dict.fromkeys(chain(*lists))) for lists in zip(_TRITON, _WHOLE_IMAGE, _TILED, strict=True)]
+}
+_ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
 # of each form of Triton's position and of each family of the CUDA kernels; and with dropout
 _SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 2, (5, 13), 72)}
 
@@ -129,16 +129,14 @@ _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 
 def _targets() -> list[Target]:
     if INTERPRETED:  # float64 for exact gradient checks; its bfloat16 is wrong
-        return [Target("triton", "cpu", (torch.float64, torch.float32, torch.float16), *_TRITON)]
+        return [Target("triton", "cpu", (torch.float64, torch.float32, torch.float16), **_TRITON)]
     names = [name for name in _GPU_DTYPES if BACKENDS[name].unavailable() is None]
-    on_gpu = [Target(name, "cuda", _GPU_DTYPES[name], *_ALL) for name in names]
-    return on_gpu or [Target(name, "cpu", _HALVES, *shapes) for name, shapes in _EMULATED.items()]
+    on_gpu = [Target(name, "cuda", _GPU_DTYPES[name], **_ALL) for name in names]
+    return on_gpu or [Target(name, "cpu", _HALVES, **cases) for name, cases in _EMULATED.items()]
 
 
 TARGETS = _targets()
-
-
-_VARIED = {"dtype": "dtypes", "grid": "grids"} | {name[:-1]: name for name in Target._fields if "shapes" in name}
+_VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
 def pytest_generate_tests(metafunc):
@@ -161,7 +159,7 @@ def _whole_image_only(call: Call) -> str | None:
 
 @pytest.fixture(autouse=True)
 def _emulated(request, target, monkeypatch):
-    """backends/cuda.py on CPU tensors, with the emulated kernels in its library's place."""
+    """backends/cuda.py on CPU tensors, the emulated kernels in its library's place; no grid that the target refuses."""
     if target.backend not in _EMULATED:
         return
     tiled = target.backend == "emulated-tiled"
@@ -175,6 +173,7 @@ def _emulated(request, target, monkeypatch):
     monkeypatch.setitem(BACKENDS, target.backend, backend)
     monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
     cuda._sizes.cache_clear()
+    request.addfinalizer(cuda._sizes.cache_clear)
     rows, columns = request.node.callspec.params.get("grid_size", (1, 1))
     q = torch.empty(1, 1, rows * columns, 8, dtype=target.dtypes[0])
     if reason := backend.unsupported(Call(q, q, q, q, q, None, rows, columns, 1.0, 0.0)):

@@ -78,8 +78,8 @@ def test_flat_and_steep_positions(target, dtype, grid, weight):
 
 
 @pytest.mark.parametrize("factor", [30.0, 1e3])
-def test_large_scores(target, widest, factor):
-    q, k, *rest = inputs(1, 2, target.grids[0], 16, widest)
+def test_large_scores(target, dtype, factor):
+    q, k, *rest = inputs(1, 2, target.grids[0], 16, dtype)
     tensors = [q * factor**0.5, k * factor**0.5, *rest]
     check(tensors, target.grids[0], target)
     check_what_backward_reads(tensors, target.grids[0], target, 0.25)
