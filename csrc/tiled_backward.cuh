@@ -181,6 +181,8 @@ private:
                 mean_x[part] = x.mean(place.x);
                 mean_y[part] = y.mean(place.y);
                 mean_square[part] = x.mean_square(place.x) + y.mean_square(place.y);
+                // no entry of a query that does not exist is infinite, whatever stands below the grid
+                if (at.row + fragment_row() + 8 * part >= at.tokens) this->normaliser[part] = INFINITY;
             }
         }
         /// grad_weights = M * grad_weights / (1 - p); dR/dw = R * (offset - its mean under R).

@@ -32,9 +32,17 @@ def inputs(
 
 
 def literal(
-    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    gate: Tensor,
+    grid_size: tuple[int, int],
+    scale: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """The formula as models spell it out, every step in the dtype of the inputs."""
+    """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept."""
     rows, columns = grid_size
     index = torch.arange(rows * columns)
     y, x = index // columns, index % columns
@@ -44,7 +52,8 @@ def literal(
     position = (offsets @ pos_weight.t()).permute(2, 0, 1).softmax(-1)
     g = torch.sigmoid(gate).view(-1, 1, 1)
     mixed = (1 - g) * content + g * position
-    return (mixed / mixed.sum(-1, keepdim=True)) @ v
+    attention = mixed / mixed.sum(-1, keepdim=True)
+    return (attention if mask is None else attention * mask / (1 - dropout_p)) @ v
 
 
 def loops(
@@ -80,7 +89,12 @@ def with_gradients(
 
 
 def rounding_walks(
-    tensors: Sequence[Tensor], grad_out: Tensor, grid_size: tuple[int, int], scale: float
+    tensors: Sequence[Tensor],
+    grad_out: Tensor,
+    grid_size: tuple[int, int],
+    scale: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> dict[str, float]:
     """For every result, how far one rounding of each term of each sum on the way moves it, in units of eps.
 
@@ -100,19 +114,33 @@ def rounding_walks(
     g = torch.sigmoid(gate).view(-1, 1, 1)
     content = (1 - g) * maps[0] * (1 + content_score).sqrt()
     position = g * maps[1] * (1 + position_score).sqrt()
-    along = grad_out.double() @ v.mT
-    own = [((grad_out.double() * (m @ v)) ** 2).sum(-1, keepdim=True) for m in maps]  # of rowsum(dO * O), squared
+    kept = 1.0 if mask is None else mask.double() / (1 - dropout_p)
+    along = kept * (grad_out.double() @ v.mT)
+    own = [
+        ((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps
+    ]  # of rowsum(dO * O), squared
     score = content**2 * (along**2 + own[0])
     place = position**2 * (along**2 + own[1])
     squares = {
-        "out": (content + position) ** 2 @ v**2,
+        "out": (kept * (content + position)) ** 2 @ v**2,
         "q": scale**2 * score @ k**2,
         "k": scale**2 * score.mT @ q**2,
-        "v": (content + position).mT ** 2 @ grad_out.double() ** 2,
+        "v": (kept * (content + position)).mT ** 2 @ grad_out.double() ** 2,
         "pos_weight": torch.stack([(place * d**2).sum((0, 2, 3)) for d in (dx, dy, dx**2 + dy**2)]),
         "gate": (g * (1 - g)).flatten() ** 2 * (own[0] + own[1]).sum((0, 2, 3)),
     }
     return {name: t.max().sqrt().item() if t.numel() else 0.0 for name, t in squares.items()}
+
+
+def _allowed_error(q: Tensor, name: str, expected: Tensor, low: Tensor, walk: float) -> float:
+    """Of a result in q's dtype: what :func:`assert_as_exact_as_eager` says."""
+    stored = torch.finfo(q.dtype).eps
+    summed = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
+    batch, _, tokens, head_dim = q.shape
+    terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
+    allowed = (low.double() - expected).abs().nan_to_num(nan=math.inf).max().item()
+    allowed += stored * expected.abs().max().item()
+    return allowed + (stored + summed * math.sqrt(terms.get(name, max(tokens, head_dim)) / 2)) * walk
 
 
 def assert_as_exact_as_eager(
@@ -123,12 +151,16 @@ def assert_as_exact_as_eager(
     device: str = "cpu",
     eager: Callable[..., Tensor] = literal,
     loss_scale: float = 1.0,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    gradients: bool = True,
     **kwargs: object,
 ) -> None:
     """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
 
     ``function`` runs on ``device``, what it is compared with on the CPU. A stricter ``eager`` makes a stricter rule.
-    The upstream gradient is normal noise times ``loss_scale``.
+    The upstream gradient is normal noise times ``loss_scale``; without ``gradients`` a call that has none is asked for
+    ``out``. ``mask`` says what ``function``, given ``dropout_p``, drops.
 
     To eager's error is added what rounding alone explains, since eager is sometimes luckier than anybody has to be (a
     softmax over one token has an exact gradient; float64 eager is the truth itself): one rounding of the result and of
@@ -139,27 +171,50 @@ def assert_as_exact_as_eager(
     scale = q.size(-1) ** -0.5 if scale is None else scale
     grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grad_out = (loss_scale * grad_out).to(q.dtype)
-    truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale)
-    low_precision = with_gradients(eager, tensors, grad_out, grid_size, scale)
+    dropout = {} if mask is None else {"mask": mask, "dropout_p": dropout_p}
+    truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale, **dropout)
+    low_precision = with_gradients(eager, tensors, grad_out, grid_size, scale, **dropout)
     there = [t.detach().to(device) for t in tensors]
-    ours = with_gradients(function, there, grad_out.to(device), grid_size, scale=scale, **kwargs)
-    ours = [t.cpu() for t in ours]
-    walks = rounding_walks(tensors, grad_out, grid_size, scale)
-    stored = torch.finfo(q.dtype).eps
-    summed = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
-    batch, _, tokens, head_dim = q.shape
-    terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
-    for name, expected, low, got in zip(NAMES, truth, low_precision, ours, strict=True):
+    kwargs |= {"scale": scale} if mask is None else {"scale": scale, "dropout_p": dropout_p}
+    if gradients:
+        ours = with_gradients(function, there, grad_out.to(device), grid_size, **kwargs)
+    else:
+        ours = [function(*there, grid_size, **kwargs)]
+    walks = rounding_walks(tensors, grad_out, grid_size, scale, **dropout)
+    for name, expected, low, got in zip(NAMES, truth, low_precision, [t.cpu() for t in ours], strict=gradients):
         assert got.dtype == q.dtype
         assert got.shape == expected.shape
         assert got.isfinite().all(), name
         if got.numel() == 0:
             continue
-        error = (got.double() - expected).abs().max().item()
-        allowed = (low.double() - expected).abs().nan_to_num(nan=math.inf).max().item()
-        allowed += stored * expected.abs().max().item()
-        allowed += (stored + summed * math.sqrt(terms.get(name, max(tokens, head_dim)) / 2)) * walks[name]
+        error, allowed = (got.double() - expected).abs().max(), _allowed_error(q, name, expected, low, walks[name])
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def assert_what_backward_reads_is_exact(
+    content: Tensor,
+    logsumexp: Tensor,
+    tensors: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    scale: float,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    """The content branch's own output, if there is one, by the rule of exactness; the logsumexp by its scores'."""
+    q, k, v, pos_weight, gate = (t.detach() for t in tensors)
+    if content.numel():
+        branch, settings = [q, k, v, pos_weight, torch.full_like(gate, -math.inf)], (grid_size, scale, mask, dropout_p)
+        expected, low = literal(*(t.double() for t in branch), *settings), literal(*branch, *settings)
+        walk = rounding_walks(branch, torch.zeros_like(q), *settings)["out"]
+        error = (content.cpu().double() - expected).abs().max()
+        assert error <= _allowed_error(q, "out", expected, low, walk)
+    # a score of d terms is off by at most d roundings of each
+    tokens, head_dim = q.shape[2:]
+    summed = torch.finfo(logsumexp.dtype).eps
+    scores = scale * q.double() @ k.double().mT
+    bound = (head_dim + 4) * summed * (abs(scale) * q.double().abs() @ k.double().abs().mT).max()
+    error = (logsumexp.cpu().double() - scores.logsumexp(-1)).abs().max()
+    assert error <= bound + tokens * summed * (1 + math.log(tokens))
 
 
 def assert_large_gradients_stay_finite(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
-from gpsa_kernels.tensors import empty_output, parameter_gradients
+from gpsa_kernels.tensors import autocast_dtype, empty_output, parameter_gradients
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
 _ALIGNMENT = 16  # bytes: the kernels read and write rows 16 bytes at a time
@@ -124,17 +124,20 @@ _unsupported_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(call: Call) -> str | None:
+    if call.q.device.type != "cuda":
+        return f"its kernels run on CUDA tensors, and q is on {call.q.device}"
+    return unsupported_tensors(call) or _unsupported_device(call.q.device.index)
+
+
+def unsupported_tensors(call: Call) -> str | None:
+    """Why the kernels could not run a call on any device, or None."""
     q = call.q
-    if q.device.type != "cuda":
-        return f"its kernels run on CUDA tensors, and q is on {q.device}"
-    dtype = q.dtype
-    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cuda")  # as operators.autocast_inputs will
+    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype(q.device.type) or q.dtype  # as it will be cast
     if dtype != torch.float16 and dtype != torch.bfloat16:
         return f"its kernels take float16 and bfloat16, and q is {dtype}"
     if q.size(-1) % 8 or q.size(-1) > 128:
         return f"head_dim must be a multiple of 8 from 8 to 128, got {q.size(-1)}"
-    return strided_channels(call) or _unsupported_device(q.device.index)
+    return strided_channels(call)
 
 
 class _Sizes(NamedTuple):

@@ -1,53 +1,183 @@
-"""The tests of the kernels: Triton's on the CPU in its interpreter, every backend's on a GPU, with the same code.
+"""The behaviour of the kernels, one suite for all of them: what runs it is a parameter, the target.
 
-``TRITON_INTERPRET=1 python -m pytest tests/kernels`` runs them without a GPU. Triton reads the variable when it is
-imported, so one process either interprets or compiles.
+On a GPU the targets are the backends that have kernels for it. Without one they are the CUDA kernels on their emulator,
+and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the variable when it is imported, so one
+process either interprets or compiles.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import chain, product
 from typing import NamedTuple
 
+import emulation
 import pytest
 import torch
 
 from gpsa_kernels import BACKENDS
+from gpsa_kernels.backends import Call, cuda
 from gpsa_kernels.backends.triton import INTERPRETED
+
+Shape = tuple[int, int, tuple[int, int], int]  # batch, heads, grid_size, head_dim
 
 
 class Target(NamedTuple):
-    """A backend with kernels, a device they run on, and the dtypes they take there."""
+    """A backend with kernels, a device they run on, and what is asked of them there.
+
+    Attributes:
+        grids: of one tile and of several, with short axes and with long ones.
+        shapes: the tokens that its tiles divide badly; every head_dim and every form of the position that it has.
+        inference_shapes: of calls without gradients, where they run other kernels.
+        dropout_shapes: of both, with attention dropout.
+    """
 
     backend: str
     device: str
     dtypes: tuple[torch.dtype, ...]
+    grids: list[tuple[int, int]]
+    shapes: list[Shape]
+    inference_shapes: list[Shape]
+    dropout_shapes: list[Shape]
 
 
-_GPU_DTYPES = {
-    "triton": (torch.float32, torch.float16, torch.bfloat16),
-    "cuda": (torch.float16, torch.bfloat16),
+_TRITON = {
+    "grids": [(3, 6), (2, 17)],
+    "shapes": [
+        (1, 2, (1, 1), 8),
+        (2, 1, (3, 5), 16),
+        (1, 1, (1, 16), 40),
+        (1, 2, (17, 1), 8),
+        (1, 1, (9, 7), 48),
+        (1, 1, (8, 8), 128),
+        (1, 1, (5, 13), 64),
+        (1, 1, (14, 14), 48),
+        (1, 1, (197, 1), 32),
+        (1, 2, (2, 17), 48),
+        (1, 1, (17, 16), 24),
+        (1, 1, (1, 65), 8),
+        (1, 1, (1, 130), 16),
+        (1, 1, (258, 1), 8),
+    ],
+    "inference_shapes": [(1, 2, (3, 5), 16)],
+    "dropout_shapes": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)],
 }
+_WHOLE_IMAGE = {
+    "grids": [(3, 6), (2, 17), (17, 2)],
+    "shapes": [
+        (1, 2, (1, 1), 8),
+        (2, 1, (3, 5), 16),
+        (1, 1, (1, 16), 40),
+        (1, 2, (17, 1), 24),
+        (1, 1, (9, 7), 48),
+        (2, 2, (8, 8), 32),
+        (1, 1, (5, 13), 64),
+        (1, 2, (14, 14), 48),
+        (1, 1, (14, 14), 64),
+        (1, 1, (197, 1), 32),
+        (1, 1, (16, 16), 48),
+        (1, 1, (16, 16), 64),
+        (1, 1, (4, 64), 56),
+        (1, 1, (32, 8), 64),
+        (1, 1, (1, 256), 8),
+    ],
+    "inference_shapes": [(1, 1, (8, 8), 128), (1, 1, (13, 5), 72), (1, 1, (1, 197), 128), (1, 1, (16, 16), 104)],
+    "dropout_shapes": [
+        (1, 1, (1, 1), 8),
+        (2, 2, (3, 6), 16),
+        (1, 1, (1, 17), 40),
+        (1, 1, (17, 3), 64),
+        (1, 2, (14, 14), 48),
+        (1, 1, (32, 8), 32),
+        (1, 1, (9, 13), 24),
+        (1, 1, (13, 9), 64),
+        (1, 1, (16, 14), 48),
+        (1, 1, (15, 17), 56),
+    ],
+}
+_TILED = {
+    "grids": [(5, 14), (2, 67), (67, 2)],
+    "shapes": [
+        (1, 2, (1, 1), 8),
+        (2, 1, (3, 5), 40),
+        (1, 1, (13, 5), 64),
+        (1, 2, (8, 8), 128),
+        (2, 1, (7, 50), 32),
+        (1, 1, (257, 1), 48),
+        (1, 1, (1, 300), 96),
+        (1, 1, (300, 1), 64),
+        (1, 1, (18, 21), 128),
+        (1, 1, (24, 24), 48),
+    ],
+    "inference_shapes": [(1, 1, (13, 5), 64)],
+    "dropout_shapes": [
+        (2, 2, (5, 14), 16),
+        (1, 2, (9, 21), 48),
+        (1, 1, (1, 70), 128),
+        (1, 1, (67, 1), 64),
+        (1, 1, (13, 24), 40),
+    ],
+}
+_ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
+# of each form of Triton's position and of each family of the CUDA kernels; and with dropout
+_SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 2, (5, 13), 72)}
+
+_HALVES = (torch.float16, torch.bfloat16)
+_GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
+_EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 
 
 def _targets() -> list[Target]:
     if INTERPRETED:  # float64 for exact gradient checks; its bfloat16 is wrong
-        return [Target("triton", "cpu", (torch.float64, torch.float32, torch.float16))]
-    names = [name for name in _GPU_DTYPES if name in BACKENDS and BACKENDS[name].unavailable() is None]
-    return [Target(name, "cuda", _GPU_DTYPES[name]) for name in names]
+        return [Target("triton", "cpu", (torch.float64, torch.float32, torch.float16), **_TRITON)]
+    names = [name for name in _GPU_DTYPES if BACKENDS[name].unavailable() is None]
+    on_gpu = [Target(name, "cuda", _GPU_DTYPES[name], **_ALL) for name in names]
+    return on_gpu or [Target(name, "cpu", _HALVES, **cases) for name, cases in _EMULATED.items()]
 
 
 TARGETS = _targets()
-collect_ignore_glob = [] if TARGETS else ["test_*.py"]
+_VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
 def pytest_generate_tests(metafunc):
-    if "target" in metafunc.fixturenames:
-        if "dtype" in metafunc.fixturenames:
-            pairs = [(target, dtype) for target in TARGETS for dtype in target.dtypes]
-            ids = [f"{target.backend}-{str(dtype).removeprefix('torch.')}" for target, dtype in pairs]
-            metafunc.parametrize(("target", "dtype"), pairs, ids=ids)
-        else:
-            metafunc.parametrize("target", TARGETS, ids=[target.backend for target in TARGETS])
+    """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
+    names = [name for name in _VARIED if name in metafunc.fixturenames]
+    cases = []
+    for target in TARGETS:
+        for values in product(*(getattr(target, _VARIED[name]) for name in names)):
+            label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
+            marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []
+            cases.append(pytest.param(target, *values, id=label, marks=marks))
+    metafunc.parametrize(("target", *names), cases)
+
+
+def _whole_image_only(call: Call) -> str | None:
+    if call.q.size(2) > cuda._WHOLE_IMAGE_TOKENS:
+        return "the whole-image kernels serve images of up to 256 tokens"
+    return cuda.unsupported_tensors(call)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request, target, monkeypatch):
+    """backends/cuda.py on CPU tensors, the emulated kernels in its library's place; no grid that the target refuses."""
+    if target.backend not in _EMULATED:
+        return
+    tiled = target.backend == "emulated-tiled"
+    backend = replace(
+        cuda.BACKEND,
+        name=target.backend,
+        unavailable=lambda: None,
+        unsupported=cuda.unsupported_tensors if tiled else _whole_image_only,
+        kernel_devices=frozenset({"cpu"}),
+    )
+    monkeypatch.setitem(BACKENDS, target.backend, backend)
+    monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
+    cuda._sizes.cache_clear()
+    request.addfinalizer(cuda._sizes.cache_clear)
+    rows, columns = request.node.callspec.params.get("grid_size", (1, 1))
+    q = torch.empty(1, 1, rows * columns, 8, dtype=target.dtypes[0])
+    if reason := backend.unsupported(Call(q, q, q, q, q, None, rows, columns, 1.0, 0.0)):
+        pytest.skip(reason)
 
 
 @pytest.fixture

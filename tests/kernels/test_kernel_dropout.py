@@ -4,31 +4,76 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import NAMES, inputs, literal, with_gradients
+from reference import NAMES, assert_as_exact_as_eager, assert_what_backward_reads_is_exact, inputs, with_gradients
 
 from gpsa_kernels import gpsa_attention
 
-GRID, TOKENS, HEAD_DIM, P = (5, 13), 65, 72, 0.3
+GRID, TOKENS, HEAD_DIM, P = (5, 13), 65, 40, 0.3
+SEED = 5
 
 
-def _tensors(target, dtype):
-    return [t.detach().to(target.device) for t in inputs(2, 2, GRID, HEAD_DIM, dtype)]
+def _attention(*arguments, seed=SEED, **kwargs):
+    """With the mask of a seed."""
+    torch.manual_seed(seed)
+    return gpsa_attention(*arguments, **kwargs)
 
 
 @pytest.fixture
 def tensors(target, widest):
-    return _tensors(target, widest)
+    return [t.detach().to(target.device) for t in inputs(2, 2, GRID, HEAD_DIM, widest)]
 
 
-def _dropped_map(tensors, target, seed=0, gate=None, dropout_p=P):
-    """The attention map after dropout, read off with V = identity (head_dim padded to a multiple of 8)."""
+def _dropped_map(tensors, target, grid_size=GRID, gate=None, dropout_p=P, **kwargs):
+    """The attention map after dropout, read off with columns of the identity for V."""
     q, k, _, pos_weight, logits = tensors
-    identity = torch.eye(TOKENS, HEAD_DIM, dtype=q.dtype, device=q.device).expand_as(q)
     if gate is not None:
         logits = torch.full_like(logits, gate)
-    torch.manual_seed(seed)
-    out = gpsa_attention(q, k, identity, pos_weight, logits, GRID, dropout_p=dropout_p, backend=target.backend)
-    return out[..., :TOKENS].cpu()
+    tokens, head_dim = q.shape[2:]
+    kwargs |= {"dropout_p": dropout_p, "backend": target.backend}
+    columns = torch.eye(tokens, tokens + head_dim, dtype=q.dtype, device=q.device).split(head_dim, dim=1)
+    values = [v.expand_as(q) for v in columns if v.size(1) == head_dim]
+    out = [_attention(q, k, v, pos_weight, logits, grid_size, **kwargs) for v in values]
+    return torch.cat(out, -1)[..., :tokens].cpu()
+
+
+def _mask(target, batch, heads, grid_size, dropout_p, dtype):
+    """(B, H, N, N), whether an entry is kept: read off a map whose entries are all 1 / N."""
+    flat = [torch.zeros_like(t.detach()).to(target.device) for t in inputs(batch, heads, grid_size, 64, dtype)]
+    return _dropped_map(flat, target, grid_size, dropout_p=dropout_p) != 0
+
+
+def check(target, tensors, grid_size, dropout_p=P):
+    """The result, all gradients and what backward reads."""
+    q = tensors[0]
+    mask = _mask(target, *q.shape[:2], grid_size, dropout_p, q.dtype)
+    kwargs = {"device": target.device, "backend": target.backend, "mask": mask, "dropout_p": dropout_p}
+    assert_as_exact_as_eager(_attention, tensors, grid_size, **kwargs)
+    there, scale = [t.detach().to(target.device) for t in tensors], q.size(-1) ** -0.5
+    torch.manual_seed(SEED)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)  # as gpsa_attention draws it
+    _, *saved = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, target.backend, True)
+    assert_what_backward_reads_is_exact(*saved, tensors, grid_size, scale, mask, dropout_p)
+
+
+def test_as_exact_as_eager_with_the_same_mask(target, dtype, dropout_shape):
+    check(target, inputs(*dropout_shape, dtype), dropout_shape[2])
+
+
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.01, 0.5, 0.9, 0.99])
+def test_probabilities(target, dropout_p):
+    check(target, inputs(1, 2, (3, 7), 32, torch.float16), (3, 7), dropout_p)
+
+
+@pytest.mark.parametrize("logit", [12.0, -12.0])
+def test_open_and_closed_gates(target, grid, logit):
+    *tensors, gate = inputs(1, 2, grid, 16, torch.float16)
+    check(target, [*tensors, torch.full_like(gate, logit)], grid)
+
+
+@pytest.mark.parametrize("weight", [0.0, 30.0, -30.0])
+def test_flat_and_steep_positions(target, grid, weight):
+    q, k, v, pos_weight, gate = inputs(1, 2, grid, 16, target.dtypes[-1])
+    check(target, [q, k, v, torch.full_like(pos_weight, weight), gate], grid)
 
 
 def test_keep_rate_and_scale(target, tensors):
@@ -51,7 +96,7 @@ def test_one_mask_for_both_branches(target, tensors):
 
 def test_masks_of_heads_images_and_seeds_differ(target, tensors):
     tensors[3].mul_(0.1)
-    first, again, other = (_dropped_map(tensors, target, seed) != 0 for seed in (0, 0, 1))
+    first, again, other = (_dropped_map(tensors, target, seed=seed) != 0 for seed in (0, 0, 1))
     assert torch.equal(first, again)
     masks = torch.stack([*first.flatten(0, 1), *other.flatten(0, 1)]).flatten(1).float()
     agreement = (masks @ masks.T + (1 - masks) @ (1 - masks).T) / masks.size(1)
@@ -60,41 +105,29 @@ def test_masks_of_heads_images_and_seeds_differ(target, tensors):
     assert (off_diagonal - expected).abs().max() < 6 * (expected * (1 - expected) / masks.size(1)) ** 0.5
 
 
-@pytest.mark.smoke
-def test_gradients_use_the_forward_mask(target, dtype):
-    tensors = _tensors(target, dtype)
-    mask = (_dropped_map(tensors, target) != 0).double() / (1 - P)
-    grad_out = torch.randn(tensors[0].shape).to(tensors[0].dtype)
-
-    def masked(q, k, v, pos_weight, gate):
-        identity = torch.eye(TOKENS, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
-        return (literal(q, k, identity, pos_weight, gate, GRID, HEAD_DIM**-0.5) * mask) @ v
-
-    def dropped(*leaves):
-        torch.manual_seed(0)
-        return gpsa_attention(*leaves, GRID, dropout_p=P, backend=target.backend)
-
-    expected = with_gradients(masked, [t.cpu().double() for t in tensors], grad_out.double())
-    found = with_gradients(dropped, tensors, grad_out.to(target.device))
-    half_the_digits = torch.finfo(tensors[0].dtype).eps ** 0.5  # another mask leaves none
-    for name, a, b in zip(NAMES, expected, found, strict=True):
-        assert (b.cpu().double() - a).norm() < half_the_digits * a.norm(), name
-
-
-def test_gradients_by_finite_differences(target, tensors):
+def test_gradients_by_finite_differences(target):
     if torch.float64 not in target.dtypes:
         pytest.skip("these kernels do not compute in float64")
 
     def dropped(*leaves):
-        torch.manual_seed(3)
-        return gpsa_attention(*leaves, (2, 3), dropout_p=0.5, backend=target.backend)
+        return _attention(*leaves, (2, 3), dropout_p=0.5, backend=target.backend)
 
     assert torch.autograd.gradcheck(dropped, inputs(1, 1, (2, 3), 8), fast_mode=True)
 
 
-def test_same_seed_same_bits(target, tensors):
-    assert torch.equal(_dropped_map(tensors, target, seed=5), _dropped_map(tensors, target, seed=5))
+def test_a_seed_gives_the_same_bits_and_another_one_others(target, tensors):
+    grad_out, kwargs = torch.randn_like(tensors[0]), {"dropout_p": P, "backend": target.backend}
+    first, again, other = (with_gradients(_attention, tensors, grad_out, GRID, seed=s, **kwargs) for s in (5, 5, 6))
+    for name, a, b, c in zip(NAMES, first, again, other, strict=True):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
 
 
 def test_everything_dropped(target, tensors):
-    assert _dropped_map(tensors, target, dropout_p=1.0).eq(0).all()
+    grad_out = torch.randn_like(tensors[0])
+    results = with_gradients(gpsa_attention, tensors, grad_out, GRID, dropout_p=1.0, backend=target.backend)
+    for name, t in zip(NAMES, results, strict=True):
+        assert t.eq(0).all(), name
+    seed = torch.zeros(1, dtype=torch.int64, device=target.device)
+    _, content, _ = torch.ops.gpsa.attention_forward(*tensors, seed, *GRID, 1.0, 1.0, target.backend, True)
+    assert content.eq(0).all()

@@ -9,6 +9,7 @@ from reference import (
     assert_a_small_share_keeps_its_digits,
     assert_as_exact_as_eager,
     assert_large_gradients_stay_finite,
+    assert_what_backward_reads_is_exact,
     inputs,
     literal,
     with_gradients,
@@ -16,75 +17,94 @@ from reference import (
 
 from gpsa_kernels import gpsa_attention
 
-# (batch, heads, grid_size, head_dim): the tokens that tiles divide badly, then every form of the positional branch;
-# the smoke is a shape of each form of Triton's position and of each family of the CUDA kernels
-SHAPES = [
-    (1, 2, (1, 1), 8),
-    (2, 1, (3, 5), 16),
-    (1, 1, (1, 16), 40),
-    (1, 2, (17, 1), 8),
-    (1, 1, (9, 7), 48),
-    (1, 1, (8, 8), 128),
-    (1, 1, (5, 13), 64),
-    pytest.param(1, 1, (14, 14), 48, marks=pytest.mark.smoke),
-    (1, 1, (197, 1), 32),
-    (1, 2, (2, 17), 48),
-    pytest.param(1, 1, (17, 16), 24, marks=pytest.mark.smoke),
-    (1, 1, (1, 65), 8),
-    pytest.param(1, 1, (1, 130), 16, marks=pytest.mark.smoke),
-    (1, 1, (258, 1), 8),
-]
-
 
 def check(tensors, grid_size, target, **kwargs):
     assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, device=target.device, backend=target.backend, **kwargs)
 
 
-@pytest.mark.parametrize(("batch", "heads", "grid_size", "head_dim"), SHAPES, ids=str)
-def test_shapes(target, dtype, batch, heads, grid_size, head_dim):
-    check(inputs(batch, heads, grid_size, head_dim, dtype), grid_size, target)
+def check_what_backward_reads(tensors, grid_size, target, scale):
+    there = [t.detach().to(target.device) for t in tensors]
+    settings = (None, *grid_size, scale, 0.0, target.backend, True)
+    _, *saved = torch.ops.gpsa.attention_forward(*there, *settings)
+    assert_what_backward_reads_is_exact(*saved, tensors, grid_size, scale)
 
 
+def test_shapes(target, dtype, shape):
+    *_, grid_size, head_dim = shape
+    tensors = inputs(*shape, dtype)
+    check(tensors, grid_size, target)
+    check_what_backward_reads(tensors, grid_size, target, head_dim**-0.5)
+
+
+def test_shapes_without_gradients(target, dtype, inference_shape):
+    check(inputs(*inference_shape, dtype), inference_shape[2], target, gradients=False)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("head_dim", range(8, 129, 8))
-def test_head_dims(target, head_dim):
-    check(inputs(1, 1, (3, 4), head_dim, torch.float16), (3, 4), target)
+def test_head_dims(target, head_dim, gradients):
+    check(inputs(1, 1, (3, 4), head_dim, torch.float16), (3, 4), target, gradients=gradients)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 2.0])
 def test_scale(target, dtype, scale):
-    check(inputs(1, 2, (3, 6), 16, dtype), (3, 6), target, scale=scale)
+    grid_size = target.grids[0]
+    tensors = inputs(1, 2, grid_size, 16, dtype)
+    check(tensors, grid_size, target, scale=scale)
+    check_what_backward_reads(tensors, grid_size, target, scale)
 
 
 @pytest.mark.parametrize("logit", [100.0, 12.0, -12.0, -100.0])
-@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
-def test_open_and_closed_gates(target, dtype, grid_size, logit):
+def test_open_and_closed_gates(target, dtype, grid, logit):
     if dtype == torch.float64:
         pytest.skip("the formula itself, which takes 1 - g, is the less exact one here")
-    *tensors, gate = inputs(1, 2, grid_size, 16, dtype)
-    check([*tensors, torch.full_like(gate, logit)], grid_size, target)
+    *tensors, gate = inputs(1, 2, grid, 16, dtype)
+    check([*tensors, torch.full_like(gate, logit)], grid, target)
 
 
 @pytest.mark.parametrize("logit", [-5.0, -12.0, -100.0])
-@pytest.mark.parametrize("grid_size", [(3, 6), (2, 17)], ids=str)
-def test_large_gradients_stay_finite(target, grid_size, logit):
-    assert_large_gradients_stay_finite(gpsa_attention, grid_size, logit, device=target.device, backend=target.backend)
+def test_large_gradients_stay_finite(target, grid, logit):
+    assert_large_gradients_stay_finite(gpsa_attention, grid, logit, device=target.device, backend=target.backend)
 
 
-@pytest.mark.parametrize("grid_size", [(3, 6), (2, 17)], ids=str)
-def test_a_small_share_keeps_its_digits(target, grid_size):
-    assert_a_small_share_keeps_its_digits(gpsa_attention, grid_size, device=target.device, backend=target.backend)
+def test_a_small_share_keeps_its_digits(target, grid):
+    assert_a_small_share_keeps_its_digits(gpsa_attention, grid, device=target.device, backend=target.backend)
 
 
-@pytest.mark.parametrize("weight", [0.0, 30.0, -30.0])
-@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
-def test_flat_and_steep_positions(target, dtype, grid_size, weight):
-    q, k, v, pos_weight, gate = inputs(1, 2, grid_size, 16, dtype)
-    check([q, k, v, torch.full_like(pos_weight, weight), gate], grid_size, target)
+@pytest.mark.parametrize("weight", [0.0, 3.0, -3.0, 30.0, -30.0])
+def test_flat_and_steep_positions(target, dtype, grid, weight):
+    q, k, v, pos_weight, gate = inputs(1, 2, grid, 16, dtype)
+    check([q, k, v, torch.full_like(pos_weight, weight), gate], grid, target)
 
 
-def test_squared_offsets_that_float16_cannot_hold(target):
+@pytest.mark.parametrize("factor", [30.0, 1e3])
+def test_large_scores(target, dtype, factor):
+    q, k, *rest = inputs(1, 2, target.grids[0], 16, dtype)
+    tensors = [q * factor**0.5, k * factor**0.5, *rest]
+    check(tensors, target.grids[0], target)
+    check_what_backward_reads(tensors, target.grids[0], target, 0.25)
+
+
+def test_scores_far_below_zero(target, dtype, grid):
+    """exp(0 - logsumexp) of a key that does not exist is infinite."""
+    q, k, *rest = inputs(1, 2, grid, 16, dtype)
+    check([q + 9, k - 9, *rest], grid, target)
+
+
+def test_a_first_tile_of_scores_of_minus_infinity(target):
+    grid_size = (5, 26)
+    q, k, *rest = (t.detach() for t in inputs(1, 1, grid_size, 16, torch.float16))
+    q, k = q.abs() + 1, k.clone()
+    k[:, :, :64] = -torch.inf
+    there = [t.to(target.device) for t in (q, k, *rest)]
+    out = gpsa_attention(*there, grid_size, backend=target.backend).cpu()
+    expected = literal(*(t.double() for t in (q, k, *rest)), grid_size, 0.25)
+    assert (out.double() - expected).abs().max() <= 4 * torch.finfo(torch.float16).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("grid_size", [(520, 1)])
+def test_squared_offsets_that_float16_cannot_hold(target, grid_size):
     """The first of 520 rows looks at itself and at the last alike, so that d/dw2 of its map is 519² / 4."""
-    grid_size = (520, 1)
     q, k, v, *_ = inputs(1, 1, grid_size, 8, torch.float16)
     pos_weight, gate = torch.tensor([[0.0, -519 / 64, 1 / 64]]), torch.zeros(1)
     grad_out = torch.randn(q.shape).half()
@@ -97,17 +117,11 @@ def test_squared_offsets_that_float16_cannot_hold(target):
         assert (b.cpu().double() - a).norm() < half_the_digits * a.norm(), name
 
 
-@pytest.mark.parametrize("factor", [30.0, 1e3])
-def test_large_scores(target, factor):
-    q, k, *rest = inputs(1, 2, (3, 5), 16, torch.float32 if torch.float32 in target.dtypes else torch.float16)
-    check([q * factor**0.5, k * factor**0.5, *rest], (3, 5), target)
-
-
 def _poisoned(t: torch.Tensor) -> torch.Tensor:
-    """The same values, surrounded by NaN in memory along tokens and channels."""
+    """The same values, with NaN between the tokens and around tokens and channels in memory."""
     batch, heads, tokens, dim = t.shape
-    memory = t.new_full((batch, heads, tokens + 70, dim + 72), torch.nan)
-    view = memory[:, :, 2 : 2 + tokens, 8 : 8 + dim]
+    memory = t.new_full((batch, heads, 2 * tokens + 70, dim + 72), torch.nan)
+    view = memory[:, :, 2 : 2 + 2 * tokens : 2, 8 : 8 + dim]
     view.copy_(t)
     return view
 
@@ -147,15 +161,35 @@ def test_any_strides(target, widest, grid_size):
         assert torch.equal(a, b), name
 
 
+def _odd(t: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same values; an axis' stride, or for 3 the first byte, is not at a multiple of 16 bytes."""
+    if axis == 3:
+        return torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape)
+    return torch.nn.functional.pad(t.flatten(axis + 1), (0, 4))[..., :-4].unflatten(-1, t.shape[axis + 1 :])
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_rows_at_odd_addresses(target, widest, axis):
+    grid_size = target.grids[0]
+    tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    *odd, odd_grad = (_odd(t, axis) for t in (*tensors[:3], grad_out))
+    assert odd[0].data_ptr() % 16 if axis == 3 else odd[0].stride(axis) % 8
+    expected = _run(target, tensors, grad_out, grid_size)
+    for name, a, b in zip(NAMES, expected, _run(target, [*odd, *tensors[3:]], odd_grad, grid_size), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
 def test_expanded_inputs_and_gradient(target, widest, grid_size):
     tensors, grad_out = _on_device(target, 2, 2, grid_size, 16, widest)
+    tensors[1] = tensors[1][:, :1].expand_as(tensors[1])  # one head's keys for all heads
     tensors[2] = tensors[2][:1].expand_as(tensors[2])  # one image's values for the whole batch
-    ones = torch.ones((), dtype=widest, device=target.device).expand_as(grad_out)
     dense = [t.contiguous() for t in tensors]
-    expected = _run(target, dense, ones.contiguous(), grid_size)
-    for name, a, b in zip(NAMES, expected, _run(target, tensors, ones, grid_size), strict=True):
-        assert torch.equal(a, b), name
+    for one in (grad_out[:1, :1, :1], torch.ones((), dtype=widest, device=target.device)):
+        expanded = one.expand_as(grad_out)
+        expected = _run(target, dense, expanded.contiguous(), grid_size)
+        for name, a, b in zip(NAMES, expected, _run(target, tensors, expanded, grid_size), strict=True):
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("grid_size", [(3, 5), (2, 17), (1, 130)], ids=str)
@@ -165,15 +199,29 @@ def test_runs_are_bitwise_equal(target, widest, grid_size):
     assert all(map(torch.equal, first, _run(target, tensors, grad_out, grid_size)))
 
 
-@pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
-def test_nan_stays_in_its_batch_element(target, widest, grid_size):
-    tensors, grad_out = _on_device(target, 3, 2, grid_size, 16, widest)
-    clean = _run(target, tensors, grad_out, grid_size)
+def test_nan_stays_in_its_batch_element(target, widest, grid):
+    tensors, grad_out = _on_device(target, 3, 2, grid, 16, widest)
+    clean = _run(target, tensors, grad_out, grid)
     for t in tensors[:3]:
         t[1] = torch.nan
-    for name, a, b in zip(NAMES[:4], clean, _run(target, tensors, grad_out, grid_size), strict=False):
+    for name, a, b in zip(NAMES[:4], clean, _run(target, tensors, grad_out, grid), strict=False):
         assert b[1].isnan().all(), name
         assert torch.equal(a[::2], b[::2]), name
+
+
+def test_one_nan_goes_where_the_formula_takes_it(target, widest, grid):
+    """In one token's channel of q, k, v and grad_out, each in an image of its own."""
+    tensors, grad_out = _on_device(target, 4, 2, grid, 16, widest)
+    clean = _run(target, tensors, grad_out, grid)
+    for image, t in enumerate((*tensors[:3], grad_out)):
+        t[image, 0, 7, 5] = torch.nan
+    doubles = [t.cpu().double() for t in (*tensors, grad_out)]
+    expected = with_gradients(literal, doubles[:5], doubles[5], grid, 0.25)
+    for name, a, b, before in zip(NAMES, expected, _run(target, tensors, grad_out, grid), clean, strict=True):
+        assert a.isnan().any(), name
+        assert torch.equal(a.isnan(), b.cpu().isnan()), name
+        head = (slice(None), 1) if b.dim() == 4 else 1  # the other one, where nothing is NaN
+        assert torch.equal(b[head], before[head]), name
 
 
 def test_empty_batch(target, widest):
@@ -218,11 +266,12 @@ def test_one_frozen_input_changes_no_other_gradient(target, widest, frozen):
             assert torch.equal(leaf.grad, expected[i]), NAMES[i + 1]
 
 
-def test_parameters_of_another_dtype_keep_theirs(target):
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_parameters_of_another_dtype_keep_theirs(target, other):
     tensors, grad_out = _on_device(target, 1, 2, (3, 5), 16, torch.float16)
-    tensors[3:] = [t.float() for t in tensors[3:]]
+    tensors[3:] = [t.to(other) for t in tensors[3:]]
     results = _run(target, tensors, grad_out, (3, 5))
-    assert [t.dtype for t in results] == [torch.float16] * 4 + [torch.float32] * 2
+    assert [t.dtype for t in results] == [torch.float16] * 4 + [other] * 2
 
 
 def test_inputs_are_left_alone(target, widest):

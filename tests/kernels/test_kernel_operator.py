@@ -8,6 +8,7 @@ from reference import inputs
 
 from gpsa_kernels import BACKENDS, gpsa_attention
 from gpsa_kernels.backends import Call
+from gpsa_kernels.backends.triton import INTERPRETED
 from gpsa_kernels.functional import select_backend
 
 
@@ -33,13 +34,14 @@ def test_opcheck_backward(target, widest):
     torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
 
 
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
-def test_fake_tensors_have_the_real_strides(target, widest, grid_size):
+def test_fake_tensors_have_the_real_strides(target, widest, grid_size, save):
     tensors = _inputs(target, widest, 2, 2, grid_size, 16)
-    real = torch.ops.gpsa.attention_forward(*tensors, None, *grid_size, 0.25, 0.0, target.backend, True)
+    real = torch.ops.gpsa.attention_forward(*tensors, None, *grid_size, 0.25, 0.0, target.backend, save)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in tensors]
-        fake = torch.ops.gpsa.attention_forward(*fakes, None, *grid_size, 0.25, 0.0, target.backend, True)
+        fake = torch.ops.gpsa.attention_forward(*fakes, None, *grid_size, 0.25, 0.0, target.backend, save)
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -88,7 +90,7 @@ def test_refusals(target, widest):
 
 
 def test_the_interpreter_takes_what_it_computes_rightly_and_auto_leaves_it_alone(target):
-    if target.device != "cpu":
+    if not INTERPRETED:
         pytest.skip("about Triton's interpreter")
     q, k, v, *_ = _inputs(target, torch.float32, 1, 1, (2, 3), 8)
     assert select_backend(_call(q, k, v)).name == "sdpa"

@@ -75,7 +75,8 @@ def attention_forward(
     v += batch * v_batch + head * v_head
 
     q_tile = load_rows(q, query, q_token, tokens, HEAD_DIM, FIRST, REST)
-    row_max = tl.full((QUERY_TILE,), float("-inf"), SUM)  # of the scores so far, in units of log 2
+    # largest scores so far, in units of log 2; finite, as all scores of the first tile may be -inf
+    row_max = tl.full((QUERY_TILE,), -3.0e38, SUM)
     row_sum = tl.zeros((QUERY_TILE,), SUM)
     content_sum = zero_rows(QUERY_TILE, FIRST, REST, SUM)
     position_sum = zero_rows(QUERY_TILE, FIRST, REST, SUM)

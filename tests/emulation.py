@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gpsa_kernels.tensors import parameter_gradients
 
-ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = Path(__file__).parent / "emulator"
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra")
 SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
@@ -117,8 +117,17 @@ class Result:
     counts: dict[str, int]
 
 
-def _argument(t: Tensor, output: bool = False) -> tuple[int, int, list[int], list[int], bool]:
+Argument = tuple[int, int, list[int], list[int], bool]  # as bindings.cpp takes a tensor
+
+
+def _argument(t: Tensor, output: bool = False) -> Argument:
     return t.data_ptr(), t.element_size(), list(t.shape), list(t.stride()), output
+
+
+def _arguments(inputs: dict[str, Tensor | None], outputs: dict[str, Tensor | None]) -> dict[str, Argument]:
+    """By name, without those that are None."""
+    both = [(name, t, output) for output, named in enumerate((inputs, outputs)) for name, t in named.items()]
+    return {name: _argument(t.detach(), bool(output)) for name, t, output in both if t is not None}
 
 
 Problem = tuple[int, int, int, int, int, bool, float, float]  # as bindings.cpp takes it
@@ -189,10 +198,8 @@ def forward(
         outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
     if save and (parts == 0 or (parts is None and sizes(q, grid_size, dropout_p, device).content)):
         outputs["content"] = empty_like_output(q)
-    tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
-    tensors |= {name: _argument(t, output=True) for name, t in outputs.items()}
     problem = _problem(q, grid_size, scale, dropout_p)
-    counts = module.forward(problem, tensors, parts, device, seed, deferred_copies)
+    counts = module.forward(problem, _arguments(inputs, outputs), parts, device, seed, deferred_copies)
     return Result(outputs["out"], outputs.get("content"), outputs.get("logsumexp"), counts)
 
 
@@ -236,19 +243,16 @@ def backward(
     sums = torch.full((*q.shape[:2], slots, 4), torch.nan)
     inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
     inputs |= {"grad_out": grad_out, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
-    if content is not None:
-        inputs["content"] = content
-    tensors = {name: _argument(t.detach()) for name, t in inputs.items()}
-    for name, t in zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True):
-        tensors[name] = _argument(t, output=True)
-    counts = module.backward(problem, tensors, H100, seed, deferred_copies)
+    inputs["content"] = content
+    results = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True))
+    counts = module.backward(problem, _arguments(inputs, results), H100, seed, deferred_copies)
     return Gradients(*outputs, sums, counts)
 
 
-class _Attention(torch.autograd.Function):
+class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, parts, options):
-        result = forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, parts=parts, **options)
+    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, options):
+        result = tiled_forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
         ctx.save_for_backward(q, k, v, pos_weight, gate, result.logsumexp, result.content)
         ctx.settings = grid_size, scale, options
         return result.out
@@ -258,11 +262,10 @@ class _Attention(torch.autograd.Function):
         *tensors, logsumexp, content = ctx.saved_tensors
         grid_size, scale, options = ctx.settings
         grads = backward(grad_out, *tensors, logsumexp, grid_size, scale, content=content, **options)
-        parameters = parameter_gradients(grads.sums, *tensors[3:])
-        return grads.q, grads.k, grads.v, *parameters, None, None, None, None
+        return grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:]), None, None, None
 
 
-def attention(
+def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -270,15 +273,40 @@ def attention(
     gate: Tensor,
     grid_size: tuple[int, int],
     scale: float,
-    *,
-    parts: int = 1,
     **options: object,
 ) -> Tensor:
-    """A forward call, and the backward call behind it; ``options`` go to both."""
-    return _Attention.apply(q, k, v, pos_weight, gate, grid_size, scale, parts, options)
+    """A forward call of the tiled kernels, and the backward call behind it; ``options`` go to both."""
+    return _TiledAttention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
 
 
-tiled_attention = partial(attention, parts=0)
+class Library:
+    """What csrc/register.cpp registers, to stand where ``torch.ops.gpsa_cuda`` does: launch_forward and launch_backward
+    on an H100, or the tiled kernels whatever it would choose. They run in a workspace of the emulator's own."""
+
+    def __init__(self, tiled: bool) -> None:
+        self.parts = 0 if tiled else None
+
+    def sizes(self, *problem: int | float) -> Sizes:
+        *shape, dropout_p, _ = problem
+        settings = (*shape, 1.0, dropout_p)
+        if self.parts is None:
+            return Sizes(*kernels().sizes(settings, H100))
+        return Sizes(kernels().tiled_slots(settings), 0, 0, 0, True)
+
+    def forward(self, *arguments: Tensor | float | None) -> None:
+        *inputs, out, content, logsumexp, _, rows, columns, scale, dropout_p = arguments
+        named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), inputs, strict=True))
+        outputs = {"out": out, "content": content, "logsumexp": logsumexp}
+        problem = _problem(named["q"], (rows, columns), scale, dropout_p)
+        kernels().forward(problem, _arguments(named, outputs), self.parts if out.numel() else None, H100, 0, False)
+
+    def backward(self, *arguments: Tensor | float | None) -> None:
+        *tensors, _, rows, columns, scale, dropout_p = arguments
+        names = ("grad_out", "q", "k", "v", "pos_weight", "gate", "seed", "content", "logsumexp")
+        named = dict(zip(names, tensors[:9], strict=True))
+        outputs = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), tensors[9:], strict=True))
+        problem = _problem(named["q"], (rows, columns), scale, dropout_p)
+        kernels().backward(problem, _arguments(named, outputs), H100, 0, False)
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, image: int, transposed: bool) -> Tensor:
