@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import check
-from benchmarks.measure import Row, failed, gradients
+from benchmarks.measure import failed, gradients
 from benchmarks.peers import Unavailable, check_backend, inputs
+from benchmarks.results import Row
 from benchmarks.workloads import Case, Profile
 from gpsa_kernels import BACKENDS, gpsa_attention
 
@@ -57,7 +58,7 @@ def case_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[Row]
         "autocast": autocast(tensors, grad_out, case),
     }
     for name in BACKENDS:
-        header: Row = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}", **vars(case)}
+        header: Row = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}"}
         if header["peer"] in lost:
             yield {**header, "status": "failed", "reason": lost[header["peer"]]}
             continue

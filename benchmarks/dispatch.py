@@ -10,7 +10,8 @@ from torch import Tensor
 
 import gpsa_kernels
 from benchmarks import timing
-from benchmarks.measure import Effort, Row, failed
+from benchmarks.measure import Effort, failed
+from benchmarks.results import Row
 from gpsa_kernels.backends.base import Backend, Forward, Gradients
 
 Q = torch.randn(1, 1, 4, 8)

@@ -10,8 +10,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.report import DIRECTIONS, Row, Run
+from benchmarks import results
+from benchmarks.results import Row, Run
+from benchmarks.workloads import DIRECTION_NAMES, REFERENCE
 
 # Okabe and Ito's palette, told apart by all kinds of colour vision; ours are the saturated ones
 COLOURS = {
@@ -34,8 +35,8 @@ LINES += ("gpsa_kernels cuda", "SDPA alone")
 
 
 def _style(peer: str) -> dict[str, Any]:
-    plain = report.without_position(peer)
-    width = 2.4 if report.is_ours(peer) else 1.4
+    plain = results.without_position(peer)
+    width = 2.4 if results.is_ours(peer) else 1.4
     return {
         "color": "#8c8c8c" if plain else COLOURS.get(peer, "#000000"),
         "marker": "x" if plain else MARKERS.get(peer, "o"),
@@ -46,24 +47,24 @@ def _style(peer: str) -> dict[str, Any]:
 
 
 def _caption(figure: Figure, run: Run) -> None:
-    figure.text(0.01, 0.008, report.header(run), fontsize=7, color="#555555", ha="left", va="bottom")
+    figure.text(0.01, 0.008, results.header(run), fontsize=7, color="#555555", ha="left", va="bottom")
 
 
 def speedups(run: Run) -> Figure | None:
     """Bars: how many times timm's speed every peer reaches at the headline workload."""
-    found = [(direction, report.headline(run, direction)) for direction in ("forward", "both")]
-    found = [(direction, rows) for direction, rows in found if report.speedups(rows)]
+    found = [(direction, results.headline(run, direction)) for direction in ("forward", "both")]
+    found = [(direction, rows) for direction, rows in found if results.speedups(rows)]
     if not found:
         return None
-    count = max(len(report.speedups(rows)) for _, rows in found)
+    count = max(len(results.speedups(rows)) for _, rows in found)
     figure = Figure(figsize=(10, 1.6 + 0.33 * count), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     for axes, (direction, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        ratios = sorted(report.speedups(rows).items(), key=lambda item: item[1])
+        ratios = sorted(results.speedups(rows).items(), key=lambda item: item[1])
         times = {row["peer"]: row for row in rows}
-        reference = times[report.REFERENCE]["median_us"]
+        reference = times[REFERENCE]["median_us"]
         for place, (peer, ratio) in enumerate(ratios):
-            plain, row = report.without_position(peer), times[peer]
+            plain, row = results.without_position(peer), times[peer]
             axes.barh(
                 place,
                 ratio,
@@ -84,12 +85,12 @@ def speedups(run: Run) -> Figure | None:
             )
         axes.set_yticks(range(len(ratios)), [peer for peer, _ in ratios], fontsize=8)
         for label, (peer, _) in zip(axes.get_yticklabels(), ratios, strict=True):
-            label.set_fontweight("bold" if report.is_ours(peer) else "normal")
+            label.set_fontweight("bold" if results.is_ours(peer) else "normal")
         axes.axvline(1, color="#000000", linewidth=0.8)
         axes.set_xlim(0, 1.15 * max(reference / times[peer]["p20_us"] for peer, _ in ratios))
         axes.set_ylim(-0.7, count - 0.3)
         axes.set_xlabel("times timm's speed; lines: p20 to p80")
-        axes.set_title(f"attention {DIRECTIONS[direction]}\n{rows[0]['workload']}", fontsize=10)
+        axes.set_title(f"attention {DIRECTION_NAMES[direction]}\n{rows[0]['workload']}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     _caption(figure, run)
     return figure
@@ -97,7 +98,7 @@ def speedups(run: Run) -> Figure | None:
 
 def _scaling(run: Run, directions: tuple[str, ...], value: Callable[[Row], float | None], label: str) -> Figure | None:
     """Lines over the number of tokens, of one image: a panel a direction, logarithmic on both axes."""
-    rows = [row for row in report.select(run, section="tokens") if value(row) is not None]
+    rows = [row for row in results.select(run, section="tokens") if value(row) is not None]
     directions = tuple(direction for direction in directions if any(row["direction"] == direction for row in rows))
     tokens = sorted({row["rows"] * row["columns"] for row in rows})
     if not directions or len(tokens) < 2:
@@ -118,7 +119,7 @@ def _scaling(run: Run, directions: tuple[str, ...], value: Callable[[Row], float
         _token_axis(axes, rows)
         axes.set_yscale("log")
         axes.set_ylabel(label)
-        axes.set_title(f"attention {DIRECTIONS[direction]}, {_shape(here[0])}", fontsize=10)
+        axes.set_title(f"attention {DIRECTION_NAMES[direction]}, {_shape(here[0])}", fontsize=10)
         axes.grid(which="major", color="#e0e0e0", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
@@ -154,28 +155,24 @@ def time(run: Run) -> Figure | None:
 
 def memory(run: Run) -> Figure | None:
     """Memory of one image against tokens."""
-    kinds = report.unique(row["memory_kind"] for row in report.select(run, section="tokens") if "memory_kind" in row)
 
     def value(row: Row) -> float | None:
         return row["memory_bytes"] / row["batch"] / 1e6 if "memory_bytes" in row else None
 
-    label = {
-        "peak": "MB an image at the peak, beside the inputs",
-        "saved for backward": "MB an image kept for backward",
-    }
-    return _scaling(run, ("both",), value, label[kinds[0]]) if kinds else None
+    kind = "at the peak, beside the inputs" if run["device_type"] == "cuda" else "kept for backward"
+    return _scaling(run, ("both",), value, f"MB an image {kind}")
 
 
 def errors(run: Run) -> Figure | None:
     """Every backend's error against the error of the formula in eager PyTorch in the same dtype."""
-    rows = [row for row in report.select(run, section="accuracy") if row["status"] == "ok"]
+    rows = [row for row in results.select(run, section="accuracy") if row["status"] == "ok"]
     if not rows:
         return None
     figure = Figure(figsize=(5.8, 6.2), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     axes = figure.subplots()
     dtypes = {"float32": "#0072B2", "float16": "#E69F00", "bfloat16": "#009E73"}
-    backends = dict(zip(report.unique(row["peer"] for row in rows), "oX^sD", strict=False))
+    backends = dict(zip(results.unique(row["peer"] for row in rows), "oX^sD", strict=False))
     values = [row[name] for row in rows for name in ("max_error", "eager_max_error") if row[name] > 0]
     low, high = min(values) / 2, max(values) * 2
     axes.fill_between([low, high], [low, high], [low, low], color="#f0f0f0", linewidth=0)
@@ -220,5 +217,5 @@ def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None
                 figure = picture(run) if wanted is None or path.name in wanted else None
                 if figure is not None:
                     written.append(path)
-                    figure.savefig(path, dpi=110, metadata={"Description": f"from the run of {run['started']}"})
+                    figure.savefig(path, dpi=80, metadata={"Description": f"from the run of {run['started']}"})
     return written
