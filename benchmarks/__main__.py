@@ -47,12 +47,8 @@ def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) 
 
     if section == "models":
         for model in model_workloads(device, profile):
-            yield Unit(
-                section,
-                str(model),
-                {"direction": model.direction},
-                lambda model=model: models.workload_rows(model, device, effort, rates(model.dtype)),
-            )
+            rows = lambda model=model: models.workload_rows(model, device, effort, rates(model.dtype))  # noqa: E731
+            yield Unit(section, str(model), {"direction": model.direction}, rows)
     elif section == "accuracy":
         for case in accuracy.cases(device, profile):
             yield Unit(section, str(case), {}, lambda case=case: accuracy.case_rows(case, device, lost))

@@ -34,13 +34,6 @@ class Rates(NamedTuple):
     matmul_tflop_s: float
 
 
-class Floor(NamedTuple):
-    """The time below which no implementation comes, and what sets it."""
-
-    seconds: float
-    bound: str  # memory or matmul
-
-
 def attention_work(case: Case, direction: str) -> Work:
     """Of the operator, over the whole batch; ``direction`` is forward, backward or both."""
     if direction == "both":
@@ -85,10 +78,10 @@ def model_work(workload: ModelWorkload, dim: int) -> Work:
     return Work(bytes=steps * parameters * 4, flops=steps * workload.batch * image)
 
 
-def floor(work: Work, rates: Rates) -> Floor:
-    """The larger of the time to move the bytes and the time to multiply."""
+def floor(work: Work, rates: Rates) -> tuple[float, str]:
+    """The seconds below which no implementation comes, and what sets them: "memory" or "matmul"."""
     memory, matmul = work.bytes / rates.copy_gb_s / 1e9, work.flops / rates.matmul_tflop_s / 1e12
-    return Floor(max(memory, matmul), "memory" if memory >= matmul else "matmul")
+    return max(memory, matmul), "memory" if memory >= matmul else "matmul"
 
 
 def derived(row: dict[str, Any]) -> dict[str, Any]:
@@ -138,28 +131,10 @@ CHIPS = {
 }
 
 
-class Estimate(NamedTuple):
-    """Microseconds of each kind of work of one call, if nothing else took time."""
-
-    memory: float
-    matmul: float
-    exponential: float
-
-    @property
-    def least(self) -> float:
-        """All three at once, perfectly overlapped."""
-        return max(self)
-
-    @property
-    def most(self) -> float:
-        """One after the other, each at full speed."""
-        return sum(self)
-
-
-def roofline(case: Case, direction: str, chip: Chip) -> Estimate:
-    """How long the least work of a case takes at a chip's published rates: an estimate, no measurement."""
+def roofline(case: Case, direction: str, chip: Chip) -> tuple[float, ...]:
+    """The microseconds that each kind of a case's least work takes at a chip's published rates: no measurement."""
     work = attention_work(case, direction)
-    return Estimate(*(1e6 * amount / rate for amount, rate in zip(work, chip, strict=True)))
+    return tuple(1e6 * amount / rate for amount, rate in zip(work, chip, strict=True))
 
 
 def estimates() -> str:
@@ -174,7 +149,7 @@ def estimates() -> str:
     ]
     for name, chip in CHIPS.items():
         for direction in ("forward", "backward"):
-            estimate = roofline(case, direction, chip)
-            values = (*estimate, estimate.least, estimate.most)
+            times = roofline(case, direction, chip)
+            values = (*times, max(times), sum(times))
             lines.append("| " + " | ".join([name, direction, *(f"{value:.0f}" for value in values)]) + " |")
     return "\n".join(lines) + "\n"

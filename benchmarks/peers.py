@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -109,17 +109,6 @@ class _Pair(tuple[Tensor, ...]):
     permute = reshape
 
 
-class _Take(nn.Module):
-    """A projection that looks its result up."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: _Projected) -> Any:
-        return getattr(x, self.name)
-
-
 def timm_layer(case: Case, like: Tensor) -> GPSA:
     """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
     if case.rows != case.columns:
@@ -133,8 +122,8 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
     layer = timm_layer(case, q)
-    layer.qk, layer.v, layer.proj = _Take("qk"), _Take("v"), nn.Identity()
-    del layer.pos_proj.weight, layer.gating_param
+    del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
+    layer.qk, layer.v, layer.proj = attrgetter("qk"), attrgetter("v"), nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
     def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
@@ -236,13 +225,18 @@ def ours(name: str) -> Peer:
     return Peer(f"gpsa_kernels {name}", make)
 
 
-def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
-    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+def refusal(name: str, case: Case, tensors: list[Tensor]) -> str | None:
+    """Why a backend cannot run these tensors, or None."""
     backend = BACKENDS[name]
     reason = backend.unavailable() or backend.unsupported(Call(*tensors, None, *case.grid_size, case.scale, 0.0))
     if reason is None and name == "triton" and tensors[0].device.type == "cpu":
         reason = "here it runs in Triton's interpreter, whose times mean nothing"
-    if reason is not None:
+    return reason
+
+
+def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
+    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+    if (reason := refusal(name, case, tensors)) is not None:
         raise Unavailable(reason)
 
 

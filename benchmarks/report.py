@@ -53,8 +53,7 @@ def summary(run: Run) -> str:
         f"{header(run)} In {dtypes}; medians of {_span(used)} interleaved rounds.",
         "How many times faster than timm's own code:",
         "",
-        _line(["", *columns, "without a position (SDPA, DeiT)"]),
-        "|---" * (len(columns) + 2) + "|",
+        *_head("", *columns, "without a position (SDPA, DeiT)"),
     ]
     for label, found in ratios:
         plain = max((ratio for peer, ratio in found.items() if without_position(peer)), default=None)
@@ -77,7 +76,7 @@ def _dispatch(run: Run) -> list[str]:
     peers = unique(row["peer"] for row in select(run, section="dispatch"))
     if not peers:
         return []
-    lines = ["", "| cost of a call before any kernel starts, µs | forward | forward + backward |", "|---|---|---|"]
+    lines = ["", *_head("cost of a call before any kernel starts, µs", "forward", "forward + backward")]
     for peer in peers:
         both = [select(run, section="dispatch", peer=peer, direction=direction)[0] for direction in ("forward", "both")]
         lines.append(_line([f"`{peer}`", *(f"{row['median_us']:.0f}" for row in both)]))
@@ -98,32 +97,28 @@ def attention(run: Run) -> str:
 
 
 def _timed_table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| | direction | µs | p20 to p80 | times timm's speed | floor, µs | share of it | memory, MB | off by |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = _head("", "direction", "µs", "p20 to p80", *COMPARED)
     for row in rows:
         same = [r for r in rows if (r["direction"], r["temperature"]) == (row["direction"], row["temperature"])]
-        floor = (
-            [f"{row['floor_us']:.1f} ({row['floor_bound']})", f"{row['floor_share']:.0%}"]
-            if "floor_us" in row
-            else ["", ""]
-        )
-        lines.append(
-            _line(
-                [
-                    row["peer"],
-                    f"{DIRECTION_NAMES[row['direction']]}, {row['temperature']}",
-                    f"{row['median_us']:.1f}",
-                    f"{row['p20_us']:.1f} to {row['p80_us']:.1f}",
-                    _times(speedups(same).get(row["peer"])),
-                    *floor,
-                    f"{row['memory_bytes'] / 1e6:.1f}" if "memory_bytes" in row else "",
-                    f"{row['deviation']:.0e}" if "deviation" in row else "",
-                ]
-            )
-        )
+        where = f"{DIRECTION_NAMES[row['direction']]}, {row['temperature']}"
+        spread = f"{row['p20_us']:.1f} to {row['p80_us']:.1f}"
+        lines.append(_line([row["peer"], where, f"{row['median_us']:.1f}", spread, *_compared(row, same)]))
     return lines
+
+
+COMPARED = ("times timm's speed", "floor, µs", "share of it", "memory, MB", "off by")
+
+
+def _compared(row: Row, same: list[Row]) -> list[str]:
+    """The cells of COMPARED; ``same`` are the rows of the same round."""
+    bounded = "floor_us" in row
+    return [
+        _times(speedups(same).get(row["peer"])),
+        f"{row['floor_us']:.1f} ({row['floor_bound']})" if bounded else "",
+        f"{row['floor_share']:.0%}" if bounded else "",
+        f"{row['memory_bytes'] / 1e6:.1f}" if "memory_bytes" in row else "",
+        f"{row['deviation']:.0e}" if "deviation" in row else "",
+    ]
 
 
 def _excuses(rows: list[Row]) -> list[str]:
@@ -140,50 +135,33 @@ def _excuses(rows: list[Row]) -> list[str]:
 
 def models(run: Run) -> str:
     """Images per second and memory of the models."""
-    lines = [
-        header(run),
-        "",
-        "| | | | images/s | times timm's speed | share of the floor | memory, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [header(run), "", *_head("", "", "", "images/s", *COMPARED)]
     rows = select(run, section="models")
-    for row in rows:
-        if "median_us" in row:
-            same = select(run, section="models", workload=row["workload"], direction=row["direction"])
-            lines.append(
-                _line(
-                    [
-                        row["workload"],
-                        row["direction"],
-                        row["peer"],
-                        f"{1e6 * row['batch'] / row['median_us']:.1f}",
-                        _times(speedups(same).get(row["peer"])),
-                        f"{row['floor_share']:.0%}" if "floor_share" in row else "",
-                        f"{row['memory_bytes'] / 1e6:.0f}" if "memory_bytes" in row else "",
-                    ]
-                )
-            )
+    for row in [row for row in rows if "median_us" in row]:
+        same = select(run, section="models", workload=row["workload"], direction=row["direction"])
+        speed = f"{1e6 * row['batch'] / row['median_us']:.1f}"
+        lines.append(_line([row["workload"], row["direction"], row["peer"], speed, *_compared(row, same)]))
     return "\n".join(lines + _excuses(rows)) + "\n"
 
 
 def accuracy(run: Run) -> str:
     """Maximum and RMS error of every backend and tensor, beside those of the formula in eager PyTorch."""
-    rows = select(run, section="accuracy")
     lines = [header(run)]
-    for workload in unique(row["workload"] for row in rows):
-        measured = [row for row in rows if row["workload"] == workload and row["status"] == "ok"]
-        lines += [
-            "",
-            f"**{workload}**",
-            "",
-            "| backend | tensor | maximum error | of eager | of autocast | RMS error | of eager | of autocast |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in measured:
+    for workload in unique(row["workload"] for row in select(run, section="accuracy")):
+        rows = select(run, section="accuracy", workload=workload)
+        lines += ["", f"**{workload}**", ""]
+        lines += _head(
+            "backend", "tensor", "maximum error", "of eager", "of autocast", "RMS error", "of eager", "of autocast"
+        )
+        for row in [row for row in rows if row["status"] == "ok"]:
             errors = [row[f"{who}{kind}_error"] for kind in ("max", "rms") for who in ("", "eager_", "autocast_")]
             lines.append(_line([row["peer"].split()[-1], row["tensor"], *(f"{error:.1e}" for error in errors)]))
-        lines += _excuses([row for row in rows if row["workload"] == workload])
+        lines += _excuses(rows)
     return "\n".join(lines) + "\n"
+
+
+def _head(*titles: str) -> list[str]:
+    return [_line(titles), "|---" * len(titles) + "|"]
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -77,7 +77,7 @@ def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
     lines: list[Any] = [{name: value for name, value in run.items() if name != "rows"}] if new else []
     for _, group in groupby(sorted(fresh, key=_status), _status):
         lines += _table(list(group))
-    text = (path.read_text() if runs else "") + "".join(f"{json.dumps(_rounded(line))}\n" for line in lines)
+    text = (path.read_text() if runs else "") + "".join(map(_line, lines))
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, text)
 
@@ -98,14 +98,14 @@ def _table(rows: list[Row]) -> list[Any]:
     return [{**common, "columns": " ".join(columns)}, *([row.get(name) for name in columns] for row in rows)]
 
 
-def _rounded(value: Any) -> Any:
-    """Floats, wherever they are, to five significant digits."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_rounded(one) for one in value]
-    rounded = float(f"{value:.5g}") if isinstance(value, float) else value
-    return int(rounded) if isinstance(rounded, float) and rounded.is_integer() else rounded
+def _line(value: Any) -> str:
+    """JSON whose floats have five significant digits."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_rounded)) + "\n"
+
+
+def _rounded(text: str) -> float:
+    value = float(f"{float(text):.5g}")
+    return int(value) if value.is_integer() else value
 
 
 def write(path: Path, text: str) -> None:

@@ -15,6 +15,13 @@ GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
+def _parts(pattern: str, name: str) -> tuple[str, ...]:
+    found = re.fullmatch(pattern, name)
+    if found is None:
+        raise ValueError(f"no workload is called {name!r}")
+    return found.groups()
+
+
 @dataclass(frozen=True)
 class Case:
     """Shapes and dtype of one attention."""
@@ -41,10 +48,7 @@ class Case:
     @classmethod
     def parse(cls, name: str) -> Case:
         """The case that is called so; raises ValueError where none is."""
-        found = re.fullmatch(r"B=(\d+) H=(\d+) (\d+)x(\d+) D=(\d+) (\w+)", name)
-        if found is None:
-            raise ValueError(f"no case is called {name!r}")
-        *numbers, dtype = found.groups()
+        *numbers, dtype = _parts(r"B=(\d+) H=(\d+) (\d+)x(\d+) D=(\d+) (\w+)", name)
         return cls(*map(int, numbers), dtype)
 
     def __str__(self) -> str:
@@ -88,11 +92,8 @@ class ModelWorkload:
     @classmethod
     def parse(cls, name: str, direction: str) -> ModelWorkload:
         """The workload that is called so; raises ValueError where none is."""
-        found = re.fullmatch(r"convit_(\w+) (\d+)px B=(\d+) (\w+?)( compiled)?", name)
-        if found is None:
-            raise ValueError(f"no model workload is called {name!r}")
-        size, image, batch, dtype, compiled = found.groups()
-        return cls(size, int(image), int(batch), dtype, direction, compiled is not None)
+        size, image, batch, dtype, compiled = _parts(r"convit_(\w+) (\d+)px B=(\d+) (\w+?)( compiled|)", name)
+        return cls(size, int(image), int(batch), dtype, direction, bool(compiled))
 
     def __str__(self) -> str:
         return f"convit_{self.size} {self.image}px B={self.batch} {self.dtype}{' compiled' if self.compiled else ''}"
