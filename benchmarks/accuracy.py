@@ -5,16 +5,17 @@ All start from the same numbers of that dtype; the truth is the formula in float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks import check
-from benchmarks.measure import Row, failed, gradients
-from benchmarks.peers import Unavailable, check_backend, inputs
+from benchmarks.measure import failed, gradients
+from benchmarks.peers import Unavailable, inputs, ours
+from benchmarks.results import Row
 from benchmarks.workloads import Case, Profile
-from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels import BACKENDS
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -57,13 +58,12 @@ def case_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[Row]
         "autocast": autocast(tensors, grad_out, case),
     }
     for name in BACKENDS:
-        header: Row = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}", **vars(case)}
+        header: Row = {"section": "accuracy", "workload": str(case), "peer": f"gpsa_kernels {name}"}
         if header["peer"] in lost:
             yield {**header, "status": "failed", "reason": lost[header["peer"]]}
             continue
         try:
-            check_backend(name, case, tensors)
-            got = gradients(_on(name, case), tensors, grad_out)
+            got = gradients(ours(name).prepare(case, tensors), tensors, grad_out)
         except Unavailable as error:
             yield {**header, "status": "unavailable", "reason": str(error)}
             continue
@@ -76,7 +76,3 @@ def case_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[Row]
             for who, theirs in beside.items():
                 row[f"{who}_max_error"], row[f"{who}_rms_error"] = errors(theirs[index], truth[index])
             yield row
-
-
-def _on(backend: str, case: Case) -> Callable[..., Tensor]:
-    return lambda *tensors: gpsa_attention(*tensors, case.grid_size, backend=backend)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import gpsa_kernels
 from benchmarks import timing
-from benchmarks.measure import Effort, Row, failed
+from benchmarks.measure import Effort, failed
+from benchmarks.results import Row
 from gpsa_kernels.backends.base import Backend, Forward, Gradients
 
 Q = torch.randn(1, 1, 4, 8)
@@ -50,7 +51,7 @@ def rows(effort: Effort) -> Iterator[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for direction, calls in zip(("forward", "both"), peers(), strict=True):
+        for direction, calls in peers().items():
             timed = timing.Interleaved({peer: timing.inner(call, CALLS) for peer, call in calls.items()})
             timed.run(max(effort.least, effort.rounds // 4), effort.budget, least=effort.least)
             header = {"section": "dispatch", "workload": "no work", "direction": direction}
@@ -63,8 +64,8 @@ def rows(effort: Effort) -> Iterator[Row]:
         gpsa_kernels.BACKENDS.pop("null", None)
 
 
-def peers() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
-    """The forward calls without a graph, and the forward and backward calls with one."""
+def peers() -> dict[str, dict[str, Callable[[], Any]]]:
+    """The calls of each direction: forward without a graph, both with one."""
     null = Backend(
         name="null",
         unavailable=lambda: None,
@@ -93,13 +94,7 @@ def peers() -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]
         "torch.library.custom_op": lambda: custom_op(*tensors)[0],
     }
 
-    def without_grad(call: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(call)
-
-    def with_backward(call: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(call(), tensors, Q)
-
-    return (
-        {name: without_grad(call) for name, call in calls.items()},
-        {name: with_backward(call) for name, call in calls.items()},
-    )
+    return {
+        "forward": {name: torch.no_grad()(call) for name, call in calls.items()},
+        "both": {name: lambda call=call: torch.autograd.grad(call(), tensors, Q) for name, call in calls.items()},
+    }

@@ -8,14 +8,11 @@ backward; the content softmax takes N^2 exponentials in either direction.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+from benchmarks.workloads import Case, ModelWorkload, headline
 
-from benchmarks.workloads import Case, ModelWorkload
-
+DEPTH = 12  # of every ConViT and DeiT
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -31,17 +28,10 @@ class Work(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What this machine does a second, measured."""
+    """What a machine does, measured: bytes copied, read and written alike, and large matrix products."""
 
-    copied_bytes: float  # read and written
-    flops: float
-
-
-class Floor(NamedTuple):
-    """The time below which no implementation comes, and what sets it."""
-
-    seconds: float
-    bound: str  # memory or matmul
+    copy_gb_s: float
+    matmul_tflop_s: float
 
 
 def attention_work(case: Case, direction: str) -> Work:
@@ -77,51 +67,89 @@ def layer_work(case: Case, direction: str) -> Work:
     )
 
 
-def model_work(workload: ModelWorkload, dim: int, depth: int) -> Work:
-    """Matrix products of a vision transformer of this width and depth, patch 16, MLP ratio 4; training is three times
+def model_work(workload: ModelWorkload, dim: int) -> Work:
+    """Matrix products of a vision transformer of this width, patch 16, MLP ratio 4; training is three times
     inference. Bytes are the parameters' alone: how often activations must be moved depends on the fusion."""
     tokens = (workload.image // 16) ** 2
     layer = 24 * tokens * dim**2 + 4 * tokens**2 * dim
-    image = depth * layer + 2 * tokens * dim * 768 + 2 * dim * 1000
+    image = DEPTH * layer + 2 * tokens * dim * 768 + 2 * dim * 1000
     steps = 3 if workload.direction == "training" else 1
-    parameters = 12 * depth * dim**2 + 768 * dim + 1000 * dim
+    parameters = 12 * DEPTH * dim**2 + 768 * dim + 1000 * dim
     return Work(bytes=steps * parameters * 4, flops=steps * workload.batch * image)
 
 
-def floor(work: Work, rates: Rates) -> Floor:
-    """The larger of the time to move the bytes and the time to multiply."""
-    memory, matmul = work.bytes / rates.copied_bytes, work.flops / rates.flops
-    return Floor(max(memory, matmul), "memory" if memory >= matmul else "matmul")
+def floor(work: Work, rates: Rates) -> tuple[float, str]:
+    """The seconds below which no implementation comes, and what sets them: "memory" or "matmul"."""
+    memory, matmul = work.bytes / rates.copy_gb_s / 1e9, work.flops / rates.matmul_tflop_s / 1e12
+    return max(memory, matmul), "memory" if memory >= matmul else "matmul"
 
 
-def measure_rates(device: str, dtype: str, small: bool = False) -> Rates:
-    """The best of ten times five copies of a buffer far larger than any cache, and five large products in ``dtype``.
+def derived(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the results with what follows from it: its workload's fields; a floor, where rates were measured.
 
-    ``small`` is for rehearsals: it takes no time and its figures mean nothing.
+    Raises:
+        ValueError: the workload's name is none.
     """
-    elements = 2**16 if small else 2**28 if device == "cuda" else 2**26
-    side = 64 if small else 8192 if device == "cuda" else 1024
-    source = torch.ones(elements, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, side, side, device=device).to(getattr(torch, dtype)).unbind()
-    product = torch.empty_like(a)
-
-    def best(call: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(10):
-            _finish(device)
-            start = time.perf_counter()
-            for _ in range(5):  # the wait at the end does not show
-                call()
-            _finish(device)
-            seconds.append((time.perf_counter() - start) / 5)
-        return min(seconds)
-
-    copy = best(lambda: target.copy_(source))
-    multiply = best(lambda: torch.matmul(a, b, out=product))
-    return Rates(copied_bytes=2 * 4 * elements / copy, flops=2 * side**3 / multiply)
+    if row["section"] in ("dispatch", "clocks"):
+        return row
+    case: Case | ModelWorkload
+    if row["section"] == "models":
+        case = ModelWorkload.parse(row["workload"], row["direction"])
+    else:
+        case = Case.parse(row["workload"])
+    row = {**vars(case), **row}
+    if "copy_gb_s" in row:
+        if isinstance(case, ModelWorkload):
+            work = model_work(case, row["dim"])
+        else:
+            work = (layer_work if row["section"] == "layer" else attention_work)(case, row["direction"])
+        seconds, bound = floor(work, Rates(row["copy_gb_s"], row["matmul_tflop_s"]))
+        row |= {"floor_us": 1e6 * seconds, "floor_bound": bound, "floor_share": 1e6 * seconds / row["median_us"]}
+    return row
 
 
-def _finish(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+# ---- without running anything ---------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """What the vendor publishes: memory bytes, dense bfloat16 flops with float32 sums, and exponentials a second.
+
+    An exponential takes one slot of the special function units: 16 a clock on each multiprocessor.
+    """
+
+    bytes: float
+    flops: float
+    exponentials: float
+
+
+CHIPS = {
+    "B200": Chip(8e12, 2250e12, 16 * 148 * 1.86e9),
+    "H200 SXM": Chip(4.8e12, 989e12, 16 * 132 * 1.83e9),
+    "H100 SXM": Chip(3.35e12, 989e12, 16 * 132 * 1.83e9),
+    "A100 SXM 80 GB": Chip(2.04e12, 312e12, 16 * 108 * 1.41e9),
+    "RTX 4090": Chip(1.008e12, 165e12, 16 * 128 * 2.52e9),
+}
+
+
+def roofline(case: Case, direction: str, chip: Chip) -> tuple[float, ...]:
+    """The microseconds that each kind of a case's least work takes at a chip's published rates: no measurement."""
+    work = attention_work(case, direction)
+    return tuple(1e6 * amount / rate for amount, rate in zip(work, chip, strict=True))
+
+
+def estimates() -> str:
+    """The estimates as markdown."""
+    case = headline("cuda", "full")
+    lines = [
+        f"**An estimate, not a measurement**: the least work of {case} at the vendor's published rates, in µs. "
+        "No kernel reaches published rates; between *overlapped* and *in turn* is where a good one can be.",
+        "",
+        "| | | memory | matrix products | exponentials | overlapped | in turn |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, chip in CHIPS.items():
+        for direction in ("forward", "backward"):
+            times = roofline(case, direction, chip)
+            values = (*times, max(times), sum(times))
+            lines.append("| " + " | ".join([name, direction, *(f"{value:.0f}" for value in values)]) + " |")
+    return "\n".join(lines) + "\n"

@@ -26,13 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import supervisor
+from benchmarks import results, supervisor
 from benchmarks.workloads import headline
 
 ROOT = supervisor.ROOT
 PYTHON = sys.executable
 EMPTY = {
-    "results.json": '{"schema": 1, "runs": []}\n',
+    "results.jsonl": "",
     "state.json": '{"machine": {}, "steps": {}}\n',
     "report.txt": "nothing is done yet\n",
     "log.txt": "",
@@ -85,7 +85,7 @@ def tools() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), f"{home}/bin"])
 
 
-def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> list[Step]:
+def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> list[Step]:
     """All steps, most important first, without the backends that are unfit.
 
     In a dry run what needs a GPU runs on the CPU, without the GPU's tools.
@@ -98,13 +98,13 @@ def steps(dry: bool, results: Path, capability: str, unfit: Sequence[str]) -> li
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor's end lands in the cache's block
 
     def measured(name: str, seconds: float, *sections: str, workloads: str = "") -> Step:
-        options = ["--device", device, "--profile", profile, "--output", str(results), "--resume", "--sections"]
+        options = ["--device", device, "--profile", profile, "--output", str(output), "--resume", "--sections"]
         options += [*(sections or (name,)), *(("--workloads", workloads) if workloads else ())]
         options += ["--without", *unfit] if unfit else []
         return Step(name, (PYTHON, "-m", "benchmarks", *options), seconds)
 
     def tested(name: str, seconds: float, *files: str, marked: str = "") -> Step:
-        options = ["-q", "--tb=short", "-p", "benchmarks.failures"]
+        options = ["-q", "--tb=short", "-p", "benchmarks.conftest"]
         # as their tests' parameter, which one of these characters follows: the folder tests/cuda is something else
         options += ["-k", " and ".join(f"not {name}- and not {name}]" for name in unfit)] if unfit else []
         options += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
@@ -150,14 +150,14 @@ class Report:
 
     def __init__(self, folder: Path, evidence: Path | None) -> None:
         self.folder, self.evidence = folder, evidence
-        self.results, self.state_file, self.text_file, self.log = (folder / name for name in EMPTY)
+        self.results_file, self.state_file, self.text_file, self.log = (folder / name for name in EMPTY)
         self.machine: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.steps: list[Step] = []
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in EMPTY.items():
             if not (folder / name).exists():
-                supervisor.write(folder / name, text)
+                results.write(folder / name, text)
         with self.log.open("a") as log:
             log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
 
@@ -183,19 +183,17 @@ class Report:
 
     def check_results(self) -> None:
         """Sets the results aside where they are damaged."""
-        from benchmarks import results
-
         try:
-            results.read(self.results)
+            results.read(self.results_file)
         except DAMAGED as error:
-            self.say(supervisor.set_aside(self.results, f"is damaged ({type(error).__name__})"))
-            supervisor.write(self.results, EMPTY[self.results.name])
+            self.say(supervisor.set_aside(self.results_file, f"is damaged ({type(error).__name__})"))
+            results.write(self.results_file, EMPTY[self.results_file.name])
 
     def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
         """What became of a step, in all files at once: whoever ends us finds it."""
         self.state[step.name] = {"status": status, "word": word, "seconds": round(seconds, 1), **more}
-        supervisor.write(self.state_file, json.dumps({"machine": self.machine, "steps": self.state}, indent=1) + "\n")
-        supervisor.write(self.text_file, self.text())
+        results.write(self.state_file, json.dumps({"machine": self.machine, "steps": self.state}, indent=1) + "\n")
+        results.write(self.text_file, self.text())
         self.publish()
 
     def publish(self) -> None:
@@ -224,9 +222,7 @@ class Report:
 
     def run(self) -> dict[str, Any] | None:
         """This machine's rows, if there are any."""
-        from benchmarks import results
-
-        return results.last(self.results, self.machine)
+        return results.last(self.results_file, self.machine)
 
     def verdict(self, dry: bool) -> int:
         """The exit status; a rehearsal forgives what is not there."""
@@ -322,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * minutes
 
     def plan(capability: str, unfit: Sequence[str]) -> list[Step]:
-        return [step for step in steps(dry, report.results, capability, unfit) if step.name not in options.skip]
+        return [step for step in steps(dry, report.results_file, capability, unfit) if step.name not in options.skip]
 
     evidence = options.evidence and options.evidence.resolve()
     try:
@@ -330,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         report = Report(Path(tempfile.mkdtemp(prefix="gpu-report-")), evidence)
         report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
-    if unknown := set(options.skip) - {step.name for step in steps(dry, report.results, "", ())}:
+    if unknown := set(options.skip) - {step.name for step in steps(dry, report.results_file, "", ())}:
         parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
     try:
         report.publish_or_raise()

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import check, floors, timing
-from benchmarks.layers import LAYER
-from benchmarks.peers import OPERATOR, Function, Peer, Subject, Unavailable
+from benchmarks.peers import LAYER, OPERATOR, Function, Peer, Subject, Unavailable
+from benchmarks.results import Row
 from benchmarks.workloads import Case, Profile, Workload
 
-Row = dict[str, Any]
 PROBE_SECONDS = 240
 LOST = "CUDA was lost"  # how the reason of a peer begins that took its process's CUDA context with it
 
@@ -122,7 +121,7 @@ def memory(call: Callable[[], Any], device: str) -> Row:
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return {"memory_bytes": torch.cuda.max_memory_allocated() - before, "memory_kind": "peak"}
+        return {"memory_bytes": torch.cuda.max_memory_allocated() - before}
     storages: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def memory(call: Callable[[], Any], device: str) -> Row:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call()
     kept = sum(t.untyped_storage().nbytes() for t in storages.values())
-    return {"memory_bytes": kept, "memory_kind": "saved for backward"} if kept else {}
+    return {"memory_bytes": kept} if kept else {}
 
 
 # ---- a peer that might take the process with it --------------------------------------------------------------------
@@ -216,8 +215,8 @@ class Run:
         tensors, grad_out = self.sets[0]
         dtype = getattr(torch, self.case.dtype)
         self.truth = self.subject.formula(tensors, grad_out, self.case, torch.float64)
-        self.eager = check.deviation(self.subject.formula(tensors, grad_out, self.case, dtype), self.truth)
-        self.allowed = check.allowed(dtype, self.eager)
+        eager = check.deviation(self.subject.formula(tensors, grad_out, self.case, dtype), self.truth)
+        self.allowed = check.allowed(dtype, eager)
 
     def release(self) -> None:
         """Gives the tensors back."""
@@ -249,8 +248,8 @@ class Run:
                 failed(row, error)
         return rows, samples
 
-    def rows(self, direction: str, effort: Effort, rates: floors.Rates) -> list[Row]:
-        """All peers in one direction, interleaved."""
+    def rows(self, direction: str, effort: Effort, rates: floors.Rates | None) -> list[Row]:
+        """All peers in one direction, interleaved; ``rates`` are what a floor is to be computed from, if it is one."""
         rows, samples = self.prepared(direction)
         timed = timing.Interleaved(samples)
         timed.run(effort.rounds, effort.budget, least=effort.least)
@@ -261,19 +260,16 @@ class Run:
             name = row["peer"]
             if name in timed.seconds:
                 row |= {"status": "ok", "timer": samples[name].timer, **timing.summary(timed.seconds[name])}
-                row |= floor_columns(self.subject.work(self.case, direction), rates, row["median_us"])
+                row |= rates._asdict() if rates else {}
         return rows
 
     def _header(self, peer: Peer, direction: str) -> Row:
         return {
             "section": self.workload.section,
             "workload": str(self.workload),
-            **vars(self.case),
             "direction": direction,
             "temperature": self.temperature,
             "peer": peer.name,
-            "eager_deviation": self.eager,
-            "allowed_deviation": self.allowed,
         }
 
     def _sample(self, peer: Peer, direction: str, row: Row) -> timing.Sample:
@@ -295,17 +291,3 @@ class Run:
         if direction != "backward":
             row |= memory(timed_call(function, *self.sets[0], direction), self.device)
         return timing.sample(calls, self.device)
-
-
-def floor_columns(work: floors.Work, rates: floors.Rates, median_us: float) -> Row:
-    """The least that had to be done, how long that takes here, and the share of the time that it is."""
-    floor = floors.floor(work, rates)
-    return {
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "copy_gb_s": round(rates.copied_bytes / 1e9, 1),
-        "matmul_tflop_s": round(rates.flops / 1e12, 3),
-        "floor_us": round(1e6 * floor.seconds, 3),
-        "floor_bound": floor.bound,
-        "floor_share": round(1e6 * floor.seconds / median_us, 4),
-    }

@@ -14,26 +14,23 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import check, floors, timing
-from benchmarks.measure import Effort, Row, floor_columns, memory
-from benchmarks.peers import REFERENCE
-from benchmarks.workloads import ModelWorkload
+from benchmarks import check, floors, peers, timing
+from benchmarks.measure import Effort, memory
+from benchmarks.results import Row
+from benchmarks.workloads import REFERENCE, Case, ModelWorkload
 from gpsa_kernels import BACKENDS, fuse
-from gpsa_kernels.backends import Call
 
 DEIT = "DeiT, SDPA"
 START_SECONDS = 240
 CALL_SECONDS = 120
-DEPTH = 12
 
 
-def peers() -> dict[str, str | None]:
+def backends() -> dict[str, str | None]:
     """The backend of every peer; None where nothing is fused."""
     return {
         REFERENCE: None,
@@ -47,7 +44,7 @@ def make(peer: str, workload: ModelWorkload) -> nn.Module:
     torch.manual_seed(0)
     kind = f"deit_{workload.size}_patch16_224" if peer == DEIT else f"convit_{workload.size}"
     model = timm.create_model(kind, img_size=workload.image)
-    backend = peers()[peer]
+    backend = backends()[peer]
     return model if backend is None else fuse(model, backend=backend)
 
 
@@ -150,25 +147,21 @@ class _Worker:
         self._process.join()
 
 
-def _tensors(arrays: list[np.ndarray]) -> list[Tensor]:
-    return [torch.from_numpy(a) for a in arrays]
-
-
 def refusal(backend: str, workload: ModelWorkload, device: str) -> str | None:
     """Why a backend cannot run the attention of a model, or None; asked about a head, in the dtype of autocast."""
     side = workload.image // 16
     q = torch.empty(1, 1, side * side, 48, device=device, dtype=getattr(torch, workload.dtype))
-    call = Call(q, q, q, q, q, None, side, side, 1.0, 0.0)
-    return BACKENDS[backend].unavailable() or BACKENDS[backend].unsupported(call)
+    return peers.refusal(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
 
 
-def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates) -> Iterator[Row]:
-    """A row for every peer, whatever became of it."""
+def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates | None) -> Iterator[Row]:
+    """A row for every peer, whatever became of it; ``rates`` are what a floor is to be computed from, if it is one."""
+    name = {"section": workload.section, "workload": str(workload), "direction": workload.direction}
     rows: dict[str, Row] = {}
     workers: dict[str, _Worker] = {}
     reference = _uncompiled_reference(workload, device) if workload.compiled else None
-    for peer, backend in peers().items():
-        rows[peer] = {**vars(workload), "workload": str(workload), "peer": peer}
+    for peer, backend in backends().items():
+        rows[peer] = {**name, "peer": peer}
         reason = refusal(backend, workload, device) if backend else None
         if reason:
             rows[peer] |= {"status": "unavailable", "reason": reason}
@@ -195,10 +188,8 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
         rows[peer] |= {"status": "failed", "reason": str(error)}
     for peer in timed.seconds:
         times = timing.summary(timed.seconds[peer])
-        work = floors.model_work(workload, facts[peer]["dim"], DEPTH)
         rows[peer] |= {"status": "ok", "timer": "wall clock", **times, **facts[peer].get("memory", {})}
-        rows[peer] |= {"images_per_s": round(workload.batch / times["median_us"] * 1e6, 2)}
-        rows[peer] |= floor_columns(work, rates, times["median_us"])
+        rows[peer] |= {"dim": facts[peer]["dim"], **(rates._asdict() if rates else {})}
     yield from rows.values()
 
 
@@ -220,10 +211,11 @@ def _proved(own: dict[str, Any], reference: dict[str, Any] | None, dtype: torch.
     """
     if reference is None:
         return {"status": "failed", "reason": "there is nothing to compare it with: timm's own model failed"}
-    truth = _tensors(reference["truth"])
-    eager = check.deviation(_tensors(reference["proof"]), truth)
-    allowed, found = check.allowed(dtype, eager), check.deviation(_tensors(own["proof"]), truth)
-    row: Row = {"deviation": found, "eager_deviation": eager, "allowed_deviation": allowed}
+    truth, theirs, got = (
+        [torch.from_numpy(a) for a in arrays] for arrays in (reference["truth"], reference["proof"], own["proof"])
+    )
+    allowed, found = check.allowed(dtype, check.deviation(theirs, truth)), check.deviation(got, truth)
+    row: Row = {"deviation": found}
     if not found <= allowed:
         row |= {"status": "wrong", "reason": f"it is {found:.1e} from timm's in float32, {allowed:.1e} is allowed"}
     return row

@@ -1,14 +1,15 @@
 """What a user could do instead of gpsa_kernels, and gpsa_kernels: one small entry each.
 
-Every peer takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D). What depends on nothing but
-the shapes is prepared once, outside the clock.
+Every peer of the operator takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D); every peer
+of the layer takes tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside
+the clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import check, floors
-from benchmarks.workloads import DIRECTIONS, Case
+from benchmarks import check
+from benchmarks.workloads import DIRECTIONS, REFERENCE, Case
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends import Call
 from gpsa_kernels.formula import relative_offsets
 
 Function = Callable[..., Tensor]
-REFERENCE = "timm"  # what speed-ups are relative to
 
 
 class Unavailable(Exception):
@@ -66,14 +66,12 @@ class Subject:
         peers: who computes it.
         inputs: makes the tensors of a case on a device from a seed: activations, then parameters.
         formula: the truth: result and gradients in a dtype, from the tensors and the result's gradient.
-        work: the least that must be done in a direction.
         activations: how many of the tensors are new in every call; the rest are parameters.
     """
 
     peers: tuple[Peer, ...]
     inputs: Callable[[Case, str, int], list[Tensor]]
     formula: Callable[[Sequence[Tensor], Tensor, Case, torch.dtype], list[Tensor]]
-    work: Callable[[Case, str], floors.Work]
     activations: int
 
 
@@ -111,17 +109,6 @@ class _Pair(tuple[Tensor, ...]):
     permute = reshape
 
 
-class _Take(nn.Module):
-    """A projection that looks its result up."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: _Projected) -> Any:
-        return getattr(x, self.name)
-
-
 def timm_layer(case: Case, like: Tensor) -> GPSA:
     """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
     if case.rows != case.columns:
@@ -135,8 +122,8 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
     layer = timm_layer(case, q)
-    layer.qk, layer.v, layer.proj = _Take("qk"), _Take("v"), nn.Identity()
-    del layer.pos_proj.weight, layer.gating_param
+    del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
+    layer.qk, layer.v, layer.proj = attrgetter("qk"), attrgetter("v"), nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
     def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
@@ -238,13 +225,18 @@ def ours(name: str) -> Peer:
     return Peer(f"gpsa_kernels {name}", make)
 
 
-def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
-    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+def refusal(name: str, case: Case, tensors: list[Tensor]) -> str | None:
+    """Why a backend cannot run these tensors, or None."""
     backend = BACKENDS[name]
     reason = backend.unavailable() or backend.unsupported(Call(*tensors, None, *case.grid_size, case.scale, 0.0))
     if reason is None and name == "triton" and tensors[0].device.type == "cpu":
         reason = "here it runs in Triton's interpreter, whose times mean nothing"
-    if reason is not None:
+    return reason
+
+
+def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
+    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+    if (reason := refusal(name, case, tensors)) is not None:
         raise Unavailable(reason)
 
 
@@ -265,6 +257,88 @@ OPERATOR = Subject(
     ),
     inputs=inputs,
     formula=check.formula,
-    work=floors.attention_work,
     activations=3,
+)
+
+
+# ---- the layer, projections and all ---------------------------------------------------------------------------------
+
+# the bias of the position comes last: it cancels, its gradient is zero and there is nothing to compare
+PARAMETERS = ("qk.weight", "v.weight", "proj.weight", "proj.bias", "pos_proj.weight", "gating_param", "pos_proj.bias")
+
+
+def layer_inputs(case: Case, device: str, seed: int) -> list[Tensor]:
+    """Tokens (B, N, heads * head_dim), then a new layer's parameters in the order of PARAMETERS."""
+    torch.manual_seed(seed)
+    dtype, dim = getattr(torch, case.dtype), case.heads * case.head_dim
+    layer = FusedGPSA(dim, case.heads, device=device, dtype=dtype)
+    x = torch.randn(case.batch, case.tokens, dim, device=device, dtype=dtype, requires_grad=True)
+    return [x, *(layer.get_parameter(name) for name in PARAMETERS)]
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    return t.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _plain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: Sequence[Tensor], heads: int) -> Tensor:
+    """Projections around an attention of q, k and v."""
+    x, qk, v, proj, proj_bias = tensors[:5]
+    q, k = F.linear(x, qk).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    out = attention(q, k, _heads(F.linear(x, v), heads))
+    return F.linear(out.transpose(1, 2).flatten(2), proj, proj_bias)
+
+
+def layer_formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The layer's result and the gradients of x and of all PARAMETERS but the last, computed in ``dtype``."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors[:-1]]
+    *_, pos_weight, gate = leaves
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return check.literal(q, k, v, pos_weight, gate, case.grid_size, case.scale)
+
+    out = _plain(attention, leaves, case.heads)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
+
+
+def _holding(layer: nn.Module, tensors: Sequence[Tensor]) -> Function:
+    """``layer`` with the shared parameters in place of its own."""
+    for name, parameter in zip(PARAMETERS, tensors[1:], strict=True):
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, parameter)
+    return lambda x, *_: layer(x)
+
+
+def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
+    return _holding(timm_layer(case, tensors[0]), tensors)
+
+
+def our_layer(name: str) -> Callable[[Case, list[Tensor]], Function]:
+    """FusedGPSA on a backend."""
+
+    def make(case: Case, tensors: list[Tensor]) -> Function:
+        if name != "auto":
+            check_backend(name, case, [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]])
+        layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
+        return _holding(layer, tensors)
+
+    return make
+
+
+def sdpa_in_layer(case: Case, tensors: list[Tensor]) -> Function:
+    """The same projections around attention without a position."""
+    return lambda *tensors: _plain(F.scaled_dot_product_attention, tensors, case.heads)
+
+
+LAYER = Subject(
+    peers=(
+        Peer(REFERENCE, timm_whole),
+        *(Peer(f"gpsa_kernels {name}", our_layer(name)) for name in reversed(BACKENDS)),
+        Peer("SDPA alone", sdpa_in_layer, gpsa=False),
+        Peer("timm, compiled", compiled(timm_whole), compiled=True),
+        Peer("gpsa_kernels auto, compiled", compiled(our_layer("auto")), compiled=True),
+        Peer("SDPA alone, compiled", compiled(sdpa_in_layer), gpsa=False, compiled=True),
+    ),
+    inputs=layer_inputs,
+    formula=layer_formula,
+    activations=1,
 )

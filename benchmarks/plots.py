@@ -1,17 +1,17 @@
-"""The pictures: speed-ups, time and memory against tokens, error against eager's own error."""
+"""The pictures: speed-ups, and time against tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.report import DIRECTIONS, Row, Run
+from benchmarks import results
+from benchmarks.results import Row, Run
+from benchmarks.workloads import DIRECTION_NAMES, REFERENCE
 
 # Okabe and Ito's palette, told apart by all kinds of colour vision; ours are the saturated ones
 COLOURS = {
@@ -34,36 +34,34 @@ LINES += ("gpsa_kernels cuda", "SDPA alone")
 
 
 def _style(peer: str) -> dict[str, Any]:
-    plain = report.without_position(peer)
-    width = 2.4 if report.is_ours(peer) else 1.4
+    plain = results.without_position(peer)
     return {
         "color": "#8c8c8c" if plain else COLOURS.get(peer, "#000000"),
         "marker": "x" if plain else MARKERS.get(peer, "o"),
         "linestyle": "--" if plain else "-",
-        "linewidth": width,
-        "markersize": 6,
+        "linewidth": 2.4 if results.is_ours(peer) else 1.4,
     }
 
 
 def _caption(figure: Figure, run: Run) -> None:
-    figure.text(0.01, 0.008, report.header(run), fontsize=7, color="#555555", ha="left", va="bottom")
+    figure.text(0.01, 0.008, results.header(run), fontsize=7, color="#555555", ha="left", va="bottom")
 
 
 def speedups(run: Run) -> Figure | None:
     """Bars: how many times timm's speed every peer reaches at the headline workload."""
-    found = [(direction, report.headline(run, direction)) for direction in ("forward", "both")]
-    found = [(direction, rows) for direction, rows in found if report.speedups(rows)]
+    found = [(direction, results.headline(run, direction)) for direction in ("forward", "both")]
+    found = [(direction, rows) for direction, rows in found if results.speedups(rows)]
     if not found:
         return None
-    count = max(len(report.speedups(rows)) for _, rows in found)
+    count = max(len(results.speedups(rows)) for _, rows in found)
     figure = Figure(figsize=(10, 1.6 + 0.33 * count), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))
     for axes, (direction, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        ratios = sorted(report.speedups(rows).items(), key=lambda item: item[1])
+        ratios = sorted(results.speedups(rows).items(), key=lambda item: item[1])
         times = {row["peer"]: row for row in rows}
-        reference = times[report.REFERENCE]["median_us"]
+        reference = times[REFERENCE]["median_us"]
         for place, (peer, ratio) in enumerate(ratios):
-            plain, row = report.without_position(peer), times[peer]
+            plain, row = results.without_position(peer), times[peer]
             axes.barh(
                 place,
                 ratio,
@@ -84,41 +82,39 @@ def speedups(run: Run) -> Figure | None:
             )
         axes.set_yticks(range(len(ratios)), [peer for peer, _ in ratios], fontsize=8)
         for label, (peer, _) in zip(axes.get_yticklabels(), ratios, strict=True):
-            label.set_fontweight("bold" if report.is_ours(peer) else "normal")
+            label.set_fontweight("bold" if results.is_ours(peer) else "normal")
         axes.axvline(1, color="#000000", linewidth=0.8)
         axes.set_xlim(0, 1.15 * max(reference / times[peer]["p20_us"] for peer, _ in ratios))
         axes.set_ylim(-0.7, count - 0.3)
         axes.set_xlabel("times timm's speed; lines: p20 to p80")
-        axes.set_title(f"attention {DIRECTIONS[direction]}\n{rows[0]['workload']}", fontsize=10)
+        axes.set_title(f"attention {DIRECTION_NAMES[direction]}\n{rows[0]['workload']}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     _caption(figure, run)
     return figure
 
 
-def _scaling(run: Run, directions: tuple[str, ...], value: Callable[[Row], float | None], label: str) -> Figure | None:
-    """Lines over the number of tokens, of one image: a panel a direction, logarithmic on both axes."""
-    rows = [row for row in report.select(run, section="tokens") if value(row) is not None]
-    directions = tuple(direction for direction in directions if any(row["direction"] == direction for row in rows))
-    tokens = sorted({row["rows"] * row["columns"] for row in rows})
-    if not directions or len(tokens) < 2:
+def time(run: Run) -> Figure | None:
+    """Time of one image against tokens, with the floor drawn in: a panel a direction, logarithmic on both axes."""
+    rows = [row for row in results.select(run, section="tokens") if "median_us" in row]
+    panels = [(d, here) for d in ("forward", "both") if (here := [row for row in rows if row["direction"] == d])]
+    if len({_tokens(row) for row in rows}) < 2:
         return None
-    figure = Figure(figsize=(5.6 * len(directions) + 0.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(5.6 * len(panels) + 0.4, 4.8), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))
-    for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True):
-        here = [row for row in rows if row["direction"] == direction]
+    for axes, (direction, here) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for peer in LINES:
-            points = sorted((row["rows"] * row["columns"], value(row)) for row in here if row["peer"] == peer)
+            points = sorted((_tokens(row), row["median_us"] / row["batch"]) for row in here if row["peer"] == peer)
             if points:
                 axes.plot(*zip(*points, strict=True), label=peer, **_style(peer))
-        if "µs" in label:
-            floors = sorted(
-                {(row["rows"] * row["columns"], row["floor_us"] / row["batch"]) for row in here if "floor_us" in row}
-            )
+        floors = sorted({(_tokens(row), row["floor_us"] / row["batch"]) for row in here if "floor_us" in row})
+        if floors:
             axes.plot(*zip(*floors, strict=True), color="#000000", linestyle=":", linewidth=1.4, label="floor")
-        _token_axis(axes, rows)
-        axes.set_yscale("log")
-        axes.set_ylabel(label)
-        axes.set_title(f"attention {DIRECTIONS[direction]}, {_shape(here[0])}", fontsize=10)
+        grids = {_tokens(row): f"{row['rows']}×{row['columns']}" for row in rows}
+        axes.set(xscale="log", yscale="log", xlabel="grid of tokens", ylabel="µs an image")
+        axes.set_xticks(list(grids), grids.values(), fontsize=8, rotation=30)
+        axes.set_xticks([], minor=True)
+        shape = f"{here[0]['heads']} heads, D={here[0]['head_dim']}, {here[0]['dtype']}"
+        axes.set_title(f"attention {DIRECTION_NAMES[direction]}, {shape}", fontsize=10)
         axes.grid(which="major", color="#e0e0e0", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
@@ -126,84 +122,11 @@ def _scaling(run: Run, directions: tuple[str, ...], value: Callable[[Row], float
     return figure
 
 
-def _token_axis(axes: Axes, rows: list[Row]) -> None:
-    grids = {row["rows"] * row["columns"]: f"{row['rows']}×{row['columns']}" for row in rows}
-    places = sorted(grids)
-    axes.set_xscale("log")
-    labels: list[str] = []
-    for i, n in enumerate(places):  # a label that would touch its neighbour's goes to a second line
-        close = i > 0 and n / places[i - 1] < 1.5 and not labels[-1].startswith("\n")
-        labels.append(("\n" if close else "") + grids[n])
-    axes.set_xticks(places, labels, fontsize=8)
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("grid of tokens")
+def _tokens(row: Row) -> int:
+    return row["rows"] * row["columns"]
 
 
-def _shape(row: Row) -> str:
-    return f"{row['heads']} heads, D={row['head_dim']}, {row['dtype']}"
-
-
-def time(run: Run) -> Figure | None:
-    """Time of one image against tokens, with the floor drawn in."""
-
-    def value(row: Row) -> float | None:
-        return row["median_us"] / row["batch"] if "median_us" in row else None
-
-    return _scaling(run, ("forward", "both"), value, "µs an image")
-
-
-def memory(run: Run) -> Figure | None:
-    """Memory of one image against tokens."""
-    kinds = report.unique(row["memory_kind"] for row in report.select(run, section="tokens") if "memory_kind" in row)
-
-    def value(row: Row) -> float | None:
-        return row["memory_bytes"] / row["batch"] / 1e6 if "memory_bytes" in row else None
-
-    label = {
-        "peak": "MB an image at the peak, beside the inputs",
-        "saved for backward": "MB an image kept for backward",
-    }
-    return _scaling(run, ("both",), value, label[kinds[0]]) if kinds else None
-
-
-def errors(run: Run) -> Figure | None:
-    """Every backend's error against the error of the formula in eager PyTorch in the same dtype."""
-    rows = [row for row in report.select(run, section="accuracy") if row["status"] == "ok"]
-    if not rows:
-        return None
-    figure = Figure(figsize=(5.8, 6.2), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    axes = figure.subplots()
-    dtypes = {"float32": "#0072B2", "float16": "#E69F00", "bfloat16": "#009E73"}
-    backends = dict(zip(report.unique(row["peer"] for row in rows), "oX^sD", strict=False))
-    values = [row[name] for row in rows for name in ("max_error", "eager_max_error") if row[name] > 0]
-    low, high = min(values) / 2, max(values) * 2
-    axes.fill_between([low, high], [low, high], [low, low], color="#f0f0f0", linewidth=0)
-    axes.plot([low, high], [low, high], color="#000000", linewidth=0.8)
-    for dtype, colour in dtypes.items():
-        for peer, marker in backends.items():
-            points = [
-                (row["eager_max_error"], row["max_error"])
-                for row in rows
-                if row["dtype"] == dtype and row["peer"] == peer and row["eager_max_error"] > 0 and row["max_error"] > 0
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
-                axes.scatter(x, y, s=26, marker=marker, facecolor="none", edgecolor=colour, label=f"{peer}, {dtype}")
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set_aspect("equal")
-    axes.set_xlabel("maximum error of the formula in eager PyTorch, same dtype")
-    axes.set_ylabel("maximum error of the backend")
-    axes.set_title(
-        "output and all five gradients, against float64\nin the shaded half the backend is the more exact", fontsize=10
-    )
-    axes.legend(fontsize=7, frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
-    _caption(figure, run)
-    return figure
-
-
-PICTURES = {"speedups": speedups, "time": time, "memory": memory, "errors": errors}
+PICTURES = {"speedups": speedups, "time": time}
 
 
 def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None) -> list[Path]:
@@ -220,5 +143,5 @@ def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None
                 figure = picture(run) if wanted is None or path.name in wanted else None
                 if figure is not None:
                     written.append(path)
-                    figure.savefig(path, dpi=110, metadata={"Description": f"from the run of {run['started']}"})
+                    figure.savefig(path, dpi=80, metadata={"Description": f"from the run of {run['started']}"})
     return written

@@ -1,7 +1,8 @@
-"""Turns the newest results into the tables of README.md and docs/benchmarks.md and into the pictures.
+"""Turns the newest results into tables and pictures.
 
-python -m benchmarks.report            prints the tables
-python -m benchmarks.report --write    puts them between their markers, and draws the pictures
+python -m benchmarks.report                    prints all tables
+python -m benchmarks.report --tables models    prints some
+python -m benchmarks.report --write            brings those of README.md and docs/ up to date, and their pictures
 """
 
 from __future__ import annotations
@@ -10,86 +11,25 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from benchmarks import results, roofline
+from benchmarks import floors, results
+from benchmarks.results import Row, Run, header, headline, is_ours, select, speedups, unique, without_position
+from benchmarks.workloads import DIRECTION_NAMES, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "benchmarks" / "plots"
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(?s)(<!-- (?!end of )([a-z ]+) -->\n)(.*?)(<!-- end of \2 -->)")
 SHOWN = re.compile(r"\(benchmarks/plots/(.*?)\)")
-REFERENCE = "timm"
-DIRECTIONS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
-ABSENT = {
-    "cuda": "No GPU has run these benchmarks yet.",
-    "cpu": "No CPU has run these benchmarks yet.",
-}
 
-Row = dict[str, Any]
-Run = dict[str, Any]
-
-
-# ---- choosing rows --------------------------------------------------------------------------------------------------
-
-
-def select(run: Run, **fields: Any) -> list[Row]:
-    """The rows of a run that have these values."""
-    return [row for row in run["rows"] if all(row.get(name) == value for name, value in fields.items())]
-
-
-def unique(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in the order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def is_ours(peer: str) -> bool:
-    return peer.startswith("gpsa_kernels")
-
-
-def without_position(peer: str) -> bool:
-    return peer.startswith(("SDPA alone", "DeiT"))
-
-
-def headline(run: Run, direction: str) -> list[Row]:
-    """The peers at the first workload in one direction; on a GPU of the section with torch.compile, if it is there.
-
-    On a CPU nearly everyone is slower beside compiled peers, so these stay in a table of their own.
-    """
-    for section in ("compiled", "operator") if run["device_type"] == "cuda" else ("operator", "compiled"):
-        rows = select(run, section=section, direction=direction)
-        if rows:
-            first = [row for row in rows if row["workload"] == rows[0]["workload"]]
-            return [row for row in first if row["temperature"] == first[0]["temperature"]]
-    return []
-
-
-def speedups(rows: list[Row]) -> dict[str, float]:
-    """How many times faster than timm's own code every peer is that has a time."""
-    times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
-    return {peer: times[REFERENCE] / us for peer, us in times.items()} if REFERENCE in times else {}
-
-
-# ---- blocks ---------------------------------------------------------------------------------------------------------
-
-
-def header(run: Run) -> str:
-    """Where, when and with what a run was measured."""
-    versions = [f"torch {run['torch']}", f"timm {run['timm']}"]
-    if run["device_type"] == "cuda":
-        versions.insert(0, f"driver {run.get('driver', 'unknown')}")
-        versions.append(f"triton {run.get('triton', 'not installed')}")
-    else:
-        versions.insert(0, f"{run['threads']} threads")
-    profile = "" if run["profile"] == "full" else f", {run['profile']} profile"
-    return f"Measured on {run['started'][:10]}: {run['device']}, {', '.join(versions)}{profile}."
+# ---- tables ---------------------------------------------------------------------------------------------------------
 
 
 def compared(run: Run) -> list[tuple[str, list[Row]]]:
     """The comparisons of the README: a label and the rows of all peers."""
-    found = [(f"attention {DIRECTIONS[direction]}", headline(run, direction)) for direction in ("forward", "both")]
+    found = [(f"attention {DIRECTION_NAMES[direction]}", headline(run, direction)) for direction in ("forward", "both")]
     for direction in ("forward", "both"):
-        found.append((f"layer {DIRECTIONS[direction]}", select(run, section="layer", direction=direction)))
+        found.append((f"layer {DIRECTION_NAMES[direction]}", select(run, section="layer", direction=direction)))
     for row in run["rows"]:
         if row["section"] == "models" and row["peer"] == REFERENCE:
             compiled = ", compiled" if row["compiled"] else ""
@@ -113,8 +53,7 @@ def summary(run: Run) -> str:
         f"{header(run)} In {dtypes}; medians of {_span(used)} interleaved rounds.",
         "How many times faster than timm's own code:",
         "",
-        _line(["", *columns, "without a position (SDPA, DeiT)"]),
-        "|---" * (len(columns) + 2) + "|",
+        *_head("", *columns, "without a position (SDPA, DeiT)"),
     ]
     for label, found in ratios:
         plain = max((ratio for peer, ratio in found.items() if without_position(peer)), default=None)
@@ -127,7 +66,7 @@ def _memory(run: Run) -> list[str]:
         same = select(run, section="tokens", direction="both", workload=row["workload"])
         ours = [r["memory_bytes"] for r in same if is_ours(r["peer"]) and "memory_bytes" in r]
         if ours and "memory_bytes" in row:
-            what = "it takes beside its inputs" if row["memory_kind"] == "peak" else "it keeps for the backward pass"
+            what = "it takes beside its inputs" if run["device_type"] == "cuda" else "it keeps for the backward pass"
             ratio = row["memory_bytes"] / min(ours)
             return ["", f"At 24×24 tokens the memory that {what} is 1/{ratio:.1f} of what timm's code takes."]
     return []
@@ -137,7 +76,7 @@ def _dispatch(run: Run) -> list[str]:
     peers = unique(row["peer"] for row in select(run, section="dispatch"))
     if not peers:
         return []
-    lines = ["", "| cost of a call before any kernel starts, µs | forward | forward + backward |", "|---|---|---|"]
+    lines = ["", *_head("cost of a call before any kernel starts, µs", "forward", "forward + backward")]
     for peer in peers:
         both = [select(run, section="dispatch", peer=peer, direction=direction)[0] for direction in ("forward", "both")]
         lines.append(_line([f"`{peer}`", *(f"{row['median_us']:.0f}" for row in both)]))
@@ -158,31 +97,28 @@ def attention(run: Run) -> str:
 
 
 def _timed_table(rows: list[Row]) -> list[str]:
-    lines = [
-        "| | direction | µs | p20 to p80 | times timm's speed | floor, µs | share of it | memory, MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = _head("", "direction", "µs", "p20 to p80", *COMPARED)
     for row in rows:
         same = [r for r in rows if (r["direction"], r["temperature"]) == (row["direction"], row["temperature"])]
-        floor = (
-            [f"{row['floor_us']:.1f} ({row['floor_bound']})", f"{row['floor_share']:.0%}"]
-            if "floor_us" in row
-            else ["", ""]
-        )
-        lines.append(
-            _line(
-                [
-                    row["peer"],
-                    f"{DIRECTIONS[row['direction']]}, {row['temperature']}",
-                    f"{row['median_us']:.1f}",
-                    f"{row['p20_us']:.1f} to {row['p80_us']:.1f}",
-                    _times(speedups(same).get(row["peer"])),
-                    *floor,
-                    f"{row['memory_bytes'] / 1e6:.1f}" if "memory_bytes" in row else "",
-                ]
-            )
-        )
+        where = f"{DIRECTION_NAMES[row['direction']]}, {row['temperature']}"
+        spread = f"{row['p20_us']:.1f} to {row['p80_us']:.1f}"
+        lines.append(_line([row["peer"], where, f"{row['median_us']:.1f}", spread, *_compared(row, same)]))
     return lines
+
+
+COMPARED = ("times timm's speed", "floor, µs", "share of it", "memory, MB", "off by")
+
+
+def _compared(row: Row, same: list[Row]) -> list[str]:
+    """The cells of COMPARED; ``same`` are the rows of the same round."""
+    bounded = "floor_us" in row
+    return [
+        _times(speedups(same).get(row["peer"])),
+        f"{row['floor_us']:.1f} ({row['floor_bound']})" if bounded else "",
+        f"{row['floor_share']:.0%}" if bounded else "",
+        f"{row['memory_bytes'] / 1e6:.1f}" if "memory_bytes" in row else "",
+        f"{row['deviation']:.0e}" if "deviation" in row else "",
+    ]
 
 
 def _excuses(rows: list[Row]) -> list[str]:
@@ -190,60 +126,42 @@ def _excuses(rows: list[Row]) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
-            about = row.get("direction", "all")
-            found.setdefault((row["peer"], f"{row['status']}: {row['reason']}"), []).append(
-                DIRECTIONS.get(about, about)
-            )
-    lines = [f"- {peer} ({', '.join(unique(where))}): {why}" for (peer, why), where in found.items()]
+            where = found.setdefault((row["peer"], f"{row['status']}: {row['reason']}"), [])
+            if "direction" in row and row["status"] != "unavailable":  # that is so in the whole section
+                where.append(f" {DIRECTION_NAMES.get(row['direction'], row['direction'])}")
+    lines = [f"- {peer}{','.join(unique(where))}: {why}" for (peer, why), where in found.items()]
     return ["", *lines] if lines else []
 
 
 def models(run: Run) -> str:
     """Images per second and memory of the models."""
-    lines = [
-        header(run),
-        "",
-        "| | | | images/s | times timm's speed | share of the floor | memory, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [header(run), "", *_head("", "", "", "images/s", *COMPARED)]
     rows = select(run, section="models")
-    for row in rows:
-        if "median_us" in row:
-            same = select(run, section="models", workload=row["workload"], direction=row["direction"])
-            lines.append(
-                _line(
-                    [
-                        row["workload"],
-                        row["direction"],
-                        row["peer"],
-                        f"{row['images_per_s']:.1f}" if "images_per_s" in row else "",
-                        _times(speedups(same).get(row["peer"])),
-                        f"{row['floor_share']:.0%}" if "floor_share" in row else "",
-                        f"{row['memory_bytes'] / 1e6:.0f}" if "memory_bytes" in row else "",
-                    ]
-                )
-            )
+    for row in [row for row in rows if "median_us" in row]:
+        same = select(run, section="models", workload=row["workload"], direction=row["direction"])
+        speed = f"{1e6 * row['batch'] / row['median_us']:.1f}"
+        lines.append(_line([row["workload"], row["direction"], row["peer"], speed, *_compared(row, same)]))
     return "\n".join(lines + _excuses(rows)) + "\n"
 
 
 def accuracy(run: Run) -> str:
     """Maximum and RMS error of every backend and tensor, beside those of the formula in eager PyTorch."""
-    rows = select(run, section="accuracy")
     lines = [header(run)]
-    for workload in unique(row["workload"] for row in rows):
-        measured = [row for row in rows if row["workload"] == workload and row["status"] == "ok"]
-        lines += [
-            "",
-            f"**{workload}**",
-            "",
-            "| backend | tensor | maximum error | of eager | of autocast | RMS error | of eager | of autocast |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in measured:
+    for workload in unique(row["workload"] for row in select(run, section="accuracy")):
+        rows = select(run, section="accuracy", workload=workload)
+        lines += ["", f"**{workload}**", ""]
+        lines += _head(
+            "backend", "tensor", "maximum error", "of eager", "of autocast", "RMS error", "of eager", "of autocast"
+        )
+        for row in [row for row in rows if row["status"] == "ok"]:
             errors = [row[f"{who}{kind}_error"] for kind in ("max", "rms") for who in ("", "eager_", "autocast_")]
             lines.append(_line([row["peer"].split()[-1], row["tensor"], *(f"{error:.1e}" for error in errors)]))
-        lines += _excuses([row for row in rows if row["workload"] == workload])
+        lines += _excuses(rows)
     return "\n".join(lines) + "\n"
+
+
+def _head(*titles: str) -> list[str]:
+    return [_line(titles), "|---" * len(titles) + "|"]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -260,11 +178,11 @@ def _span(values: list[int]) -> str:
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-# marker -> the device type whose run it shows, and how
-BLOCKS: dict[str, tuple[str, Callable[[Run], str]]] = {
-    f"{name} {what}": (device, function)
-    for name, device in (("cpu", "cpu"), ("gpu", "cuda"))
-    for what, function in (("results", summary), ("attention", attention), ("models", models), ("accuracy", accuracy))
+TABLES: dict[str, Callable[[Run], str]] = {
+    "summary": summary,
+    "attention": attention,
+    "models": models,
+    "accuracy": accuracy,
 }
 
 
@@ -275,11 +193,10 @@ def block(marker: str, runs: dict[str, Run]) -> str:
         KeyError: there is no such block.
     """
     if marker == "roofline estimate":
-        return roofline.table()
-    device, function = BLOCKS[marker]
-    if device not in runs:
-        return f"{ABSENT[device]}\n"
-    return function(runs[device])
+        return floors.estimates()
+    device = {"cpu results": "cpu", "gpu results": "cuda"}[marker]
+    name = {"cpu": "CPU", "cuda": "GPU"}[device]
+    return summary(runs[device]) if device in runs else f"No {name} has run these benchmarks yet.\n"
 
 
 def filled(text: str, runs: dict[str, Run]) -> str:
@@ -292,22 +209,22 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="into README and docs; draws their pictures")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES), help="those to print")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")
-    parser.add_argument("--plots", type=Path, default=None, help="draw the pictures into this folder")
+    parser.add_argument("--plots", type=Path, help="draw all pictures into this folder")
     options = parser.parse_args(arguments)
     runs = results.newest(options.results)
-    from benchmarks import plots
+    if not (options.write or options.plots):
+        print("\n".join(TABLES[name](run) for run in runs.values() for name in options.tables))
+        return
+    from benchmarks import plots  # matplotlib is not everywhere
 
-    for path in plots.draw(runs, options.plots) if options.plots else ():
-        print(f"drew {path}")
+    if options.plots:
+        plots.draw(runs, options.plots)
     if options.write:
         for path in FILES:
             path.write_text(filled(path.read_text(), runs))
-            print(f"wrote {path}")
-        for path in plots.draw(runs, PLOTS, SHOWN.findall("".join(file.read_text() for file in FILES))):
-            print(f"drew {path}")
-    else:
-        print("\n".join(block(marker, runs) for marker, (device, _) in BLOCKS.items() if device in runs))
+        plots.draw(runs, PLOTS, SHOWN.findall("".join(path.read_text() for path in FILES)))
 
 
 if __name__ == "__main__":

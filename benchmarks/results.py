@@ -1,6 +1,10 @@
-"""The results' files: one a machine and day, with every run of that day; rows are added, never replaced.
+"""The results' files, one a machine and day, to which lines of JSON are added and none replaced.
 
-{"schema": 1, "runs": [{"started": ..., "device": ..., ..., "rows": [{...}, ...]}, ...]}
+{"started": ..., "device": ..., ...}                      a run begins
+{"section": ..., ..., "columns": "peer median_us ..."}    what the rows below have in common
+["timm", 35120, ...]                                      a row: its columns' values, null for none
+
+Figures have five significant digits. What follows from them (shapes, floors) is added when they are read.
 """
 
 from __future__ import annotations
@@ -8,189 +12,185 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-SCHEMA = 1
-FOLDER = Path(__file__).parent / "results"
+from benchmarks import floors
+from benchmarks.workloads import REFERENCE
 
-# name -> type; "?" marks what may be absent
-RUN: dict[str, type] = {
-    "started": str,
-    "device": str,
-    "device_type": str,
-    "driver?": str,
-    "threads": int,
-    "python": str,
-    "torch": str,
-    "triton?": str,
-    "timm": str,
-    "gpsa_kernels": str,
-    "commit?": str,
-    "profile": str,
-    "rows": list,
-}
-_TIMES: dict[str, type] = {
-    "section": str,
-    "workload": str,
-    "direction": str,
-    "peer": str,
-    "status": str,
-    "reason?": str,
-    "timer?": str,
-    "rounds?": int,
-    "median_us?": float,
-    "p20_us?": float,
-    "p80_us?": float,
-}
-_EXACT: dict[str, type] = {"deviation?": float, "eager_deviation?": float, "allowed_deviation?": float}
-_MEMORY: dict[str, type] = {"memory_bytes?": int, "memory_kind?": str}
-_FLOOR: dict[str, type] = {
-    "bytes?": int,
-    "flops?": int,
-    "copy_gb_s?": float,
-    "matmul_tflop_s?": float,
-    "floor_us?": float,
-    "floor_bound?": str,
-    "floor_share?": float,
-}
-_CASE: dict[str, type] = {"batch": int, "heads": int, "rows": int, "columns": int, "head_dim": int, "dtype": str}
-_ATTENTION = {**_TIMES, **_CASE, "temperature": str, **_EXACT, **_MEMORY, **_FLOOR}
-_MODEL: dict[str, type] = {"size": str, "image": int, "batch": int, "dtype": str, "compiled": bool}
-ROWS: dict[str, dict[str, type]] = {
-    **dict.fromkeys(("operator", "tokens", "batch", "compiled", "layer"), _ATTENTION),
-    "models": {**_TIMES, **_MODEL, "images_per_s?": float, **_EXACT, **_MEMORY, **_FLOOR},
-    "dispatch": _TIMES,
-    "accuracy": {
-        "section": str,
-        "workload": str,
-        "peer": str,
-        "status": str,
-        "reason?": str,
-        **_CASE,
-        "tensor?": str,
-        **{f"{who}{kind}_error?": float for who in ("", "eager_", "autocast_") for kind in ("max", "rms")},
-    },
-    "clocks": {
-        "section": str,
-        "workload": str,
-        "peer": str,
-        "status": str,
-        "sm_mhz?": float,
-        "memory_mhz?": float,
-        "celsius?": float,
-        "watts?": float,
-    },
-}
+Row = dict[str, Any]
+Run = dict[str, Any]
+FOLDER = Path(__file__).parent / "results"
 STATUSES = ("ok", "wrong", "failed", "unavailable")
 
-
-def check(document: Any) -> None:
-    """Raises ValueError, naming the place, where ``document`` is not a results file of this schema."""
-    if not isinstance(document, dict) or set(document) != {"schema", "runs"} or document["schema"] != SCHEMA:
-        raise ValueError(f"not a results file of schema {SCHEMA}")
-    for run in document["runs"]:
-        _check_fields(run, RUN, f"run {run.get('started')}")
-        for number, row in enumerate(run["rows"]):
-            where = f"run {run['started']}, row {number}"
-            if row.get("section") not in ROWS:
-                raise ValueError(f"{where}: section {row.get('section')!r} is not one of {', '.join(ROWS)}")
-            _check_fields(row, ROWS[row["section"]], where)
-            if row["status"] not in STATUSES:
-                raise ValueError(f"{where}: status {row['status']!r} is not one of {', '.join(STATUSES)}")
-            if (row["status"] == "ok") == ("reason" in row):
-                raise ValueError(f"{where}: a reason is given where, and only where, the status is not ok")
-            if row["status"] != "ok" and "median_us" in row:
-                raise ValueError(f"{where}: a time is given for what is {row['status']}")
-    starts = [run["started"] for run in document["runs"]]
-    if len(set(starts)) != len(starts):
-        raise ValueError("two runs have the same start")
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _check_fields(found: dict[str, Any], schema: dict[str, type], where: str) -> None:
-    fields = {name.rstrip("?"): kind for name, kind in schema.items()}
-    missing = [name for name in schema if not name.endswith("?") and name not in found]
-    unknown = [name for name in found if name not in fields]
-    if missing or unknown:
-        raise ValueError(f"{where}: missing {missing}, unknown {unknown}")
-    for name, value in found.items():
-        kind = (int, float) if fields[name] is float else fields[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and fields[name] is not bool):
-            raise ValueError(f"{where}: {name} is {value!r}, not a {fields[name].__name__}")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A checked results file.
+def read(path: Path) -> list[Run]:
+    """A file's runs, each with its ``rows``.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is damaged, or no results file.
     """
-    document = json.loads(path.read_text())
-    check(document)
-    return document
+    runs: list[Run] = []
+    common: Row = {}
+    columns: list[str] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            found = json.loads(line)
+            if isinstance(found, list):
+                row = {name: value for name, value in zip(columns, found, strict=True) if value is not None}
+                runs[-1]["rows"].append(floors.derived(_checked(common | row)))
+            elif "started" in found:
+                runs.append({**found, "rows": []})
+            else:
+                common = found
+                columns = common.pop("columns").split()
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+    return runs
 
 
-def last(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+def _checked(row: Row) -> Row:
+    """Raises ValueError or KeyError where a row does not say what it is of, or says two things at once."""
+    if row["status"] not in STATUSES or (row["status"] == "ok") == ("reason" in row):
+        raise ValueError("a reason is given where, and only where, the status is known and not ok")
+    if row["status"] != "ok" and "median_us" in row:
+        raise ValueError(f"a time is given for what is {row['status']}")
+    return {"section": row["section"], "workload": row["workload"], "peer": row["peer"], **row}
+
+
+def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
+    """Adds ``rows`` to the file's last run, or begins one where that did not start when ``run`` did.
+
+    A section tells each reason for which a peer is unavailable once.
+
+    Raises:
+        ValueError: the file is there and damaged, or a row is not one; nothing is written then.
+    """
+    runs = read(path) if path.exists() else []
+    new = not runs or runs[-1]["started"] != run["started"]
+    told = {_excuse(row) for row in ([] if new else runs[-1]["rows"]) if row["status"] == "unavailable"}
+    fresh = [_checked(row) for row in rows if row["status"] != "unavailable" or _excuse(row) not in told]
+    lines: list[Any] = [{name: value for name, value in run.items() if name != "rows"}] if new else []
+    for _, group in groupby(sorted(fresh, key=_status), _status):
+        lines += _table(list(group))
+    text = (path.read_text() if runs else "") + "".join(map(_line, lines))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, text)
+
+
+def _excuse(row: Row) -> tuple[str, ...]:
+    return row["section"], row["peer"], row["reason"]
+
+
+def _status(row: Row) -> int:
+    return STATUSES.index(row["status"])
+
+
+def _table(rows: list[Row]) -> list[Any]:
+    """Rows as lines: what they have in common, then the values of each."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    common = {n: rows[0][n] for n in names if n != "peer" and all(n in row and row[n] == rows[0][n] for row in rows)}
+    columns = [name for name in names if name not in common]
+    return [{**common, "columns": " ".join(columns)}, *([row.get(name) for name in columns] for row in rows)]
+
+
+def _line(value: Any) -> str:
+    """JSON whose floats have five significant digits."""
+    return json.dumps(json.loads(json.dumps(value), parse_float=_rounded)) + "\n"
+
+
+def _rounded(text: str) -> float:
+    value = float(f"{float(text):.5g}")
+    return int(value) if value.is_integer() else value
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file as a whole: whoever is interrupted leaves the old one."""
+    new = path.with_name(f"{path.name}.unfinished")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def last(path: Path, run: Run) -> Run | None:
     """The file's last run, if there is one and it was made on what ``run`` is made on, with the same versions.
 
     Raises:
-        ValueError: the file is there but no results file.
+        ValueError: the file is there and damaged.
     """
-    runs = read(path)["runs"] if path.exists() else []
-    fields = {name.rstrip("?") for name in RUN} - {"started", "rows"}
-    same = bool(runs) and all(runs[-1].get(name) == run.get(name) for name in fields)
-    return runs[-1] if same else None
+    runs = read(path) if path.exists() else []
+    return runs[-1] if runs and _made_on(runs[-1]) == _made_on(run) else None
 
 
-def append(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Adds ``rows`` to the run that started when ``run`` did, which is added if it is new; the file too.
-
-    Raises:
-        ValueError: the file is there but no results file, or a row does not fit the schema; nothing is written then.
-    """
-    document = read(path) if path.exists() else {"schema": SCHEMA, "runs": []}
-    same = [old for old in document["runs"] if old["started"] == run["started"]]
-    if not same:
-        same = [{**run, "rows": []}]
-        document["runs"] += same
-    same[0]["rows"] += json.loads(json.dumps(rows))
-    check(document)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(_text(document))
-    os.replace(unfinished, path)  # whoever is interrupted leaves the old file whole
-
-
-def _text(document: dict[str, Any]) -> str:
-    """JSON with a line for each row, so that a diff shows what was added."""
-    placeholder = "rows of run {}"
-    runs = [{**run, "rows": placeholder.format(i)} for i, run in enumerate(document["runs"])]
-    text = json.dumps({**document, "runs": runs}, indent=1)
-    for i, run in enumerate(document["runs"]):
-        lines = ",\n   ".join(json.dumps(row) for row in run["rows"])
-        text = text.replace(json.dumps(placeholder.format(i)), f"[\n   {lines}\n  ]" if lines else "[]")
-    return text + "\n"
+def _made_on(run: Run) -> Run:
+    return {name: value for name, value in run.items() if name not in ("started", "rows")}
 
 
 def file_name(device: str, device_type: str, date: str) -> str:
     """Of a machine's results of a day."""
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return f"{device_type}-{slug}-{date}.json"
+    return f"{device_type}-{slug}-{date}.jsonl"
 
 
-def newest(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+def newest(folder: Path = FOLDER) -> dict[str, Run]:
     """The run to show of every device type: the newest of the full profile, or of another if there is none.
 
     Rehearsals are never shown.
     """
-    chosen: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
-        for run in read(path)["runs"]:
-            if run["profile"] == "dry":
-                continue
-            best = chosen.setdefault(run["device_type"], run)
-            if (run["profile"] == "full", run["started"]) > (best["profile"] == "full", best["started"]):
-                chosen[run["device_type"]] = run
-    return chosen
+    found = [run for path in sorted(folder.glob("*.jsonl")) for run in read(path) if run["profile"] != "dry"]
+    return {run["device_type"]: run for run in sorted(found, key=lambda r: (r["profile"] == "full", r["started"]))}
+
+
+# ---- choosing rows --------------------------------------------------------------------------------------------------
+
+
+def select(run: Run, **fields: Any) -> list[Row]:
+    """The rows of a run that have these values."""
+    return [row for row in run["rows"] if all(row.get(name) == value for name, value in fields.items())]
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in the order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def is_ours(peer: str) -> bool:
+    return peer.startswith("gpsa_kernels")
+
+
+def without_position(peer: str) -> bool:
+    return peer.startswith(("SDPA alone", "DeiT"))
+
+
+def headline(run: Run, direction: str) -> list[Row]:
+    """The peers at the first workload in one direction; on a GPU of the section with torch.compile, if it is there.
+
+    On a CPU nearly everyone is slower beside compiled peers, so these stay in a table of their own.
+    """
+    for section in ("compiled", "operator") if run["device_type"] == "cuda" else ("operator", "compiled"):
+        rows = select(run, section=section, direction=direction)
+        if rows:
+            first = [row for row in rows if row["workload"] == rows[0]["workload"]]
+            return [row for row in first if row["temperature"] == first[0]["temperature"]]
+    return []
+
+
+def speedups(rows: Sequence[Row]) -> dict[str, float]:
+    """How many times faster than timm's own code every peer is that has a time."""
+    times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
+    return {peer: times[REFERENCE] / us for peer, us in times.items()} if REFERENCE in times else {}
+
+
+def header(run: Run) -> str:
+    """Where, when and with what a run was measured."""
+    versions = [f"torch {run['torch']}", f"timm {run['timm']}"]
+    if run["device_type"] == "cuda":
+        versions.insert(0, f"driver {run.get('driver', 'unknown')}")
+        versions.append(f"triton {run.get('triton', 'not installed')}")
+    else:
+        versions.insert(0, f"{run['threads']} threads")
+    profile = "" if run["profile"] == "full" else f", {run['profile']} profile"
+    return f"Measured on {run['started'][:10]}: {run['device']}, {', '.join(versions)}{profile}."

@@ -93,13 +93,6 @@ def publish(folder: Path, evidence: Path, names: Sequence[str]) -> None:
             os.replace(new, evidence / name)
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces a file as a whole."""
-    new = path.with_name(f"{path.name}.unfinished")
-    new.write_text(text)
-    os.replace(new, path)
-
-
 def set_aside(path: Path, why: str) -> str:
     """Renames a file, never over another one; a sentence about it."""
     number = 1

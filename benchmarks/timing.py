@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.floors import Rates
+
 Call = Callable[[], Any]
 SHORT = 0.002  # seconds: a call below is repeated until a sample holds at least REPEATS of them
 REPEATS = 16
@@ -146,6 +148,35 @@ def inner(call: Call, calls: int) -> Callable[[], float]:
         return (time.perf_counter() - start) / calls
 
     return mean
+
+
+def measure_rates(device: str, dtype: str, small: bool = False) -> Rates:
+    """The best of ten times five copies of a buffer far larger than any cache, and five large products in ``dtype``.
+
+    ``small`` is for rehearsals: it takes no time and its figures mean nothing.
+    """
+    elements = 2**16 if small else 2**28 if device == "cuda" else 2**26
+    side = 64 if small else 8192 if device == "cuda" else 1024
+    source = torch.ones(elements, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, side, side, device=device).to(getattr(torch, dtype)).unbind()
+    product = torch.empty_like(a)
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def best(call: Call) -> float:
+        seconds = []
+        for _ in range(10):
+            finish()
+            start = time.perf_counter()
+            for _ in range(5):  # the wait at the end does not show
+                call()
+            finish()
+            seconds.append((time.perf_counter() - start) / 5)
+        return min(seconds)
+
+    copy = best(lambda: target.copy_(source))
+    multiply = best(lambda: torch.matmul(a, b, out=product))
+    return Rates(copy_gb_s=2 * 4 * elements / copy / 1e9, matmul_tflop_s=2 * side**3 / multiply / 1e12)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Profile = Literal["full", "quick", "dry"]
+REFERENCE = "timm"  # the peer that speed-ups are relative to
 PROFILES: tuple[Profile, ...] = ("full", "quick", "dry")
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTION_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+DIRECTIONS = tuple(DIRECTION_NAMES)
 GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def _parts(pattern: str, name: str) -> tuple[str, ...]:
+    found = re.fullmatch(pattern, name)
+    if found is None:
+        raise ValueError(f"no workload is called {name!r}")
+    return found.groups()
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,12 @@ class Case:
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """The case that is called so; raises ValueError where none is."""
+        *numbers, dtype = _parts(r"B=(\d+) H=(\d+) (\d+)x(\d+) D=(\d+) (\w+)", name)
+        return cls(*map(int, numbers), dtype)
 
     def __str__(self) -> str:
         return f"B={self.batch} H={self.heads} {self.rows}x{self.columns} D={self.head_dim} {self.dtype}"
@@ -72,6 +88,12 @@ class ModelWorkload:
     direction: str  # inference or training
     compiled: bool
     section: str = "models"
+
+    @classmethod
+    def parse(cls, name: str, direction: str) -> ModelWorkload:
+        """The workload that is called so; raises ValueError where none is."""
+        size, image, batch, dtype, compiled = _parts(r"convit_(\w+) (\d+)px B=(\d+) (\w+?)( compiled|)", name)
+        return cls(size, int(image), int(batch), dtype, direction, bool(compiled))
 
     def __str__(self) -> str:
         return f"convit_{self.size} {self.image}px B={self.batch} {self.dtype}{' compiled' if self.compiled else ''}"

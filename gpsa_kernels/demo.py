@@ -6,12 +6,10 @@ is measured in the run that prints it.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -330,31 +328,3 @@ def summary(eager: Run, fused: Run) -> str:
             f"  [2] what autograd keeps between forward and backward of one step of {BATCH} digits, beside parameters",
         ]
     )
-
-
-def main(epochs: int, output: Path, seed: int) -> int:
-    """Trains both, prints the comparison, draws the pictures; returns 0 if both recognise enough digits, else 1."""
-    missing = [name for name in ("sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        print(f"The demo needs {', '.join(missing)}, not installed: pip install 'gpsa-kernels[demo]'", file=sys.stderr)
-        return 2
-    from gpsa_kernels import demo_plots
-
-    started = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
-    digits = load_digits(seed)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    parameters = sum(p.numel() for p in build_model("auto", seed).parameters())
-    print(
-        f"A ConViT of {GPSA_LAYERS} GPSA and {DEPTH - GPSA_LAYERS} self-attention layers ({parameters:,} parameters) "
-        f"learns {len(digits.train):,} handwritten digits\nand is tested on {len(digits.test)} others. "
-        f"{epochs} epochs, seed {seed}, {device}.\n"
-    )
-    eager, fused = (in_own_process(backend, epochs, seed) for backend in ("eager", fused_backend()))
-    print(f"\n{summary(eager, fused)}\n")
-    for path in demo_plots.draw_all(eager, fused, output):
-        print(f"  {path}")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s.")
-    for failure in failures([eager, fused]):
-        print(f"FAILED: {failure}", file=sys.stderr)
-    return 1 if failures([eager, fused]) else 0

@@ -8,7 +8,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from gpsa_kernels import demo
+from gpsa_kernels import __main__, demo
 
 
 def test_the_test_digits_are_held_out():
@@ -88,15 +88,13 @@ def test_one_epoch_through_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "many"])
 def test_a_senseless_number_of_epochs_is_refused(epochs):
-    from gpsa_kernels.__main__ import main
-
     with pytest.raises(SystemExit) as refusal:
-        main(["demo", "--epochs", epochs])
+        __main__.main(["demo", "--epochs", epochs])
     assert refusal.value.code == 2
 
 
 def test_missing_dependencies_are_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "tqdm" else object())
-    assert demo.main(1, tmp_path, 0) == 2
+    monkeypatch.setattr(__main__, "find_spec", lambda name: None if name == "tqdm" else object())
+    assert __main__.run_demo(1, tmp_path, 0) == 2
     assert "tqdm" in (message := capsys.readouterr().err)
     assert "gpsa-kernels[demo]" in message

@@ -32,7 +32,7 @@ MACHINE = {
     "profile": "full",
 }
 RUN = {**MACHINE, "started": "2026-01-02T03:04:05+00:00"}
-FILES = {"results.json", "state.json", "report.txt", "log.txt"}
+FILES = {"results.jsonl", "state.json", "report.txt", "log.txt"}
 HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
 
 
@@ -42,9 +42,14 @@ def step(name: str, script: str, **more: object) -> Step:
 
 def row(status: str, peer: str = "gpsa_kernels triton", **more: object) -> dict:
     """A row of a model."""
-    header = {"section": "models", "workload": "convit_tiny", "direction": "inference", "peer": peer, "status": status}
-    model = {"size": "tiny", "image": 224, "batch": 1, "dtype": "bfloat16", "compiled": False}
-    return {**header, **model, **({} if status == "ok" else {"reason": "so"}), **more}
+    header = {
+        "section": "models",
+        "workload": "convit_tiny 224px B=1 bfloat16",
+        "direction": "inference",
+        "peer": peer,
+        "status": status,
+    }
+    return {**header, **({} if status == "ok" else {"reason": "so"}), **more}
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def report(tmp_path, monkeypatch):
         evidence = tmp_path / "evidence"
         code = gpu_report.main(["--output", str(output), "--evidence", str(evidence), *options])
         assert {path.name for path in evidence.iterdir()} == FILES
-        results.read(evidence / "results.json")
+        results.read(evidence / "results.jsonl")
         return code, json.loads((evidence / "state.json").read_text())["steps"], (evidence / "log.txt").read_text()
 
     return run
@@ -197,8 +202,8 @@ gpu_report.main(["--output", sys.argv[1], "--evidence", sys.argv[2]])
     assert "\nof b\n" in text
 
 
-@pytest.mark.parametrize("text", ["", '{"machine": {', "[]", '{"machine": {}, "steps": {"a": 1}}'])
-@pytest.mark.parametrize("name", ["state.json", "results.json"])
+@pytest.mark.parametrize("text", [" ", '{"machine": {', "[]", '{"machine": {}, "steps": {"a": 1}}'])
+@pytest.mark.parametrize("name", ["state.json", "results.jsonl"])
 def test_a_damaged_file_is_set_aside(report, tmp_path, name, text):
     folder = tmp_path / "out"
     folder.mkdir()
@@ -254,14 +259,14 @@ def test_evidence_is_replaced_as_a_whole(tmp_path, monkeypatch):
     ],
 )
 def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, rows, code):
-    results.append(tmp_path / "out" / "results.json", RUN, rows)
+    results.append(tmp_path / "out" / "results.jsonl", RUN, rows)
     assert report(step("a", ""))[0] == code
     assert report(step("a", "raise ValueError"))[0] == code  # it is done: nothing runs again
 
 
 def test_what_was_measured_and_lost_is_measured_again(report, tmp_path):
     measures = Step("a", (PYTHON, "-c", "print('ran')", "--sections"), 60)
-    path = tmp_path / "out" / "results.json"
+    path = tmp_path / "out" / "results.jsonl"
     ran = []
     for text in (None, None, "{"):
         if text is None:
@@ -274,7 +279,7 @@ def test_what_was_measured_and_lost_is_measured_again(report, tmp_path):
 
 
 def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
-    results.append(tmp_path / "out" / "results.json", RUN, [row("wrong")])
+    results.append(tmp_path / "out" / "results.jsonl", RUN, [row("wrong")])
     assert report(step("a", "print('ran')"))[0] == 1
     other = {**RUN, "device": "Another GPU"}
     monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": other, "capability": "9.0"})
@@ -283,17 +288,20 @@ def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
     assert "state.json is of another machine or version: it was renamed to state.json.1" in log
 
 
-def test_results_of_another_driver_get_a_run_beside_them(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
+def test_a_repeat_goes_on_with_its_run_and_another_driver_gets_one_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
     header = machine.describe("cpu", "dry")
     arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "accuracy"]
-    for second, driver in enumerate(("580.1", "580.2", "580.2")):
+    repeats = (("580.1", ()), ("580.2", ()), ("580.2", ("layer",)))
+    for second, (driver, more) in enumerate(repeats):
         run = {**header, "started": f"2026-01-02T03:04:0{second}+00:00", "driver": driver}
         monkeypatch.setattr(machine, "describe", lambda *_, run=run: run)
-        assert suite.main(arguments) == 0
-    found = results.read(path)["runs"]
-    assert [(run["driver"], run["started"][17:19]) for run in found] == [("580.1", "00"), ("580.2", "01")]
-    assert len(found[0]["rows"]) == len(found[1]["rows"]) > 0
+        assert suite.main([*arguments, *more]) == 0
+    first, second = results.read(path)
+    assert [(run["driver"], run["started"][17:19]) for run in (first, second)] == [("580.1", "00"), ("580.2", "01")]
+    accuracy = len(first["rows"])
+    assert {r["section"] for r in second["rows"][:accuracy]} == {"accuracy"}
+    assert {r["section"] for r in second["rows"][accuracy:]} == {"layer"}
 
 
 # ---- the list of steps ----------------------------------------------------------------------------------------------
@@ -394,21 +402,21 @@ def test_the_tests_of_an_unfit_backend_alone_are_left_out():
 
 
 def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
     arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--sections", "operator", "accuracy"]
     assert suite.main([*arguments, "--without", "sdpa"]) == 0
-    found = [r for r in results.read(path)["runs"][0]["rows"] if r["peer"] == "gpsa_kernels sdpa"]
+    found = [r for r in results.read(path)[0]["rows"] if r["peer"] == "gpsa_kernels sdpa"]
     assert {r["section"] for r in found} == {"operator", "accuracy"}
     assert {(r["status"], r["reason"]) for r in found} == {("unavailable", "it was left out (--without)")}
 
 
 def test_workloads_are_chosen_by_their_names(tmp_path):
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     arguments = ["--profile", "dry", "--device", "cpu", "--output", str(path), "--resume", "--sections", "tokens"]
     for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
         assert suite.main([*arguments, "--workloads", chosen]) == 0
-        (run,) = results.read(path)["runs"]
+        (run,) = results.read(path)
         assert {r["workload"].split()[2] for r in run["rows"]} == known
 
 
@@ -419,9 +427,9 @@ def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
     assert machine.clocks("cpu", "accuracy", "before") == []
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(machine, "clocks", lambda _, *moment, clocks=machine.clocks: clocks("cuda", *moment))
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.jsonl"
     assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), "--sections", "accuracy"]) == 0
-    rows = results.read(path)["runs"][0]["rows"]
+    rows = results.read(path)[0]["rows"]
     found = {"section": "clocks", "workload": "accuracy", "status": "ok"}
     found |= {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": 112.5}
     assert (rows[0], rows[-1]) == ({**found, "peer": "before"}, {**found, "peer": "after"})
@@ -477,7 +485,7 @@ def test_failures_are_told_when_they_happen(tmp_path):
     (tmp_path / "test_a.py").write_text(
         "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
     )
-    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.failures", "-c", os.devnull, "test_a.py"]
+    command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.conftest", "-c", os.devnull, "test_a.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 9
@@ -495,10 +503,10 @@ def test_rehearsal(tmp_path, capsys):
     told = capsys.readouterr().out
     state = json.loads((tmp_path / "state.json").read_text())["steps"]
     assert {name: entry["status"] for name, entry in state.items()} == dict.fromkeys(chosen, "done")
-    (run,) = results.read(tmp_path / "results.json")["runs"]
+    (run,) = results.read(tmp_path / "results.jsonl")
     assert {r["section"] for r in run["rows"]} == {"operator", "accuracy", "dispatch", "layer", "batch", "models"}
     assert "| attention forward |" in told
-    before = (tmp_path / "results.json").read_text()
+    before = (tmp_path / "results.jsonl").read_text()
     assert gpu_report.main(arguments) == 0  # all is done: nothing runs again
     assert "==== headline" not in capsys.readouterr().out
-    assert (tmp_path / "results.json").read_text() == before
+    assert (tmp_path / "results.jsonl").read_text() == before
