@@ -147,11 +147,11 @@ class _Worker:
         self._process.join()
 
 
-def refusal(backend: str, workload: ModelWorkload, device: str) -> str | None:
-    """Why a backend cannot run the attention of a model, or None; asked about a head, in the dtype of autocast."""
+def check_backend(backend: str, workload: ModelWorkload, device: str) -> None:
+    """Raises Unavailable where a backend cannot run the attention of a model: of a head, in the dtype of autocast."""
     side = workload.image // 16
     q = torch.empty(1, 1, side * side, 48, device=device, dtype=getattr(torch, workload.dtype))
-    return peers.refusal(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
+    peers.check_backend(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
 
 
 def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates | None) -> Iterator[Row]:
@@ -162,11 +162,12 @@ def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: f
     reference = _uncompiled_reference(workload, device) if workload.compiled else None
     for peer, backend in backends().items():
         rows[peer] = {**name, "peer": peer}
-        reason = refusal(backend, workload, device) if backend else None
-        if reason:
-            rows[peer] |= {"status": "unavailable", "reason": reason}
-        else:
+        try:
+            if backend is not None:
+                check_backend(backend, workload, device)
             workers[peer] = _Worker(peer, workload, device)
+        except peers.Unavailable as error:
+            rows[peer] |= {"status": "unavailable", "reason": str(error)}
     try:
         facts = {}
         for peer, worker in list(workers.items()):

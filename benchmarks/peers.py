@@ -225,18 +225,13 @@ def ours(name: str) -> Peer:
     return Peer(f"gpsa_kernels {name}", make)
 
 
-def refusal(name: str, case: Case, tensors: list[Tensor]) -> str | None:
-    """Why a backend cannot run these tensors, or None."""
+def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
+    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
     backend = BACKENDS[name]
     reason = backend.unavailable() or backend.unsupported(Call(*tensors, None, *case.grid_size, case.scale, 0.0))
     if reason is None and name == "triton" and tensors[0].device.type == "cpu":
         reason = "here it runs in Triton's interpreter, whose times mean nothing"
-    return reason
-
-
-def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
-    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
-    if (reason := refusal(name, case, tensors)) is not None:
+    if reason is not None:
         raise Unavailable(reason)
 
 

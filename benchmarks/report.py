@@ -22,8 +22,6 @@ FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(?s)(<!-- (?!end of )([a-z ]+) -->\n)(.*?)(<!-- end of \2 -->)")
 SHOWN = re.compile(r"\(benchmarks/plots/(.*?)\)")
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
 
 def compared(run: Run) -> list[tuple[str, list[Row]]]:
     """The comparisons of the README: a label and the rows of all peers."""
@@ -187,15 +185,10 @@ TABLES: dict[str, Callable[[Run], str]] = {
 
 
 def block(marker: str, runs: dict[str, Run]) -> str:
-    """The text between a marker and its end.
-
-    Raises:
-        KeyError: there is no such block.
-    """
+    """The text between a marker and its end; raises KeyError where there is no such block."""
     if marker == "roofline estimate":
         return floors.estimates()
-    device = {"cpu results": "cpu", "gpu results": "cuda"}[marker]
-    name = {"cpu": "CPU", "cuda": "GPU"}[device]
+    device, name = {"cpu results": ("cpu", "CPU"), "gpu results": ("cuda", "GPU")}[marker]
     return summary(runs[device]) if device in runs else f"No {name} has run these benchmarks yet.\n"
 
 

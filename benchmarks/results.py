@@ -100,7 +100,7 @@ def _table(rows: list[Row]) -> list[Any]:
 
 def _line(value: Any) -> str:
     """JSON whose floats have five significant digits."""
-    return json.dumps(json.loads(json.dumps(value), parse_float=_rounded)) + "\n"
+    return json.dumps(json.loads(json.dumps(value), parse_float=_rounded), separators=(",", ":")) + "\n"
 
 
 def _rounded(text: str) -> float:
