@@ -161,6 +161,7 @@ def _whole_image_only(call: Call) -> str | None:
 def _emulated(request, target, monkeypatch):
     """backends/cuda.py on CPU tensors, the emulated kernels in its library's place; no grid that the target refuses."""
     if target.backend not in _EMULATED:
+        yield
         return
     tiled = target.backend == "emulated-tiled"
     backend = replace(
@@ -170,14 +171,15 @@ def _emulated(request, target, monkeypatch):
         unsupported=cuda.unsupported_tensors if tiled else _whole_image_only,
         kernel_devices=frozenset({"cpu"}),
     )
-    monkeypatch.setitem(BACKENDS, target.backend, backend)
-    monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
-    cuda._sizes.cache_clear()
-    request.addfinalizer(cuda._sizes.cache_clear)
     rows, columns = request.node.callspec.params.get("grid_size", (1, 1))
     q = torch.empty(1, 1, rows * columns, 8, dtype=target.dtypes[0])
     if reason := backend.unsupported(Call(q, q, q, q, q, None, rows, columns, 1.0, 0.0)):
         pytest.skip(reason)
+    monkeypatch.setitem(BACKENDS, target.backend, backend)
+    monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
+    cuda._sizes.cache_clear()
+    yield
+    cuda._sizes.cache_clear()
 
 
 @pytest.fixture
