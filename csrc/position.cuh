@@ -21,7 +21,7 @@ public:
 
     /// `linear` and `square`: the weights of d and d^2. `normaliser`: `size` numbers, filled in by prepare().
     GPSA_DEVICE Axis(int size, float linear, float square, Shared<float> normaliser)
-        : size(size), linear(linear * log2_e), square(square * log2_e), normaliser(normaliser) {}
+        : size(size), linear(linear * log2_e), square(square * log2_e), normaliser(normaliser), columns(size) {}
 
     /// The normalisers of two axes with the same weight of d^2, one after the other in shared memory. Called by all
     /// threads; they can be used after the next barrier of the block.
@@ -122,6 +122,9 @@ public:
         }
     }
 
+    /// Of a token of a grid of at most 256, along x.
+    GPSA_DEVICE int row_of(int token) const { return columns.row_of(token); }
+
     /// log2 of an entry of A is score(j - i) - log2_normaliser(i); the last coordinate's where there is no i.
     GPSA_DEVICE float score(float d) const { return d * (linear + square * d); }
     GPSA_DEVICE float log2_normaliser(int i) const { return load(normaliser + smaller(i, size - 1)); }
@@ -129,6 +132,7 @@ public:
 private:
     const float linear, square;
     const Shared<float> normaliser;
+    const Columns columns;
 
     /// visit(axis, coordinate, its place among both axes') by four lanes each; the last warp goes beyond the last one.
     template <typename Visit>
@@ -157,7 +161,7 @@ public:
     const AnyAxis along_x, along_y;
 
     GPSA_DEVICE Place place(int token) const {
-        const int y = static_cast<unsigned>(token) / static_cast<unsigned>(along_x.size);
+        const int y = along_x.row_of(token);
         return {token - y * along_x.size, y};
     }
     GPSA_DEVICE float log2_normaliser(Place query) const {

@@ -28,6 +28,8 @@ public:
           square(load(Global<const float>(pos_weight) + (3 * head + 2)) * log2_e),
           statistics(Global<const float>(statistics) + (int64_t{3} * head * stride + (is_x ? 0 : problem.columns))) {}
 
+    /// Of a token, along x.
+    GPSA_DEVICE int row_of(int token) const { return static_cast<unsigned>(token) / static_cast<unsigned>(size); }
     GPSA_DEVICE float log2_normaliser(int i) const { return load(statistics + smaller(i, size - 1)); }
     GPSA_DEVICE float mean(int i) const { return load(statistics + (stride + smaller(i, size - 1))); }
     GPSA_DEVICE float mean_square(int i) const { return load(statistics + (2 * stride + smaller(i, size - 1))); }

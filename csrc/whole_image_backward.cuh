@@ -172,6 +172,7 @@ struct WholeImageBackward {
 
 private:
     static constexpr int kept_steps = 3;
+    static constexpr int unrolled_tiles = has_dropout ? 1 : 2;  // of dQ; with dropout there are no registers for 2
     static constexpr bool keep_keys = channels <= 48 && !has_dropout;  // in registers; else read again in every step
 
     GPSA_HOST_DEVICE static int tiles(const Problem& problem) { return (problem.rows * problem.columns + 15) / 16; }
@@ -295,7 +296,7 @@ private:
             const int step = first_step + unit / (channels / 16), s = unit % (channels / 16);
             const int key_tiles = padded / 16, first_tile = step % kept_steps * key_tiles;
             Sum sums[2] = {};
-#pragma unroll 2
+#pragma unroll unrolled_tiles
             for (int tile = 0; tile < key_tiles; ++tile) {
                 const Left a = load_left_over_tokens<E>(
                     0, [&](int j, int chunk) { return grad_scores.chunk(j, chunk, first_tile + tile); });
