@@ -151,7 +151,7 @@ struct MixLines {
     using E = typename Config::E;
     using Call = MixCall;
     static constexpr int channels = Config::channels;
-    static constexpr int blocks_per_multiprocessor = channels > 64 ? 2 : 4;
+    static constexpr int blocks_per_multiprocessor = channels > 64 ? 2 : backward && channels > 48 ? 3 : 4;
 
     static int shared_bytes() { return (backward ? 3 : 2) * tile_tokens * channels * 2 + (backward ? 4 * 3 * 4 : 0); }
     static int64_t blocks(const Call& call) { return call.problem.batch * call.problem.heads * call.lines.blocks(); }

@@ -1,6 +1,6 @@
 """What the compilers made of the kernels, for every architecture: ``python -m tools.machine_code``.
 
-python -m tools.machine_code [cuda] [triton] [--arch 90 ...] [--head-dim 48 ...] [--write]
+python -m tools.machine_code [cuda | triton] [--arch 90 ...] [--head-dim 48 ...] [--write]
 
 Needs no GPU. The CUDA kernels are read from the built library (``make extension``), Triton's are compiled for it
 (minutes). ``--write`` makes tests/budget.txt anew, which the tests hold every kernel to.
@@ -178,16 +178,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.machine_code", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("compilers", nargs="*", choices=("cuda", "triton"), default=("cuda", "triton"))
+    parser.add_argument("compiler", nargs="?", choices=("cuda", "triton"), help="both, if not given")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="80 for sm_80, ...")
     parser.add_argument("--head-dim", type=int, nargs="+", default=(32, 48, 64, 128), help="of Triton's kernels")
     parser.add_argument("--library", type=Path, default=LIBRARY, help="of the CUDA kernels")
     parser.add_argument("--write", action="store_true", help=f"put the figures into {BUDGET.name}")
     options = parser.parse_args(arguments)
+    compilers = [options.compiler] if options.compiler else ["cuda", "triton"]
     found: Kernels = {}
-    if "cuda" in options.compilers:
+    if "cuda" in compilers:
         found |= read(options.library)
-    if "triton" in options.compilers:
+    if "triton" in compilers:
         from tools import ahead_of_time
 
         found |= ahead_of_time.measure_all(ahead_of_time.variants(options.arch, options.head_dim))
@@ -195,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(chosen))
     if options.write:
         known = parse(BUDGET.read_text()) if BUDGET.exists() else {}
-        renewed = {(f"sm_{code}", compiler) for code in options.arch for compiler in options.compilers}
+        renewed = {(f"sm_{code}", compiler) for code in options.arch for compiler in compilers}
         kept = {key: code for key, code in known.items() if (key[0], compiler_of(key[1])) not in renewed}
         BUDGET.write_text(render(kept | without_twins(chosen)))
 

@@ -269,15 +269,16 @@ def separable_gradient(
     for start in range(0, columns, QUERY_COLUMNS):
         query_x = start + tl.arange(0, QUERY_COLUMNS)[:, None]
         offsets = _slab_offsets(row, query_x, channel, g_token, columns)
-        g_tile = tl.load(grad_out + offsets, mask=(query_x < columns) & outer_valid, other=0.0).to(SUM)
+        g_tile = tl.load(grad_out + offsets, mask=(query_x < columns) & outer_valid, other=0.0)
         table = _load_table(ax, query_x, key_x[None, :], columns)
         dx = key_x[None, :] - query_x
         mean = tl.load(moments_x + query_x, mask=query_x < columns, other=0.0)
         by_dx = _differentiated(table, dx, mean, mean, 1).to(mixed.dtype)
-        sum_dx += tl.sum(g_tile * tl.dot(by_dx, mixed, input_precision=PRECISION, out_dtype=SUM))
+        products = g_tile.to(SUM) * tl.dot(by_dx, mixed, input_precision=PRECISION, out_dtype=SUM)
+        sum_dx += tl.sum(products)
         mean_square = tl.load(moments_x + columns + query_x, mask=query_x < columns, other=0.0)
         by_dx_square = _differentiated(table, dx, mean, mean_square, 2).to(mixed.dtype)
-        products = g_tile * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
+        products = g_tile.to(SUM) * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
         sum_square += position_share * tl.sum(products)
 
     slot = sums + (pair * slots + first_slot + program) * 4
