@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m gpsa_kernels demo
 
-# what a person runs between two edits, and everything; tests/conftest.py says what the difference is
+# what a person runs between two edits, and everything; tests/tiers.py says what the difference is
 test proof: lint
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(SUITES:%=$@-%)
 

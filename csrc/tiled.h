@@ -58,6 +58,9 @@ inline Lines along_y(const Problem& p) { return {p.rows, p.columns, p.columns, 1
 /// Tiles of the tokens of an image.
 GPSA_HOST_DEVICE int tiles(const Problem& p) { return (p.rows * p.columns + tile_tokens - 1) / tile_tokens; }
 
+/// Blocks of an attention kernel, one per tile of tokens.
+inline int64_t blocks(const Problem& p) { return p.batch * p.heads * tiles(p); }
+
 /// A (B, H, N, D) array without gaps.
 inline Tensor image_tensor(const Problem& p, void* data) {
     const int64_t head = int64_t{p.rows} * p.columns * p.head_dim;

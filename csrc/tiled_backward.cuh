@@ -34,10 +34,7 @@ struct TiledQueryGradient {
     static constexpr int blocks_per_multiprocessor = channels > 64 ? 1 : has_dropout || channels > 48 ? 2 : 3;
 
     static int shared_bytes() { return 6 * tile_tokens * channels * 2 + 4 * 4 * 4; }
-    static int64_t blocks(const Call& call) {
-        const Problem& problem = call.backward.problem;
-        return problem.batch * problem.heads * tiled::tiles(problem);
-    }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.backward.problem); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Backward& call = arguments.backward;
@@ -212,10 +209,7 @@ struct TiledKeyGradient {
     static constexpr int row_numbers = has_dropout ? 5 : 2;  // per query: log2 of its sum, delta; its place in the grid
 
     static int shared_bytes() { return 6 * tile_tokens * channels * 2 + 2 * row_numbers * tile_tokens * 4; }
-    static int64_t blocks(const Call& call) {
-        const Problem& problem = call.backward.problem;
-        return problem.batch * problem.heads * tiled::tiles(problem);
-    }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.backward.problem); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Backward& call = arguments.backward;

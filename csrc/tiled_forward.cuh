@@ -33,10 +33,7 @@ struct TiledForward {
     static constexpr int blocks_per_multiprocessor = has_dropout ? (channels > 64 ? 1 : 2) : channels > 48 ? 2 : 3;
 
     static int shared_bytes() { return (tile_tokens + 4 * tile_keys) * channels * 2; }
-    static int64_t blocks(const Call& call) {
-        const Problem& problem = call.forward.problem;
-        return problem.batch * problem.heads * tiled::tiles(problem);
-    }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Forward& call = arguments.forward;
@@ -86,7 +83,8 @@ struct TiledForward {
         }
         for (float& sum : softmax.sum) sum = row_sum(sum);
         if (call.logsumexp) {
-            store_logsumexp(Global<float>(call.logsumexp) + at.image * at.tokens, at.row, at.tokens, softmax);
+            const Global<float> to = Global<float>(call.logsumexp) + at.image * at.tokens;
+            store_logsumexp(to, at.row, at.tokens, softmax.shift, softmax.sum);
         }
 
         const float keep_scale = mask.keep_scale();
@@ -219,16 +217,6 @@ private:
                 const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, n); });
                 multiply<E>(&content[2 * s], a, b);
                 if constexpr (has_dropout) multiply<E>(&position[2 * s], dense, b);
-            }
-        }
-    }
-
-    GPSA_DEVICE static void store_logsumexp(Global<float> to, int first, int tokens, const Softmax& softmax) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int token = first + fragment_row() + 8 * part;
-            if (fragment_column() == 0 && token < tokens) {
-                store(to + token, (softmax.shift[part] + log2_approx(softmax.sum[part])) * ln_2);
             }
         }
     }

@@ -23,12 +23,6 @@ struct Place {
     }
 };
 
-/// The first element of a (batch, head).
-template <typename T>
-GPSA_DEVICE Global<T> image_of(const Tensor& t, int64_t batch, int head) {
-    return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head);
-}
-
 /// The 16 rows of a warp as left operands.
 template <typename E, int channels>
 GPSA_DEVICE void load_rows(Left* rows, const Rows<E, channels>& from) {

@@ -2,6 +2,7 @@
 // accumulators of a matrix product in the registers of a warp.
 #pragma once
 
+#include "gpsa.h"
 #include "primitives.h"
 
 namespace gpsa {
@@ -224,6 +225,12 @@ GPSA_DEVICE void copy_chunks(Shared<E> to, Global<const E> row, bool valid, int 
     }
 }
 
+/// The first element of a (batch, head).
+template <typename T>
+GPSA_DEVICE Global<T> image_of(const Tensor& t, int64_t batch, int head) {
+    return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head);
+}
+
 /// Starts copying `count` tokens of a (batch, head) into rows, the channels from head_dim on and rows from `count` to
 /// `padded` filled with zeros.
 template <typename E, int channels, template <typename, int> class Layout = Rows>
@@ -259,6 +266,19 @@ GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens,
     each([&](const Chunk& value, int token, int offset) {
         store_chunk<E>(to + (token * stride + chunk * 8) + offset, value);
     });
+}
+
+/// The logarithms of the sums of the 16 rows from `first` on. Of rows g and g + 8: log2 of the largest exponential, and
+/// the sum of exponentials relative to it.
+GPSA_DEVICE void store_logsumexp(
+    Global<float> to, int first, int tokens, const float (&shift)[2], const float (&sum)[2]) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+        const int token = first + fragment_row() + 8 * part;
+        if (fragment_column() == 0 && token < tokens) {
+            store(to + token, (shift[part] + log2_approx(sum[part])) * ln_2);
+        }
+    }
 }
 
 }  // namespace gpsa

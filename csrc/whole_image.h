@@ -64,11 +64,5 @@ inline int parts(const Problem& problem, int multiprocessors) {
 /// Query rows of a part, but for the last one's.
 GPSA_HOST_DEVICE int part_rows(int tokens, int parts) { return ((tokens + 15) / 16 + parts - 1) / parts * 16; }
 
-/// The rows of one (batch, head) from `token` on.
-template <typename T>
-GPSA_DEVICE Global<T> rows_of(const Tensor& t, int64_t batch, int head, int token) {
-    return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head + token * t.token);
-}
-
 }  // namespace whole_image
 }  // namespace gpsa

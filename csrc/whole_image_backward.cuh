@@ -62,12 +62,11 @@ struct WholeImageBackward {
         const Shared<float> means = memory.array<float>(2 * coordinates, "means");
         const Shared<float> warp_sums = memory.array<float>(4 * (threads() / 32), "sums of the warps");
 
-        using whole_image::rows_of;
-        copy_rows(q, rows_of<const E>(call.q, batch, head, 0), call.q.token, tokens, tokens, head_dim);
-        copy_rows(k, rows_of<const E>(call.k, batch, head, 0), call.k.token, tokens, padded, head_dim);
-        copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, tokens, head_dim);
+        copy_rows(q, image_of<const E>(call.q, batch, head), call.q.token, tokens, tokens, head_dim);
+        copy_rows(k, image_of<const E>(call.k, batch, head), call.k.token, tokens, padded, head_dim);
+        copy_rows(v, image_of<const E>(call.v, batch, head), call.v.token, tokens, tokens, head_dim);
         copy_rows(
-            grad_out, rows_of<const E>(call.grad_out, batch, head, 0), call.grad_out.token, tokens, tokens, head_dim);
+            grad_out, image_of<const E>(call.grad_out, batch, head), call.grad_out.token, tokens, tokens, head_dim);
         copy_commit();
 
         const Global<const float> row_logsumexp =
@@ -136,7 +135,7 @@ struct WholeImageBackward {
         write_grad_q(call, grad_scores, k, q, (steps - 1) / 2 * 2, steps, score_share);
         sync_block();
 
-        const Global<E> to_k = rows_of<E>(call.grad_k, batch, head, 0), to_v = rows_of<E>(call.grad_v, batch, head, 0);
+        const Global<E> to_k = image_of<E>(call.grad_k, batch, head), to_v = image_of<E>(call.grad_v, batch, head);
         const auto row_of_k = [&](int i, int chunk) { return k.chunk(i, chunk); };
         for (Sum& sum : grad_k) {
             for (float& x : sum.values) x *= score_share;
@@ -288,7 +287,7 @@ private:
         const Backward& call, const Rows<E, 16>& grad_scores, const Rows<E, channels>& k, const Rows<E, channels>& q,
         int first_step, int last_step, float share) {
         const int batch = block_x() / call.problem.heads, head = block_x() % call.problem.heads;
-        const Global<E> to = whole_image::rows_of<E>(call.grad_q, batch, head, 0);
+        const Global<E> to = image_of<E>(call.grad_q, batch, head);
         const int tokens = call.problem.rows * call.problem.columns, padded = 16 * tiles(call.problem);
         const auto row_of_q = [&](int i, int chunk) { return q.chunk(i, chunk); };
 #pragma unroll 1

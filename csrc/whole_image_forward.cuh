@@ -64,11 +64,11 @@ struct WholeImageForward {
         const float gate = load(Global<const float>(call.gate) + head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 
-        using whole_image::rows_of;
-        copy_rows(v, rows_of<const E>(call.v, batch, head, 0), call.v.token, tokens, keys, head_dim);
+        copy_rows(v, image_of<const E>(call.v, batch, head), call.v.token, tokens, keys, head_dim);
         copy_commit();
-        copy_rows(k, rows_of<const E>(call.k, batch, head, 0), call.k.token, tokens, tokens, head_dim);
-        copy_rows(q, rows_of<const E>(call.q, batch, head, first_row), call.q.token, row_count, row_count, head_dim);
+        copy_rows(k, image_of<const E>(call.k, batch, head), call.k.token, tokens, tokens, head_dim);
+        const Global<const E> queries = image_of<const E>(call.q, batch, head) + first_row * call.q.token;
+        copy_rows(q, queries, call.q.token, row_count, row_count, head_dim);
         copy_commit();
 
         Axis::prepare(along_x, along_y);
@@ -82,14 +82,17 @@ struct WholeImageForward {
         copy_wait<0>();
         sync_block();
 
-        const Global<E> out = rows_of<E>(call.out, batch, head, 0);
+        const Global<E> out = image_of<E>(call.out, batch, head);
 #pragma unroll 1
         for (int row = 16 * rotated_warp(); row < row_count; row += 16 * (threads() / 32)) {
             Sum scores[2 * key_tiles] = {};
             score(scores, q, row, row_count, k);
             const Softmax softmax = exponentiate(scores, problem.scale, tokens);
             const int token = first_row + row;
-            if (call.logsumexp) store_logsumexp(call, token, tokens, softmax);
+            if (call.logsumexp) {
+                const Global<float> to = Global<float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
+                store_logsumexp(to, token, tokens, softmax.shift, softmax.sum);
+            }
             const auto share = [&](int part) { return closed * reciprocal_approx(softmax.sum[part]); };
             const auto store_out = [&](auto at) {
                 sync_warp();
@@ -250,17 +253,6 @@ private:
                 const Right b =
                     load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, tile); });
                 multiply<E>(&content[2 * s], a, b);
-            }
-        }
-    }
-
-    GPSA_DEVICE static void store_logsumexp(const Forward& call, int first, int tokens, const Softmax& softmax) {
-        const Global<float> to = Global<float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int token = first + fragment_row() + 8 * part;
-            if (fragment_column() == 0 && token < tokens) {
-                store(to + token, (softmax.shift[part] + log2_approx(softmax.sum[part])) * ln_2);
             }
         }
     }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +75,28 @@ def load(library: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def changed_sources(folder: Path, file: str, text: str, replacement: str) -> Path:
+    """A copy of csrc/ in ``folder`` in which a text that occurs once in ``file`` is replaced."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = (csrc / file).read_text()
+    assert source.count(text) == 1, f"{text!r} occurs {source.count(text)} times in {file}"
+    (csrc / file).write_text(source.replace(text, replacement))
+    return csrc
+
+
+def run_sanitized(script: str, csrc: Path = ROOT / "csrc") -> subprocess.CompletedProcess[str]:
+    """Runs a script, which is given the path of the kernels built with the sanitizers.
+
+    In a process of its own, because AddressSanitizer's library must be loaded first.
+    """
+    library = build(csrc, (*SANITIZERS, "-DGPSA_ONE_KERNEL", "-O1"))
+    runtime = _run([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]).decode().strip()
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own
+    command = [sys.executable, "-c", script, str(library)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @cache

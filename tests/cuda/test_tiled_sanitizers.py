@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-
 import emulation
 import pytest
 
-# its own process, because AddressSanitizer's library must be loaded first; without torch, which it would only slow down
+# without torch, which the sanitizers would only slow down
 SCRIPT = """
 import array, importlib.util, math, sys
 spec = importlib.util.spec_from_file_location("gpsa_emulated", sys.argv[1])
@@ -55,17 +50,8 @@ print("done")
 """
 
 
-def run(csrc):
-    library = emulation.build(csrc, flags=(*emulation.SANITIZERS, "-DGPSA_ONE_KERNEL", "-O1"))
-    compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = os.environ | {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own
-    command = [sys.executable, "-c", SCRIPT, str(library)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def test_the_kernels_are_clean():
-    done = run(emulation.ROOT / "csrc")
+    done = emulation.run_sanitized(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"
 
@@ -79,11 +65,6 @@ def test_the_kernels_are_clean():
     ],
 )
 def test_an_accumulator_too_few_is_caught(tmp_path, file, text):
-    shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / file
-    code = source.read_text()
-    assert code.count(text) == 1
-    source.write_text(code.replace(text, f"{text} - 1"))
-    done = run(tmp_path / "csrc")
+    done = emulation.run_sanitized(SCRIPT, emulation.changed_sources(tmp_path, file, text, f"{text} - 1"))
     assert done.returncode != 0
     assert "AddressSanitizer: stack-buffer-overflow" in done.stderr, (done.returncode, done.stderr[-2000:])
