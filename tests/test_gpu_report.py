@@ -355,7 +355,7 @@ def test_the_vendors_tools_look_at_our_kernels_and_know_them_all():
     assert all(any(part in name for name in kernels) for part in KERNEL_NAMES)
 
 
-def test_the_words_that_a_gpu_session_depends_on(monkeypatch):
+def test_the_words_that_a_run_on_a_gpu_depends_on(monkeypatch):
     chosen = {one.name: list(one.command) for one in steps(False, Path("r.json"), "9.0", ())}
     ncu, memcheck = chosen["profile"], chosen["memcheck"]
     assert ncu[ncu.index("--clock-control") + 1] == "none"  # or it fails where the clocks are not ours to lock
