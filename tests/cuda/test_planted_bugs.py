@@ -116,8 +116,8 @@ FORWARD_BUGS = {
     ),
     "a collective called by some lanes": (
         "position.cuh",
-        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return at(i, line, chunk); });",
-        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int c) { return at(i, line + 0 * warp(), c); });",
+        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return to(i, line, chunk); });",
+        "store_line<E, channels>(sums, 0, axis.size, [&](int i, int c) { return to(i, line + 0 * warp(), c); });",
         r"(divergence|deadlock).* warp\(\)",
     ),
     "a barrier that a warp never reaches": (
@@ -165,17 +165,17 @@ BACKWARD_BUGS = {
         "// a coordinate's normaliser",
         r"race|uninitialised",
     ),
-    "missing barrier between a mix and the gradient of a table": (
+    "missing barrier between the second mix and the gradient of a table": (
         "position.cuh",
-        "in_grad_out, in_mixed);\n    sync_block();\n    add",
-        "in_grad_out, in_mixed);\n    add",
+        "in_grad_out, in_mixed, early);\n    sync_block();\n    add",
+        "in_grad_out, in_mixed, early);\n    add",
         r"race|uninitialised",
     ),
-    "missing barrier between the gradient of a table and the next mix": (
+    "missing barrier between the first mix and the gradient of a table": (
         "position.cuh",
-        "in_grad_out, in_mixed);\n    sync_block();\n    mix",
-        "in_grad_out, in_mixed);\n    mix",
-        r"race: .* shared array queries",
+        "in_v_swapped, in_mixed_swapped);\n    sync_block();\n    add",
+        "in_v_swapped, in_mixed_swapped);\n    add",
+        r"race|uninitialised",
     ),
     "missing barrier before the warps' sums": (
         "whole_image_backward.cuh",
@@ -191,8 +191,8 @@ BACKWARD_BUGS = {
     ),
     "missing sync_warp before dQ is stored": (
         "whole_image_backward.cuh",
-        "            sync_warp();\n            store_rows<2>(to, ",
-        "            store_rows<2>(to, ",
+        "            sync_warp();\n#pragma unroll 1  // once",
+        "#pragma unroll 1  // once",
         r"race: .* shared array queries",
     ),
     "missing cp.async wait": (

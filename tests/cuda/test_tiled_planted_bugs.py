@@ -38,9 +38,9 @@ BUGS = {
         NO_DROPOUT,
     ),
     "a collective called by some lanes of the forward kernel": (
-        "tiled_forward.cuh",
-        "store(to + token, (softmax",
-        "store(to + (token + 0 * warp()), (softmax",
+        "tiles.cuh",
+        "store(to + token, (shift",
+        "store(to + (token + 0 * warp()), (shift",
         r"(divergence|deadlock).* warp\(\)",
         NO_DROPOUT,
     ),
