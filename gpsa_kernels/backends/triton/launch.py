@@ -49,7 +49,7 @@ class BackwardPlan(NamedTuple):
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor
-    sums: Tensor  # (B * H, slots, 4), as base.parameter_gradients says
+    sums: Tensor  # (B * H, slots, 4), as tensors.parameter_gradients says
 
 
 class _Position(NamedTuple):
