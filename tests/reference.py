@@ -12,12 +12,7 @@ NAMES = ("out", "q", "k", "v", "pos_weight", "gate")
 
 
 def inputs(
-    batch: int,
-    heads: int,
-    grid_size: tuple[int, int],
-    head_dim: int,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
+    batch: int, heads: int, grid_size: tuple[int, int], head_dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[Tensor]:
     """Random q, k, v, pos_weight and gate, all of ``dtype``, requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
