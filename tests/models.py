@@ -40,3 +40,15 @@ def gradients(model: nn.Module, images: Tensor) -> dict[str, Tensor | None]:
     out = model(images)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_trains_like(model: nn.Module, images: Tensor, out: Tensor, expected: dict[str, Tensor | None]) -> None:
+    """A ``model`` with fused layers has the output and the gradients that an unfused one had."""
+    assert_rounded(model(images), out, model)
+    actual = gradients(model, images)
+    assert list(actual) == list(expected)
+    for name, gradient in actual.items():
+        if name.endswith("pos_proj.bias"):
+            assert torch.equal(gradient, torch.zeros_like(gradient)), name
+        else:
+            assert_rounded(gradient, expected[name], model, name)
