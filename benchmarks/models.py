@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import check, floors, peers, timing
+from benchmarks import peers, timing
 from benchmarks.measure import Effort, memory
 from benchmarks.results import Row
-from benchmarks.workloads import REFERENCE, Case, ModelWorkload
+from benchmarks.workloads import REFERENCE, Case, ModelWorkload, Rates
 from gpsa_kernels import BACKENDS, fuse
 
 DEIT = "DeiT, SDPA"
@@ -154,7 +154,7 @@ def check_backend(backend: str, workload: ModelWorkload, device: str) -> None:
     peers.check_backend(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
 
 
-def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates | None) -> Iterator[Row]:
+def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: Rates | None) -> Iterator[Row]:
     """A row for every peer, whatever became of it; ``rates`` are what a floor is to be computed from, if it is one."""
     name = {"section": workload.section, "workload": str(workload), "direction": workload.direction}
     rows: dict[str, Row] = {}
@@ -215,7 +215,7 @@ def _proved(own: dict[str, Any], reference: dict[str, Any] | None, dtype: torch.
     truth, theirs, got = (
         [torch.from_numpy(a) for a in arrays] for arrays in (reference["truth"], reference["proof"], own["proof"])
     )
-    allowed, found = check.allowed(dtype, check.deviation(theirs, truth)), check.deviation(got, truth)
+    allowed, found = peers.allowed(dtype, peers.deviation(theirs, truth)), peers.deviation(got, truth)
     row: Row = {"deviation": found}
     if not found <= allowed:
         row |= {"status": "wrong", "reason": f"it is {found:.1e} from timm's in float32, {allowed:.1e} is allowed"}

@@ -1,14 +1,15 @@
-"""What a user could do instead of gpsa_kernels, and gpsa_kernels: one small entry each.
+"""What a user could do instead of gpsa_kernels, and gpsa_kernels, one small entry each; and the truth about them.
 
 Every peer of the operator takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D); every peer
 of the layer takes tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside
-the clock.
+the clock. Whether a peer computes what the formula says is decided before it is timed, on the tensors that are timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -18,13 +19,70 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import check
 from benchmarks.workloads import DIRECTIONS, REFERENCE, Case
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends import Call
-from gpsa_kernels.formula import relative_offsets
+from gpsa_kernels.formula import attention_map, relative_offsets
 
 Function = Callable[..., Tensor]
+Make = Callable[[Case, list[Tensor]], Function]  # prepares a peer for a case and its tensors
+HOPELESS = 1e30  # JSON has no infinity
+_LARGEST_MAP = 2**24  # entries, that float64 maps and what autograd keeps of them fit anywhere
+
+# ---- the truth ------------------------------------------------------------------------------------------------------
+
+
+def literal(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
+) -> Tensor:
+    """The formula, every step in q's dtype."""
+    return attention_map(q, k, pos_weight, gate, grid_size, scale) @ v
+
+
+def formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The formula's result and its five gradients, in the order of TENSORS, computed in ``dtype``.
+
+    A head and a slice of the batch at a time: they are independent but for the sums over the batch.
+    """
+    out, q, k, v = (torch.empty_like(tensors[0], dtype=dtype) for _ in range(4))
+    weights = [torch.zeros_like(t, dtype=torch.float64) for t in tensors[3:]]
+    step = max(1, _LARGEST_MAP // case.tokens**2)
+    for head in range(case.heads):
+        for start in range(0, case.batch, step):
+            part = slice(start, start + step), slice(head, head + 1)
+            leaves = [t.detach()[part].to(dtype).requires_grad_() for t in tensors[:3]]
+            leaves += [t.detach()[part[1]].to(dtype).requires_grad_() for t in tensors[3:]]
+            result = literal(*leaves, case.grid_size, case.scale)
+            grads = torch.autograd.grad(result, leaves, grad_out[part].to(dtype))
+            for whole, piece in zip((out, q, k, v), (result.detach(), *grads[:3]), strict=True):
+                whole[part] = piece
+            for whole, piece in zip(weights, grads[3:], strict=True):
+                whole[part[1]] += piece
+    return [out, q, k, v, *weights]
+
+
+def deviation(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of any tensor, relative to that tensor's largest entry; HOPELESS where one is not finite.
+
+    ``got`` may be shorter: a peer without a backward pass has a result alone.
+    """
+    worst = 0.0
+    for a, b in zip(got, expected, strict=False):
+        if a.shape != b.shape or not bool(a.isfinite().all()):
+            return HOPELESS
+        worst = max(worst, ((a.double() - b.double()).abs().max() / b.double().abs().max()).item())
+    return worst
+
+
+def allowed(dtype: torch.dtype, eager: float) -> float:
+    """Half of the dtype's digits, or as many as the formula itself keeps in that dtype (``eager``, its deviation).
+
+    It tells another function from rounding, no more; how exact each backend is, the section accuracy says.
+    """
+    return max(float(torch.finfo(dtype).eps) ** 0.5, eager)
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
 
 
 class Unavailable(Exception):
@@ -45,7 +103,7 @@ class Peer:
     """
 
     name: str
-    make: Callable[[Case, list[Tensor]], Function]
+    make: Make
     gpsa: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     directions: tuple[str, ...] = DIRECTIONS
@@ -166,10 +224,6 @@ def sdpa_and_map(case: Case, tensors: list[Tensor], cached: bool = False) -> Fun
     return function
 
 
-def sdpa_and_cached_map(case: Case, tensors: list[Tensor]) -> Function:
-    return sdpa_and_map(case, tensors, cached=True)
-
-
 def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     """One FlexAttention call for the content, one whose scores are the position's."""
     attention = torch.compile(flex_attention, dynamic=False)
@@ -188,12 +242,12 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-def compiled(make: Callable[[Case, list[Tensor]], Function]) -> Callable[[Case, list[Tensor]], Function]:
+def compiled(make: Make) -> Make:
     """The same peer under torch.compile, for fixed shapes and in one graph."""
     return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False)
 
 
-def sdpa_alone(backend: SDPBackend | None) -> Callable[[Case, list[Tensor]], Function]:
+def sdpa_alone(backend: SDPBackend | None) -> Make:
     """Attention without any position, by one of torch's kernels, or the one that torch picks."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
@@ -240,7 +294,7 @@ OPERATOR = Subject(
         Peer(REFERENCE, timm),
         Peer("eager, position once", eager),
         Peer("SDPA + positional map", sdpa_and_map),
-        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
+        Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",)),
         *(ours(name) for name in reversed(BACKENDS)),
         Peer("SDPA alone", sdpa_alone(None), gpsa=False),
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
@@ -251,7 +305,7 @@ OPERATOR = Subject(
         Peer("FlexAttention twice", flex_twice, compiled=True),
     ),
     inputs=inputs,
-    formula=check.formula,
+    formula=formula,
     activations=3,
 )
 
@@ -289,7 +343,7 @@ def layer_formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype
     *_, pos_weight, gate = leaves
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return check.literal(q, k, v, pos_weight, gate, case.grid_size, case.scale)
+        return literal(q, k, v, pos_weight, gate, case.grid_size, case.scale)
 
     out = _plain(attention, leaves, case.heads)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
@@ -307,7 +361,7 @@ def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
     return _holding(timm_layer(case, tensors[0]), tensors)
 
 
-def our_layer(name: str) -> Callable[[Case, list[Tensor]], Function]:
+def our_layer(name: str) -> Make:
     """FusedGPSA on a backend."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:

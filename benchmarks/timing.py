@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.floors import Rates
+from benchmarks.workloads import Rates
 
 Call = Callable[[], Any]
 SHORT = 0.002  # seconds: a call below is repeated until a sample holds at least REPEATS of them

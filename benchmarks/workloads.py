@@ -1,10 +1,17 @@
-"""What is measured: the cases of every section, for a CPU and a GPU, in order of importance."""
+"""What is measured: the cases of every section, for a CPU and a GPU, in order of importance; and its floor.
+
+The floor is the least that any implementation has to do, at the rates of a machine. Per batch element and head, N
+tokens, head size D: every input is read once and every output written once (4 N D elements forward, 7 N D backward: q,
+k, v, dO read, dQ, dK, dV written); the content takes two matrix products forward and five backward, 2 N^2 D flops each;
+the separable position takes 2 N (R + C) D flops forward and three times that backward; the content softmax takes N^2
+exponentials in either direction.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 Profile = Literal["full", "quick", "dry"]
 REFERENCE = "timm"  # the peer that speed-ups are relative to
@@ -13,6 +20,7 @@ DIRECTION_NAMES = {"forward": "forward", "backward": "backward", "both": "forwar
 DIRECTIONS = tuple(DIRECTION_NAMES)
 GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TENSORS = ("out", "q", "k", "v", "pos_weight", "gate")  # whose exactness is told
 
 
 def _parts(pattern: str, name: str) -> tuple[str, ...]:
@@ -164,3 +172,92 @@ def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
                 for direction in ("inference", "training"):
                     chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
     return chosen if profile == "full" else chosen[:2]
+
+
+# ---- floors ---------------------------------------------------------------------------------------------------------
+
+DEPTH = 12  # of every ConViT and DeiT
+ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class Work(NamedTuple):
+    """What has to be done at least."""
+
+    bytes: int
+    flops: int
+    exponentials: int = 0
+
+
+class Rates(NamedTuple):
+    """What a machine does, measured: bytes copied, read and written alike, and large matrix products."""
+
+    copy_gb_s: float
+    matmul_tflop_s: float
+
+
+def attention_work(case: Case, direction: str) -> Work:
+    """Of the operator, over the whole batch; ``direction`` is forward, backward or both."""
+    tensors, products, mixes, softmaxes = {"forward": (4, 2, 1, 1), "backward": (7, 5, 3, 1), "both": (11, 7, 4, 2)}[
+        direction
+    ]
+    tokens, dim = case.tokens, case.head_dim
+    pairs = case.batch * case.heads
+    return Work(
+        bytes=pairs * tensors * tokens * dim * ELEMENT_SIZE[case.dtype],
+        flops=pairs * (products * 2 * tokens**2 * dim + mixes * 2 * tokens * (case.rows + case.columns) * dim),
+        exponentials=pairs * softmaxes * tokens**2,
+    )
+
+
+def layer_work(case: Case, direction: str) -> Work:
+    """Of a whole layer: the attention's matrix products and those of the four C x C projections (C = heads * head_dim).
+
+    Forward reads x and the weights and writes the result; backward reads x, the gradient and the weights and writes
+    the gradients of x and the weights. What is in between might stay on the chip.
+    """
+    dim = case.heads * case.head_dim
+    tensors, weights, factor = {"forward": (2, 1, 1), "backward": (3, 2, 2), "both": (5, 3, 3)}[direction]
+    attention = attention_work(case, direction)
+    elements = case.batch * case.tokens * dim * tensors + 4 * dim * dim * weights
+    flops = attention.flops + factor * 8 * case.batch * case.tokens * dim * dim
+    return attention._replace(bytes=elements * ELEMENT_SIZE[case.dtype], flops=flops)
+
+
+def model_work(workload: ModelWorkload, dim: int) -> Work:
+    """Matrix products of a vision transformer of this width, patch 16, MLP ratio 4; training is three times
+    inference. Bytes are the parameters' alone: how often activations must be moved depends on the fusion."""
+    tokens = (workload.image // 16) ** 2
+    layer = 24 * tokens * dim**2 + 4 * tokens**2 * dim
+    image = DEPTH * layer + 2 * tokens * dim * 768 + 2 * dim * 1000
+    steps = 3 if workload.direction == "training" else 1
+    parameters = 12 * DEPTH * dim**2 + 768 * dim + 1000 * dim
+    return Work(bytes=steps * parameters * 4, flops=steps * workload.batch * image)
+
+
+def floor(work: Work, rates: Rates) -> tuple[float, str]:
+    """The seconds below which no implementation comes, and what sets them: "memory" or "matmul"."""
+    memory, matmul = work.bytes / rates.copy_gb_s / 1e9, work.flops / rates.matmul_tflop_s / 1e12
+    return max(memory, matmul), "memory" if memory >= matmul else "matmul"
+
+
+def derived(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the results with what follows from it: its workload's fields; a floor, where rates were measured.
+
+    Raises:
+        ValueError: the workload's name is none.
+    """
+    section = row["section"]
+    if section in ("dispatch", "clocks"):
+        return row
+    case: Any = (
+        Case.parse(row["workload"]) if section != "models" else ModelWorkload.parse(row["workload"], row["direction"])
+    )
+    row = {**vars(case), **row}
+    if "copy_gb_s" in row and "median_us" in row:
+        if section == "models":
+            work = model_work(case, row["dim"])
+        else:
+            work = (layer_work if section == "layer" else attention_work)(case, row["direction"])
+        seconds, bound = floor(work, Rates(row["copy_gb_s"], row["matmul_tflop_s"]))
+        row |= {"floor_us": 1e6 * seconds, "floor_bound": bound, "floor_share": 1e6 * seconds / row["median_us"]}
+    return row
