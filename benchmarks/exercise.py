@@ -92,14 +92,13 @@ def apart(name: str, direction: str, device: str, small: bool, seconds: float) -
     """Exercises a backend in a process of its own; its exit status, or None where it did not end."""
     words = ["--backends", name, "--directions", direction, "--device", device, *(["--small"] if small else [])]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.exercise", *words])
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"{name} {direction}: did not end within {seconds:.0f} s", flush=True)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        return None
+    print(f"{name} {direction}: did not end within {seconds:.0f} s", flush=True)
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -191,16 +191,15 @@ class Report:
         results.write(self.text_file, self.text())
         self.publish()
 
-    def publish(self) -> None:
-        """Brings the evidence folder up to date; what keeps it from being written, once the work has begun, is told."""
-        try:
-            self.publish_or_raise()
-        except OSError as error:
-            print(f"no evidence was written: {error}", file=sys.stderr, flush=True)
-
-    def publish_or_raise(self) -> None:
+    def publish(self) -> str | None:
+        """Brings the evidence folder up to date; tells and returns what keeps it from being written."""
         if self.evidence is not None:
-            supervisor.publish(self.folder, self.evidence, list(EMPTY))
+            try:
+                supervisor.publish(self.folder, self.evidence, list(EMPTY))
+            except OSError as error:
+                print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
+                return str(error)
+        return None
 
     def text(self) -> str:
         """The table of the steps, what is wrong, whose fault it ever is, and the short table of what was measured."""
@@ -300,10 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
     if unknown := set(options.skip) - {step.name for step in steps(dry, report.results_file, "", ())}:
         parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
-    try:
-        report.publish_or_raise()
-    except OSError as error:
-        parser.error(f"--evidence: the folder cannot be written: {error}")
+    if report.publish():
+        return 1
     facts = ask(report, dry)
     if facts is None:
         report.publish()

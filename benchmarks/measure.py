@@ -284,7 +284,7 @@ def autocast(tensors: Sequence[Tensor], grad_out: Tensor, case: Case) -> list[Te
     """The formula as it runs in a model under autocast: parameters in float32, products in the case's dtype."""
     leaves = [t.detach().float().requires_grad_() for t in tensors]
     with torch.autocast(tensors[0].device.type, getattr(torch, case.dtype)):
-        out = peers.literal(*leaves, case.grid_size, case.scale)
+        out = peers.literal(case, *leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
 
 

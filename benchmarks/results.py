@@ -273,10 +273,9 @@ def faults(rows: Iterable[Row], device: str, profile: str) -> list[Row]:
     All depends on the models and on the headline of the operator.
     """
     first = ("operator", str(headline(device, profile)))
-    needed = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
-    return [
-        row
-        for row in needed
-        if row["status"] != "unavailable"
-        or (device == "cuda" and (row["section"] == "models" or (row["section"], row["workload"]) == first))
-    ]
+
+    def needed(row: Row) -> bool:
+        return device == "cuda" and (row["section"] == "models" or (row["section"], row["workload"]) == first)
+
+    ours = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
+    return [row for row in ours if row["status"] != "unavailable" or needed(row)]

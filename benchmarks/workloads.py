@@ -10,7 +10,8 @@ exponentials in either direction.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 Profile = Literal["full", "quick", "dry"]
@@ -24,8 +25,7 @@ TENSORS = ("out", "q", "k", "v", "pos_weight", "gate")  # whose exactness is tol
 
 
 def _parts(pattern: str, name: str) -> tuple[str, ...]:
-    found = re.fullmatch(pattern, name)
-    if found is None:
+    if (found := re.fullmatch(pattern, name)) is None:
         raise ValueError(f"no workload is called {name!r}")
     return found.groups()
 
@@ -65,21 +65,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """One case of the operator or the layer, timed in ``directions`` by all peers, interleaved.
+    """One case of the operator or the layer, timed by all peers, interleaved."""
 
-    Attributes:
-        section: operator, layer, tokens, batch or compiled.
-        case: the shapes.
-        directions: of DIRECTIONS.
-        temperatures: "cold" rotates input sets that together exceed the L2 cache (a GPU only), "warm" repeats one set.
-        compiled: whether the peers that need torch.compile take part.
-    """
-
-    section: str
+    section: str  # operator, layer, tokens, batch or compiled
     case: Case
-    directions: tuple[str, ...]
-    temperatures: tuple[str, ...]
-    compiled: bool = False
+    directions: tuple[str, ...]  # of DIRECTIONS
+    temperatures: tuple[str, ...]  # "cold": sets of inputs rotate that together exceed the L2 cache; or "warm"
+    compiled: bool = False  # whether the peers that need torch.compile take part
 
     def __str__(self) -> str:
         return str(self.case)
@@ -120,40 +112,29 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
     The dry profile has one small workload a section: it rehearses, and measures nothing.
     """
     head = headline(device, profile)
-    gpu, full = device == "cuda", profile == "full"
+    gpu, full, dry = device == "cuda", profile == "full", profile == "dry"
     cold = ("cold",) if gpu else ("warm",)
-    both = ("cold", "warm") if gpu else ("warm",)
-    pair = ("forward", "both")
 
-    def vary(**changes: object) -> Case:
-        return Case(**{**vars(head), **changes})
+    def vary(**changes: Any) -> Case:
+        return replace(head, **changes)
 
-    if section == "layer":
-        return [Workload(section, head, pair, cold, compiled=gpu)]  # on a CPU they take minutes to compile
-    if section == "compiled":
-        return [Workload(section, head, ("forward",) if profile == "quick" and not gpu else pair, cold, compiled=True)]
     if section == "operator":
-        chosen = [Workload(section, head, DIRECTIONS, both)]
-        if full:
-            others = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
-            others += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
-            chosen += [Workload(section, case, DIRECTIONS, cold) for case in others]
-        return chosen
+        chosen = [Workload(section, head, DIRECTIONS, ("cold", "warm") if gpu else cold)]
+        others = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
+        others += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
+        return chosen + [Workload(section, case, DIRECTIONS, cold) for case in others if full]
+    cases = [head]
     if section == "tokens":
-        grids = {"full": GRIDS, "quick": GRIDS[:3], "dry": ((4, 4), (5, 5))}[profile]
-        tokens = (
-            128 if gpu else 8 if full else 2
-        ) * 196  # about as many in every point, so that time is for the same work per token
-
-        def batch(rows: int, columns: int) -> int:
-            return 1 if profile == "dry" else max(1, tokens // (rows * columns))
-
-        cases = [vary(rows=r, columns=c, batch=batch(r, c)) for r, c in grids]
-        return [Workload(section, case, pair, cold) for case in cases]
-    if section == "batch":
-        batches = {"full": BATCHES if gpu else BATCHES[:6], "quick": (1, 4), "dry": (1, 2)}[profile]
-        return [Workload(section, vary(batch=batch), pair, cold) for batch in batches]
-    raise ValueError(f"no section is called {section!r}")
+        grids = GRIDS if full else ((4, 4), (5, 5)) if dry else GRIDS[:3]
+        # about as many tokens in every point, so that time is for the same work per token
+        tokens = 0 if dry else 196 * (128 if gpu else 8 if full else 2)
+        cases = [vary(rows=rows, columns=columns, batch=max(1, tokens // (rows * columns))) for rows, columns in grids]
+    elif section == "batch":
+        batches = (BATCHES if gpu else BATCHES[:6]) if full else (1, 2) if dry else (1, 4)
+        cases = [vary(batch=batch) for batch in batches]
+    compiled = section == "compiled" or (section == "layer" and gpu)  # a layer takes minutes to compile for a CPU
+    quick = section == "compiled" and profile == "quick" and not gpu
+    return [Workload(section, case, ("forward",) if quick else ("forward", "both"), cold, compiled) for case in cases]
 
 
 def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
@@ -163,14 +144,12 @@ def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
     if profile == "dry":
         return [ModelWorkload("tiny", 32, 1, dtype, "inference", compiled=False)]
     chosen = []
-    for compiled in (False, True):
-        for image in (224, 384):
-            for size in ("small", "tiny", "base") if gpu else ("tiny", "small", "base"):
-                if compiled and not gpu and (size == "base" or image == 384):
-                    continue  # minutes of compilation each, on a CPU
-                batch = (128 if image == 224 else 32) if gpu else {"tiny": 4, "small": 2, "base": 1}[size]
-                for direction in ("inference", "training"):
-                    chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
+    sizes = ("small", "tiny", "base") if gpu else ("tiny", "small", "base")
+    for compiled, image, size, direction in product((False, True), (224, 384), sizes, ("inference", "training")):
+        if compiled and not gpu and (size == "base" or image == 384):
+            continue  # minutes of compilation each, on a CPU
+        batch = (128 if image == 224 else 32) if gpu else {"tiny": 4, "small": 2, "base": 1}[size]
+        chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
     return chosen if profile == "full" else chosen[:2]
 
 
