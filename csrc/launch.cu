@@ -19,8 +19,9 @@ bool is_empty(const Problem& problem) { return problem.batch * problem.heads * p
 
 }  // namespace
 
-// The rule: whole-image kernels serve all that fits in a block's shared memory, tiled kernels the rest. The tiled
-// backward kernels read the content branch's own output, which of the forward kernels only the tiled ones write.
+// A call goes to the whole-image kernels if they fit in a block's shared memory, else to the tiled ones; and so does a
+// forward call that saves for a tiled backward one, which reads what only tiled kernels write: the content's own
+// output.
 
 Sizes sizes(const Problem& problem, int index) {
     Device device{132, 227 * 1024};              // an H100's, where there is none

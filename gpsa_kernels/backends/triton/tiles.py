@@ -124,7 +124,7 @@ def gate_shares(gate, SUM: tl.constexpr):
 
 @triton.jit
 def early_share(position_share, tokens):
-    """The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
+    """The share of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
 
     All of it, so that what can overflow in float16 is of the size of dV, not of dV / g; but at least 1/N, with which
     nothing overflows, so that small gradients do not underflow. What is left of g follows in the dtype of sums.
