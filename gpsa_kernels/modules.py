@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.derivatives import first_order, transformed
-from gpsa_kernels.formula import attention_map, relative_offsets
+from gpsa_kernels.formula import gated_map, position_scores, relative_offsets
 from gpsa_kernels.functional import gpsa_attention
 from gpsa_kernels.tensors import accumulation_dtype, without_autocast
 
@@ -43,16 +44,54 @@ def _check_tokens(x: Tensor, dim: int) -> None:
         raise ValueError(f"x must be (batch, tokens, {dim}), got shape {tuple(x.shape)}")
 
 
+def is_plain(child: Any, expected: type[nn.Module]) -> bool:
+    """Whether calling ``child`` does what its class does, and nothing else."""
+    return (
+        isinstance(child, expected)
+        and type(child).forward is expected.forward
+        and "forward" not in child.__dict__
+        and not (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks)
+    )
+
+
+def _split_heads(packed: Tensor, count: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, N, count * C) as ``count`` views (B, H, N, head_dim)."""
+    batch, tokens, dim = packed.shape
+    # view infers no size where the batch is empty
+    return packed.view(batch, tokens, count, num_heads, dim // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _pos_weight(pos_proj: nn.Linear) -> Tensor:
+    weight, bias = pos_proj.weight, pos_proj.bias
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return weight
+    # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
+    # the zero gradient that DistributedDataParallel and optimizers wait for.
+    return torch.cat((weight, bias.unsqueeze(1)), dim=1)[:, :3]
+
+
+def _may_call(name: str, backend: str) -> None:
+    """Raises where a submodule that is not plain would be passed over: only the formula calls it."""
+    if backend not in ("auto", "eager"):
+        raise RuntimeError(
+            f"backend {backend!r} does the work of {name} itself, which has hooks or is no plain module of torch.nn: "
+            "backend='auto' and 'eager' call it"
+        )
+
+
 class FusedGPSA(nn.Module):
     """Gated positional self-attention (ConViT, arXiv 2103.10697), fused: a drop-in for timm's and the original's GPSA.
 
-    Parameters, their names, shapes and order are those of both, so checkpoints pass either way.
+    Parameters, their names, shapes and order are those of both, so checkpoints pass either way. ``attn_drop`` and
+    ``pos_proj`` are read, not called. Where one has hooks, or is no plain ``nn.Dropout`` or ``nn.Linear``, the layer
+    runs the formula, which calls them; a backend asked for by name, other than "eager", then raises RuntimeError.
 
     Args:
         dim: channels of the tokens.
         num_heads: attention heads H; ``dim`` must be a multiple of it.
-        qkv_bias: whether the q, k and v projections have a bias.
-        qk_scale: factor of the content scores, head_dim ** -0.5 if None.
+        qkv_bias: whether the q, k and v projections have a bias. What follows goes by name: timm and the original
+            have it in different orders.
+        qk_scale: factor of the content scores, head_dim ** -0.5 if None or, as in the original, 0.
         attn_drop: dropout probability of the mixed attention map, in training.
         proj_drop: dropout probability of the output, in training.
         locality_strength: the factor alpha of :meth:`local_init`.
@@ -72,12 +111,12 @@ class FusedGPSA(nn.Module):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         locality_strength: float = 1.0,
         use_local_init: bool = True,
-        *,
         grid_size: tuple[int, int] | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -87,7 +126,8 @@ class FusedGPSA(nn.Module):
         check_settings(backend, grid_size)
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
+        head_dim = _head_dim(dim, num_heads)
+        self.scale = qk_scale or head_dim**-0.5
         self.locality_strength = locality_strength
         self.grid_size = grid_size
         self.backend = backend
@@ -144,19 +184,25 @@ class FusedGPSA(nn.Module):
         _check_tokens(x, self.dim)
         batch, tokens, dim = x.shape
         grid_size = self._grid(tokens, grid_size)
-        q, k = self._queries_and_keys(x)
-        v = self.v(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        out = gpsa_attention(
-            q,
-            k,
-            v,
-            self._pos_weight(),
-            self.gating_param,
-            grid_size,
-            scale=self.scale,
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
-            backend=self.backend,
-        )
+        v = self.v(x)
+        v = v.view(batch, tokens, self.num_heads, v.shape[2] // self.num_heads).transpose(1, 2)
+        attn_drop, pos_proj = self.attn_drop, self.pos_proj
+        if is_plain(attn_drop, nn.Dropout) and is_plain(pos_proj, nn.Linear):
+            q, k = self._queries_and_keys(x)
+            out = gpsa_attention(
+                q,
+                k,
+                v,
+                _pos_weight(pos_proj),
+                self.gating_param,
+                grid_size,
+                scale=self.scale,
+                dropout_p=attn_drop.p if attn_drop.training else 0.0,
+                backend=self.backend,
+            )
+        else:
+            _may_call("pos_proj" if is_plain(attn_drop, nn.Dropout) else "attn_drop", self.backend)
+            out = self.get_attention(x, grid_size) @ v
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -166,9 +212,11 @@ class FusedGPSA(nn.Module):
         q, k = self._queries_and_keys(x)
         dtype = accumulation_dtype(q.dtype)
         with without_autocast(x.device.type):
-            attention = attention_map(
-                q.to(dtype), k.to(dtype), self._pos_weight(), self.gating_param, grid_size, self.scale
-            )
+            if is_plain(self.pos_proj, nn.Linear):
+                position = position_scores(_pos_weight(self.pos_proj).to(dtype), grid_size)
+            else:
+                position = self.pos_proj(self._rel_indices(grid_size))[0].permute(2, 0, 1).to(dtype)
+            attention = gated_map(q.to(dtype), k.to(dtype), position, self.gating_param, self.scale)
         return self.attn_drop(attention.to(q.dtype))
 
     def get_attention_map(
@@ -206,17 +254,8 @@ class FusedGPSA(nn.Module):
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, N, head_dim) views of the packed projection."""
-        batch, tokens, _ = x.shape
-        q, k = self.qk(x).view(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q, k = _split_heads(self.qk(x), 2, self.num_heads)
         return q, k
-
-    def _pos_weight(self) -> Tensor:
-        weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-            return weight
-        # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
-        # the zero gradient that DistributedDataParallel and optimizers wait for.
-        return torch.cat((weight, bias.unsqueeze(1)), dim=1)[:, :3]
 
 
 class SelfAttention(nn.Module):
@@ -227,8 +266,8 @@ class SelfAttention(nn.Module):
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; ``dim`` must be a multiple of it.
-        qkv_bias: whether the joint projection has a bias.
-        qk_scale: factor of the scores, head_dim ** -0.5 if None.
+        qkv_bias: whether the joint projection has a bias. What follows goes by name, as in :class:`FusedGPSA`.
+        qk_scale: factor of the scores, head_dim ** -0.5 if None or 0.
         attn_drop: dropout probability of the attention map, in training.
         proj_drop: dropout probability of the output, in training.
         backend: "eager" writes the softmax out in plain PyTorch, which has all derivatives; every other calls torch's
@@ -245,10 +284,10 @@ class SelfAttention(nn.Module):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        *,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -257,7 +296,8 @@ class SelfAttention(nn.Module):
         check_settings(backend)
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
+        head_dim = _head_dim(dim, num_heads)
+        self.scale = qk_scale or head_dim**-0.5
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -270,17 +310,20 @@ class SelfAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_tokens(x, self.dim)
-        batch, tokens, _ = x.shape
-        return self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        return _split_heads(self.qkv(x), 3, self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
         q, k, v = self._queries_keys_values(x)
-        if self.backend == "eager" or (self.backend == "auto" and transformed()):
-            out = self.attn_drop(self._attention_map(q, k)) @ v
+        attn_drop = self.attn_drop
+        plain = is_plain(attn_drop, nn.Dropout)
+        if not plain:
+            _may_call("attn_drop", self.backend)
+        if not plain or self.backend == "eager" or (self.backend == "auto" and transformed()):
+            out = attn_drop(self._attention_map(q, k)) @ v
         else:
             q, k, v = first_order(q, k, v)
-            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
+            dropout_p = attn_drop.p if attn_drop.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 
