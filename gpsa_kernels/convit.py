@@ -90,6 +90,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,12 +185,10 @@ class ConViT(nn.Module):
 
         self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.pos_embed: nn.Parameter | None = None
         if use_pos_embed:
             rows, columns = self.grid_size
             self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, embed_dim, **factory))
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
         def block(index: int) -> Block:
@@ -211,7 +212,20 @@ class ConViT(nn.Module):
         self.blocks = nn.ModuleList(block(index) for index in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
+        for embedding in (self.cls_token, self.pos_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
         self.head.apply(init_linear)
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
+        for module in reversed(list(self.modules())[1:]):  # what is inside before what knows better
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._reset_own_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay."""

@@ -139,9 +139,15 @@ class FusedGPSA(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.pos_proj = nn.Linear(3, num_heads, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.gating_param = nn.Parameter(torch.ones(num_heads, device=device, dtype=dtype))
+        self.gating_param = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.use_local_init = use_local_init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         self.apply(init_linear)
-        if use_local_init:
+        nn.init.ones_(self.gating_param)
+        if self.use_local_init:
             self.local_init()
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -303,6 +309,10 @@ class SelfAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         self.apply(init_linear)
 
     def extra_repr(self) -> str:
