@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, check_settings, is_plain
 
@@ -164,8 +164,9 @@ class _Padded:
 
     _outputs: int
 
-    def forward(self, *args: Any) -> tuple[Tensor | None, ...]:
-        return super().forward(*args), *(None,) * (self._outputs - 1)  # type: ignore[misc]
+    def forward(self, *args: Any) -> Any:
+        out = super().forward(*args)  # type: ignore[misc]
+        return out if isinstance(out, fx.Proxy) else (out, *(None,) * (self._outputs - 1))  # a proxy is of the whole
 
 
 class _PaddedGPSA(_Padded, FusedGPSA):  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.backends import BACKENDS
@@ -68,6 +68,12 @@ def _pos_weight(pos_proj: nn.Linear) -> Tensor:
     # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
     # the zero gradient that DistributedDataParallel and optimizers wait for.
     return torch.cat((weight, bias.unsqueeze(1)), dim=1)[:, :3]
+
+
+def _leaf(layer: nn.Module, x: fx.Proxy, *args: Any) -> Any:
+    """``layer`` as one node of the graph that torch.fx traces: what is inside branches on sizes that a proxy lacks."""
+    assert isinstance(x.tracer, fx.Tracer)
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *args), {})
 
 
 def _may_call(name: str, backend: str) -> None:
@@ -187,6 +193,8 @@ class FusedGPSA(nn.Module):
         Raises:
             ValueError: ``x`` is not (B, N, dim), or N does not fit the grid.
         """
+        if isinstance(x, fx.Proxy):
+            return _leaf(self, x, grid_size)
         _check_tokens(x, self.dim)
         batch, tokens, dim = x.shape
         grid_size = self._grid(tokens, grid_size)
@@ -324,6 +332,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
+        if isinstance(x, fx.Proxy):
+            return _leaf(self, x)
         q, k, v = self._queries_keys_values(x)
         attn_drop = self.attn_drop
         plain = is_plain(attn_drop, nn.Dropout)
