@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from gpsa_kernels.modules import FusedGPSA, SelfAttention, check_settings, is_plain
+from gpsa_kernels.arguments import as_grid, check_backend, check_integer
+from gpsa_kernels.modules import FusedGPSA, SelfAttention, is_plain
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -52,9 +53,13 @@ def fuse(
         ``model``. Parameters, submodules, hooks, training flags and the state_dict are untouched.
 
     Raises:
-        ValueError: ``backend`` is unknown, or ``grid_size`` is not a pair of positive integers.
+        TypeError, ValueError: ``model`` is no module, ``backend`` unknown, ``grid_size`` no pair of positive integers,
+            or ``outputs`` no positive integer.
     """
-    check_settings(backend, grid_size)
+    _check_model(model)
+    check_backend(backend)
+    grid_size = None if grid_size is None else as_grid(grid_size)
+    check_integer("outputs", outputs, least=1)
     layers = dict(model.named_modules())
     if not any(isinstance(layer, FusedGPSA) or _is_gpsa(layer) for layer in layers.values()):
         warnings.warn(f"{type(model).__name__} has no GPSA layer: nothing is fused", stacklevel=2)
@@ -82,6 +87,7 @@ def unfuse(model: _Model) -> _Model:
     They keep the parameters and submodules they hold now, whatever was loaded into, moved or wrapped meanwhile. A layer
     whose class has changed since, as ``parametrize`` and ``fully_shard`` change it, is left alone, with a warning.
     """
+    _check_model(model)
     for name, layer in model.named_modules():
         if "_unfused" not in vars(layer):
             continue
@@ -92,6 +98,11 @@ def unfuse(model: _Model) -> _Model:
             reason = f"since fuse its class has changed from {fused.__name__} to {now.__name__}"
             warnings.warn(f"{name or now.__name__} stays fused: {reason}", stacklevel=2)
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model)}")
 
 
 # ---- which layers ---------------------------------------------------------------------------------------------------
@@ -169,11 +180,11 @@ class _Padded:
         return out if isinstance(out, fx.Proxy) else (out, *(None,) * (self._outputs - 1))  # a proxy is of the whole
 
 
-class _PaddedGPSA(_Padded, FusedGPSA):  # type: ignore[misc]
+class _PaddedGPSA(_Padded, FusedGPSA):
     pass
 
 
-class _PaddedSelfAttention(_Padded, SelfAttention):  # type: ignore[misc]
+class _PaddedSelfAttention(_Padded, SelfAttention):
     pass
 
 

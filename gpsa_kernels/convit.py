@@ -7,6 +7,7 @@ way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpsa_kernels.arguments import as_pair, check_integer
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
 from gpsa_kernels.tensors import accumulation_dtype
 
@@ -49,6 +51,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
             expected = f"(batch, {self.proj.in_channels}, height, width)"
             raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}")
@@ -123,7 +127,7 @@ class ConViT(nn.Module):
     ``load_state_dict`` with the position embedding of another, square, grid.
 
     Args:
-        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares.
+        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares; timm's ``img_size``.
         patch_size: side of a patch.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none, an identity.
@@ -147,7 +151,7 @@ class ConViT(nn.Module):
         grid_size: (rows, columns) that ``pos_embed`` belongs to.
 
     Raises:
-        ValueError: sizes that do not divide, or a negative ``local_up_to_layer``.
+        TypeError, ValueError: sizes that are no integers, out of range, or do not divide.
     """
 
     def __init__(
@@ -173,13 +177,16 @@ class ConViT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if local_up_to_layer < 0:
-            raise ValueError(f"local_up_to_layer must be a number of layers, got {local_up_to_layer}")
+        check_integer("patch_size", patch_size, least=1)
+        counts = {"depth": depth, "num_classes": num_classes, "local_up_to_layer": local_up_to_layer}
+        for name, count in counts.items():
+            check_integer(name, count, least=0)
+        image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_features = self.embed_dim = embed_dim
         self.num_classes = num_classes
         self.patch_size = patch_size
-        self.grid_size = grid_of((image_size, image_size) if isinstance(image_size, int) else image_size, patch_size)
+        self.grid_size = grid_of(as_pair("image_size", image_size, "(height, width)"), patch_size)
         self.local_up_to_layer = local_up_to_layer
         self.grad_checkpointing = False
 
@@ -223,8 +230,9 @@ class ConViT(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         for module in reversed(list(self.modules())[1:]):  # what is inside before what knows better
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         self._reset_own_parameters()
 
     def no_weight_decay(self) -> set[str]:

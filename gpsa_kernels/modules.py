@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gpsa_kernels.analysis import non_locality
-from gpsa_kernels.backends import BACKENDS
+from gpsa_kernels.arguments import as_grid, as_number, check_backend, check_integer
 from gpsa_kernels.derivatives import first_order, transformed
 from gpsa_kernels.formula import gated_map, position_scores, relative_offsets
 from gpsa_kernels.functional import gpsa_attention
@@ -18,6 +18,8 @@ from gpsa_kernels.tensors import accumulation_dtype, without_autocast
 
 
 def _head_dim(dim: int, num_heads: int) -> int:
+    check_integer("dim", dim, least=1)
+    check_integer("num_heads", num_heads, least=0)
     if num_heads < 1 or dim % num_heads != 0:
         raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
     return dim // num_heads
@@ -31,15 +33,9 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_settings(backend: str, grid_size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError where a layer cannot be made with these, naming the argument."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if grid_size is not None and not (len(grid_size) == 2 and all(isinstance(n, int) and n > 0 for n in grid_size)):
-        raise ValueError(f"grid_size must be a pair (rows, columns) of positive integers or None, got {grid_size!r}")
-
-
 def _check_tokens(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x must be (batch, tokens, {dim}), got shape {tuple(x.shape)}")
 
@@ -108,8 +104,8 @@ class FusedGPSA(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers, or
-            ``backend`` unknown.
+        TypeError, ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers,
+            ``locality_strength`` not finite, or ``backend`` unknown.
     """
 
     def __init__(
@@ -129,15 +125,15 @@ class FusedGPSA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_settings(backend, grid_size)
+        check_backend(backend)
         self.dim = dim
         self.num_heads = num_heads
         head_dim = _head_dim(dim, num_heads)
         self.scale = qk_scale or head_dim**-0.5
         self.locality_strength = locality_strength
-        self.grid_size = grid_size
+        self.grid_size = None if grid_size is None else as_grid(grid_size)
         self.backend = backend
-        self._last_grid = grid_size or (1, 1)
+        self._last_grid = self.grid_size or (1, 1)
 
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -172,6 +168,8 @@ class FusedGPSA(nn.Module):
             locality_strength: alpha, the layer's own if None.
         """
         alpha = self.locality_strength if locality_strength is None else locality_strength
+        if not math.isfinite(as_number("locality_strength", alpha)):
+            raise ValueError(f"locality_strength must be a finite number, got {alpha}")
         nn.init.eye_(self.v.weight)
         kernel_size = math.isqrt(self.num_heads)
         centre = (kernel_size - 1) / 2
@@ -191,7 +189,7 @@ class FusedGPSA(nn.Module):
             (B, N, dim).
 
         Raises:
-            ValueError: ``x`` is not (B, N, dim), or N does not fit the grid.
+            TypeError, ValueError: ``x`` is not (B, N, dim), ``grid_size`` no pair, or N does not fit it.
         """
         if isinstance(x, fx.Proxy):
             return _leaf(self, x, grid_size)
@@ -254,14 +252,17 @@ class FusedGPSA(nn.Module):
         return relative_offsets(grid_size, self.gating_param.device, self.gating_param.dtype).unsqueeze(0)
 
     def _grid(self, tokens: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        grid_size = grid_size or self.grid_size
+        if grid_size is None:
+            grid_size = self.grid_size
         if grid_size is None:
             side = int(tokens**0.5 + 0.5)
-            if side * side != tokens:
+            if side == 0 or side * side != tokens:
                 raise ValueError(f"x has {tokens} tokens, which make no square grid: pass grid_size=(rows, columns)")
             grid_size = (side, side)
-        elif grid_size[0] * grid_size[1] != tokens:
-            raise ValueError(f"x must have rows * columns tokens for grid_size {tuple(grid_size)}, got {tokens}")
+        else:
+            grid_size = as_grid(grid_size)
+            if grid_size[0] * grid_size[1] != tokens:
+                raise ValueError(f"x must have rows * columns tokens for grid_size {grid_size}, got {tokens}")
         if not torch.compiler.is_compiling():
             self._last_grid = grid_size
         return grid_size
@@ -307,7 +308,7 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_settings(backend)
+        check_backend(backend)
         self.dim = dim
         self.num_heads = num_heads
         head_dim = _head_dim(dim, num_heads)

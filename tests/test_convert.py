@@ -486,7 +486,6 @@ def test_trial_accepts_layers_of_every_size(kind, dim, heads):
             r"grid_size must be a pair \(rows, columns\) of positive integers or None, got \(2, 0\)",
         ),
         ({"grid_size": (2, 2, 1)}, "grid_size must be a pair"),
-        ({"grid_size": (2.0, 2.0)}, "grid_size must be a pair"),
     ],
 )
 def test_bad_arguments(kwargs, message):
