@@ -304,7 +304,7 @@ def test_dropout_acts_in_training_only():
         ({"image_size": 30}, "height and width must be multiples of the patch size 8, got 30 x 30"),
         ({"image_size": (32, 4)}, "height and width must be multiples of the patch size 8, got 32 x 4"),
         ({"num_heads": 5}, "dim must be a multiple of num_heads, got dim=24 and num_heads=5"),
-        ({"local_up_to_layer": -1}, "local_up_to_layer must be a number of layers, got -1"),
+        ({"local_up_to_layer": -1}, "local_up_to_layer must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments(kwargs, message):
