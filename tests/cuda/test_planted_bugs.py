@@ -14,7 +14,7 @@ from reference import inputs, literal, with_gradients
 from gpsa_kernels.tensors import parameter_gradients
 
 GRID_SIZE, HEAD_DIM, DROPOUT_P = (5, 9), 48, 0.3
-SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1, 2) for deferred in (False, True)]
+SETTINGS = [{"schedule": schedule, "deferred_copies": deferred} for schedule in (0, 1, 2) for deferred in (False, True)]
 
 # name: (file, text, what replaces it, what the message must match; None: nothing but a wrong result)
 FORWARD_BUGS = {
@@ -98,8 +98,8 @@ FORWARD_BUGS = {
     ),
     "two blocks write a row": (
         "whole_image_forward.cuh",
-        "const int first_row = block_y() * part_rows;",
-        "const int first_row = 0 * part_rows;",
+        "const int first_row = block_y() * rows_per_block;",
+        "const int first_row = 0 * rows_per_block;",
         r"out is written twice",
     ),
     "a shuffle that half a warp skips": (
@@ -207,11 +207,11 @@ BACKWARD_BUGS = {
         "kept_steps = 2",
         r"race: .* shared array gradient of the scores",
     ),
-    "parts of delta in one place for all steps": (
+    "partial sums of delta in one place for all steps": (
         "whole_image_backward.cuh",
-        "delta_parts + step % 2 * (threads() / 32) * 16",
-        "delta_parts",
-        r"race: .* shared array parts of delta",
+        "delta_partials + step % 2 * (threads() / 32) * 16",
+        "delta_partials",
+        r"race: .* shared array partial sums of delta",
     ),
     "wrong fragment index": (
         "tiles.cuh",
@@ -221,8 +221,8 @@ BACKWARD_BUGS = {
     ),
     "mask of the keys off by one": (
         "whole_image_backward.cuh",
-        "8 * part < keys",
-        "8 * part <= keys",
+        "8 * half < keys",
+        "8 * half <= keys",
         None,
     ),
     "mask of the queries off by one": (
@@ -324,7 +324,7 @@ FORWARD_DROPOUT_BUGS = {
         "                store_line",
         r"race: write to shared array queries",
     ),
-    "the output in the place of another part's rows": (
+    "the output in the place of another block's rows": (
         "whole_image_forward.cuh",
         "store_line<E, channels>(content, row, row_count,",
         "store_line<E, channels>(content, token, tokens,",
@@ -336,19 +336,19 @@ FORWARD_DROPOUT_BUGS = {
         "dropout.keep_transposed(query, 16 * tile)",
         None,
     ),
-    "the mask of another image": (
+    "the mask of another (batch, head)": (
         "whole_image_forward.cuh",
         "const Dropout dropout(problem, block_x());",
         "const Dropout dropout(problem, block_x() + 1);",
         None,
     ),
-    "the mask of another part's queries": (
+    "the mask of another block's queries": (
         "whole_image_forward.cuh",
         "places, token,",
         "places, row,",
         None,
     ),
-    "the position of another part's queries": (
+    "the position of another block's queries": (
         "whole_image_forward.cuh",
         "dense({along_x, along_y}, token);",
         "dense({along_x, along_y}, row);",
@@ -356,8 +356,8 @@ FORWARD_DROPOUT_BUGS = {
     ),
     "what is kept not scaled up": (
         "whole_image_forward.cuh",
-        "open * dropout.keep_scale",
-        "open",
+        "open * up};",
+        "open};",
         None,
     ),
     "the last keys left out": (
@@ -368,7 +368,7 @@ FORWARD_DROPOUT_BUGS = {
     ),
     "the content not normalised": (
         "whole_image_forward.cuh",
-        "return closed * reciprocal_approx(softmax.sum[part]);",
+        "return closed * reciprocal_approx(softmax.sum[half]);",
         "return closed;",
         None,
     ),
@@ -381,7 +381,7 @@ BACKWARD_DROPOUT_BUGS = {
         "dropout.keep(first_query, first_key)",
         None,
     ),
-    "the mask of another image": (
+    "the mask of another (batch, head)": (
         "whole_image_backward.cuh",
         "const Dropout dropout(problem, block_x());",
         "const Dropout dropout(problem, block_x() + 1);",
@@ -389,7 +389,7 @@ BACKWARD_DROPOUT_BUGS = {
     ),
     "dP without the mask": (
         "whole_image_backward.cuh",
-        "                g = factor * g;\n",
+        "                grad = factor * grad;\n",
         "",
         None,
     ),
@@ -422,7 +422,7 @@ def problem():
 
 def forward(module, **settings):
     tensors, _ = problem()
-    return [emulation.forward(*tensors, GRID_SIZE, SCALE, parts=2, module=module, **settings).out]
+    return [emulation.forward(*tensors, GRID_SIZE, SCALE, row_blocks=2, module=module, **settings).out]
 
 
 def backward(module, **settings):
