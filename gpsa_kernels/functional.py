@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from gpsa_kernels import operators  # noqa: F401  (registers the operators)
 from gpsa_kernels.arguments import as_number, as_pair, check_backend, check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.derivatives import first_order, transformed
+from gpsa_kernels.operators import attention
 from gpsa_kernels.tensors import autocast_inputs, without_autocast
 
 _LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -80,8 +80,7 @@ def gpsa_attention(
     if q.device.type in chosen.kernel_devices and not _traced(chosen, q.dtype):
         if call.has_dropout:
             call = call._replace(seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device))
-        out, _, _ = torch.ops.gpsa.attention_forward(*call, chosen.name)
-        return out
+        return attention(call, chosen)
     assert chosen.compose is not None, f"backend {chosen.name!r} has no kernels for {q.device.type}"
     q, k, v = autocast_inputs(q, k, v)
     if not chosen.all_derivatives:

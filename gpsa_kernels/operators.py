@@ -6,6 +6,9 @@ arguments: the dropout seed is an input, drawn outside, so nothing hides from to
 or CUDA-graph capture.
 
 The schemas are flat: the fields of a :class:`Call` in their order, what else a pass takes, and the backend's name.
+
+A trip through the dispatcher, once for each rule in Python, costs more than a small kernel. :func:`attention` takes it
+only where something but the kernels would see the operator, and else does the same without.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ import torch
 from torch import Tensor
 
 from gpsa_kernels.arguments import check_tensors
-from gpsa_kernels.backends import BACKENDS, Call
+from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
-from gpsa_kernels.tensors import accumulation_dtype, autocast_inputs, empty_output
+from gpsa_kernels.tensors import accumulation_dtype, autocast_dtype, autocast_inputs, empty_output
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
@@ -41,22 +44,18 @@ _library.define(
 
 
 def _check(call: Call, backend: str) -> None:
-    """Raises where a kernel would drop nothing in silence."""
-    if (call.seed is not None) != call.has_dropout:
-        given = "None" if call.seed is None else "a tensor"
-        raise ValueError(f"seed must be a tensor if and only if dropout_p > 0, got {given} for {call.dropout_p}")
-    if call.has_dropout and (reason := BACKENDS[backend].unsupported(call)) is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
-
-
-def _check_arguments(call: Call, backend: str) -> None:
-    """Raises where a kernel would read what is not there: who calls an operator directly has had nothing checked."""
+    """Raises where a kernel would read what is not there, or drop nothing in silence."""
     check_tensors(call.q, call.k, call.v, call.pos_weight, call.gate)
     if call.rows < 1 or call.rows * call.columns != call.q.shape[2]:
         raise ValueError(f"rows * columns must be {call.q.shape[2]}, the tokens, got {call.rows} * {call.columns}")
     if backend not in BACKENDS or BACKENDS[backend].forward is None:
         kernels = [name for name in BACKENDS if BACKENDS[name].forward is not None]
         raise ValueError(f"backend must be one with kernels, {', '.join(map(repr, kernels))}, got {backend!r}")
+    if (call.seed is not None) != call.has_dropout:
+        given = "None" if call.seed is None else "a tensor"
+        raise ValueError(f"seed must be a tensor if and only if dropout_p > 0, got {given} for {call.dropout_p}")
+    if call.has_dropout and (reason := BACKENDS[backend].unsupported(call)) is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
 
 
 def _check_saved(grad_out: Tensor, q: Tensor, content: Tensor, logsumexp: Tensor) -> None:
@@ -69,23 +68,35 @@ def _check_saved(grad_out: Tensor, q: Tensor, content: Tensor, logsumexp: Tensor
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
-def _forward(*arguments: Any) -> Forward:
+def _run_forward(*arguments: Any) -> Forward:
     call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]  # torch leaves out a last False
-    _check_arguments(call, backend)
-    _check(call, backend)
     kernel = BACKENDS[backend].forward
     assert kernel is not None
     return kernel(call, save == [True])
 
 
-def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+def _run_backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check_arguments(call, backend)
-    _check_saved(grad_out, call.q, *saved)
-    _check(call, backend)
     kernel = BACKENDS[backend].backward
     assert kernel is not None
     return kernel(grad_out, call, Saved(*saved))
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """With tensors for what is not saved, as the schema has it."""
+    call = Call(*arguments[:_FIELDS])
+    _check(call, arguments[_FIELDS])
+    out, content, logsumexp = _run_forward(*arguments)
+    content = call.q.new_empty(0) if content is None else content
+    logsumexp = call.q.new_empty(0, dtype=accumulation_dtype(call.q.dtype)) if logsumexp is None else logsumexp
+    return out, content, logsumexp
+
+
+def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    _check_saved(grad_out, call.q, content, logsumexp)
+    return _run_backward(grad_out, *arguments)
 
 
 # ---- fake tensors --------------------------------------------------------------------------------------------------
@@ -93,7 +104,6 @@ def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
 
 def _forward_fake(*arguments: Any) -> Forward:
     call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check_arguments(call, backend)
     _check(call, backend)
     q, saves = call.q, save == [True]
     content = empty_output(q) if saves and BACKENDS[backend].saves_content(call) else q.new_empty(0)
@@ -102,10 +112,9 @@ def _forward_fake(*arguments: Any) -> Forward:
 
 
 def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
-    call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check_arguments(call, backend)
-    _check_saved(grad_out, call.q, *saved)
+    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
     _check(call, backend)
+    _check_saved(grad_out, call.q, content, logsumexp)
     q, pos_weight, gate = call.q, call.pos_weight, call.gate
     grads = empty_output(q), empty_output(q), empty_output(q)
     return Gradients(*grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape))
@@ -116,23 +125,29 @@ def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        *arguments, forward = arguments  # the operator, or what it would run
         with torch._C._AutoDispatchBelowAutograd():
-            out, content, logsumexp = torch.ops.gpsa.attention_forward(*arguments, True)
+            out, content, logsumexp = forward(*arguments, True)
         ctx.settings = arguments[_DIFFERENTIABLE + 1 :]
         ctx.save_for_backward(*arguments[: _DIFFERENTIABLE + 1], content, logsumexp)
-        ctx.mark_non_differentiable(content, logsumexp)
+        ctx.mark_non_differentiable(*(t for t in (content, logsumexp) if t is not None))
         ctx.set_materialize_grads(False)
         return out, content, logsumexp
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        constant = (None,) * (1 + len(ctx.settings))
+        constant = (None,) * (2 + len(ctx.settings))
         if grad_out is None:
             return (None,) * _DIFFERENTIABLE + constant
         *tensors, content, logsumexp = ctx.saved_tensors
         *settings, backend = ctx.settings
-        grads = torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
+        arguments = grad_out, *tensors, *settings, content, logsumexp, backend
+        if torch.is_grad_enabled() or _is_observed(grad_out, *tensors[:_DIFFERENTIABLE]):
+            grads = torch.ops.gpsa.attention_backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = _run_backward(*arguments)
         needed = zip(grads, ctx.needs_input_grad, strict=False)
         return tuple(grad if need else None for grad, need in needed) + constant
 
@@ -142,7 +157,7 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if transformed():
         check_transforms(*inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Attention.apply(*arguments[: _FIELDS + 1])
+        return _Attention.apply(*arguments[: _FIELDS + 1], torch.ops.gpsa.attention_forward)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.gpsa.attention_forward(*arguments)
 
@@ -159,15 +174,13 @@ def _backward_autograd(*arguments: Any) -> tuple[Tensor | None, ...]:
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
 
-_AUTOCAST_KEYS = {
-    "AutocastCPU": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU),
-    "AutocastCUDA": torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA),
-}
+_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _forward_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = autocast_inputs(q, k, v)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS["AutocastCPU"] | _AUTOCAST_KEYS["AutocastCUDA"]):
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return torch.ops.gpsa.attention_forward(q, k, v, *rest)
 
 
@@ -180,3 +193,43 @@ _library.impl("attention_forward", _forward_autograd, "Autograd")
 _library.impl("attention_backward", _backward_autograd, "Autograd")
 torch.library.register_fake("gpsa::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("gpsa::attention_backward", _backward_fake, lib=_library)
+
+
+# ---- without the dispatcher ----------------------------------------------------------------------------------------
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _is_observed(*tensors: Tensor) -> bool:
+    """Whether anything but the kernels would see an operator on these: a compiler, a mode, a transform, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.jit.is_tracing()
+        or not _PLAIN.issuperset(map(type, tensors))
+        or any(map(Tensor.is_neg, tensors))
+    )
+
+
+def attention(call: Call, backend: Backend) -> Tensor:
+    """The result of ``backend``'s kernels."""
+    if _is_observed(*call[:_DIFFERENTIABLE]):
+        return torch.ops.gpsa.attention_forward(*call, backend.name)[0]
+    if autocast_dtype(call.q.device.type) is None:
+        return _attention(call, backend)
+    q, k, v = autocast_inputs(call.q, call.k, call.v)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return _attention(call._replace(q=q, k=k, v=v), backend)
+
+
+def _attention(call: Call, backend: Backend) -> Tensor:
+    q, k, v, pos_weight, gate, *_ = call
+    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
+    if needs_grad and torch.is_grad_enabled():
+        return _Attention.apply(*call, backend.name, _run_forward)[0]
+    assert backend.forward is not None
+    with torch._C._AutoDispatchBelowAutograd():
+        return backend.forward(call, False).out

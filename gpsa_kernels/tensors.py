@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_output(q: Tensor) -> Tensor:
     """An uninitialised (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view."""
     batch, heads, tokens, dim = q.shape
-    return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return q.new_empty_strided((batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1))
 
 
 def as_output(t: Tensor) -> Tensor:

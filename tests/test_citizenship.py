@@ -1,12 +1,22 @@
 """gpsa_attention as a torch function: compiled, exported, under autocast, behind its registered operator."""
 
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import assert_as_exact_as_eager, inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
+from gpsa_kernels.backends.base import Forward
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 kernels = pytest.mark.parametrize("backend", [name for name, b in BACKENDS.items() if "cpu" in b.kernel_devices])
@@ -63,6 +73,78 @@ def test_operator_is_differentiable_and_casts_by_itself(backend):
 def test_nothing_is_saved_where_nothing_is_differentiated(backend):
     _, content, logsumexp = torch.ops.gpsa.attention_forward(*detached(), None, *SETTINGS, backend)
     assert content.numel() == logsumexp.numel() == 0
+
+
+# ---- who sees the operator -----------------------------------------------------------------------------------------
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    """Sees every operator on it, as DTensor does."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "observed"),
+    [
+        (nullcontext, torch.Tensor, 0),
+        (partial(torch.autocast, "cpu", torch.bfloat16), torch.Tensor, 0),
+        (DispatchMode, torch.Tensor, 2),
+        (FunctionMode, torch.Tensor, 1),  # autograd's engine is below it
+        (nullcontext, Subclass, 2),
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_the_operator_is_dispatched_where_something_looks_on(mode, kind, observed, requires_grad):
+    tensors = [t.detach().as_subclass(kind).requires_grad_(requires_grad) for t in inputs(2, 2, (3, 4), 8)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, mode():
+        out = gpsa_attention(*tensors, (3, 4), backend="sdpa").mul_(2)  # it is no view
+        if requires_grad:
+            torch.autograd.grad(out.sum(), tensors)
+    seen = {event.name for event in profile.events()} & {"gpsa::attention_forward", "gpsa::attention_backward"}
+    assert len(seen) == min(observed, 1 + requires_grad)
+
+
+def test_what_traces_by_running_meets_the_operator():
+    tensors = tuple(t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32))
+
+    def run(*tensors):
+        return gpsa_attention(*tensors, (3, 4), backend="sdpa")
+
+    assert "gpsa.attention_forward" in make_fx(run)(*tensors).code
+    assert "gpsa::attention_forward" in str(torch.jit.trace(run, tensors, check_trace=False).graph)
+
+
+def test_kernels_are_given_no_lazy_negative(monkeypatch):
+    given = []
+
+    def forward(call, save):
+        given.append(call.q)
+        return Forward(call.q.clone(), None, None)
+
+    monkeypatch.setitem(BACKENDS, "sdpa", dataclasses.replace(BACKENDS["sdpa"], forward=forward))
+    q, *rest = (t.detach() for t in inputs(2, 2, (3, 4), 8))
+    gpsa_attention(torch._neg_view(q), *rest, (3, 4), backend="sdpa")
+    assert not given[0].is_neg()
+    assert torch.equal(given[0], -q)
+
+
+# ---- torch.compile and torch.export --------------------------------------------------------------------------------
 
 
 @pytest.fixture

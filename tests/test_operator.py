@@ -219,7 +219,7 @@ def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
 
     def record(call, save):
         seeds.append(call.seed.item())
-        return Forward(torch.empty_like(call.q), call.q.new_empty(0), call.q.new_empty(0))
+        return Forward(torch.empty_like(call.q), None, None)
 
     recorder = Backend("recorder", lambda: None, lambda *_: None, forward=record, kernel_devices=frozenset({"cpu"}))
     monkeypatch.setitem(gpsa_kernels.BACKENDS, "recorder", recorder)

@@ -183,8 +183,7 @@ def _workspace(q: Tensor, size: int) -> Tensor | None:
 def _aligned(t: Tensor) -> Tensor:
     """``t``, copied if its rows do not start where the kernels can read them, or its channels are not contiguous."""
     batch, head, token, channel = t.stride()
-    elements = _ALIGNMENT // t.element_size()
-    if channel == 1 and not (batch % elements or head % elements or token % elements or t.data_ptr() % _ALIGNMENT):
+    if channel == 1 and (batch | head | token) % (_ALIGNMENT // 2) == 0 and t.data_ptr() % _ALIGNMENT == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -195,8 +194,8 @@ def _float32(t: Tensor) -> Tensor:
 
 def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     """What every kernel reads, as it can be read."""
-    tensors = (_aligned(call.q), _aligned(call.k), _aligned(call.v), _float32(call.pos_weight), _float32(call.gate))
-    return *tensors, call.seed
+    q, k, v, pos_weight, gate, seed, *_ = call
+    return _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed
 
 
 def forward(call: Call, save: bool) -> Forward:
@@ -207,11 +206,7 @@ def forward(call: Call, save: bool) -> Forward:
     workspace = _workspace(q, sizes.forward_workspace if save else sizes.inference_workspace)
     settings = (*call.grid_size, call.scale, call.dropout_p)
     torch.ops.gpsa_cuda.forward(*_inputs(call), out, content, logsumexp, workspace, *settings)
-    return Forward(
-        out,
-        q.new_empty(0) if content is None else content,
-        q.new_empty(0, dtype=torch.float32) if logsumexp is None else logsumexp,
-    )
+    return Forward(out, content, logsumexp)
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:

@@ -99,13 +99,15 @@ def forward(call: Call, save: bool) -> Forward:
         torch.bmm(ax, y.columns, out=x.columns)
         _blend(content[part], x.tokens, share, out=out[part])
     if not save:
-        return Forward(out, out.new_empty(0), logsumexp.new_empty(0))
+        return Forward(out, None, None)
     return Forward(out, content, logsumexp.contiguous())
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     ax, ay, g = _factors_and_gate(call)
     share = g.view(-1, 1, 1)
+    content, _ = saved
+    assert content is not None, "forward fills it"
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
@@ -131,7 +133,7 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
         grad_ay.baddbmm_(y.rows, x.rows.transpose(1, 2))
         torch.bmm(ay_backward, y.rows, out=x.rows)
         _blend(grad_v[part], x.tokens, share, out=grad_v[part])
-        z.tokens.mul_(saved.content[part])
+        z.tokens.mul_(content[part])
         along_content += z.rows.sum((1, 2))
 
     # gate: sum of dO . (O_pos - O_content), the first half of it read off Ax and its gradient

@@ -186,8 +186,6 @@ def plan_forward(call: Call, save: bool, capability: int) -> ForwardPlan:
         **_strides(q=q, k=k, v=v),
     }
     calls.append(_plan_attention("forward", call, position, capability, arguments))
-    if content is None or logsumexp is None:
-        return ForwardPlan(calls, Forward(out, q.new_empty(0), q.new_empty(0, dtype=dtype)))
     return ForwardPlan(calls, Forward(out, content, logsumexp))
 
 
