@@ -101,7 +101,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _common(call: Call) -> dict[str, Any]:
-    """The arguments that every kernel on images takes."""
+    """The arguments that every kernel on the tokens takes."""
     tf32 = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "heads": call.q.size(1),
