@@ -30,39 +30,24 @@ struct Lines {
     /// log2 of how many of a block's 4 tiles a line takes: shifts are faster than divisions.
     GPSA_HOST_DEVICE int log2_room() const { return tiles() < 3 ? tiles() - 1 : 2; }
     GPSA_HOST_DEVICE int together() const { return 4 >> log2_room(); }
-    GPSA_HOST_DEVICE int parts() const { return (all_tiles() + 3) / 4; }
-    GPSA_HOST_DEVICE int blocks() const { return ((count + together() - 1) >> (2 - log2_room())) * parts(); }
+    GPSA_HOST_DEVICE int blocks_per_line() const { return (all_tiles() + 3) / 4; }
+    GPSA_HOST_DEVICE int blocks() const { return ((count + together() - 1) >> (2 - log2_room())) * blocks_per_line(); }
     GPSA_HOST_DEVICE int token(int line, int i) const { return line * line_step + i * step; }
 };
 
 namespace tiled {
 
-template <typename E, typename Visit>
-const char* with_channels(const Problem& problem, Visit visit) {
-    if (problem.head_dim <= 32) return visit(Tiled<E, 32>{});
-    if (problem.head_dim <= 48) return visit(Tiled<E, 48>{});
-    if (problem.head_dim <= 64) return visit(Tiled<E, 64>{});
-    return visit(Tiled<E, 128>{});
-}
-
-/// Calls `visit` with the Tiled for a problem.
-template <typename Visit>
-const char* dispatch(const Problem& problem, Visit visit) {
-    return problem.dtype == Dtype::float16 ? with_channels<Half>(problem, visit)
-                                           : with_channels<Bfloat16>(problem, visit);
-}
-
 inline Lines along_x(const Problem& p) { return {p.columns, p.rows, 1, p.columns, true}; }
 inline Lines along_y(const Problem& p) { return {p.rows, p.columns, p.columns, 1, false}; }
 
-/// Tiles of the tokens of an image.
+/// Tiles of the tokens of a (batch, head).
 GPSA_HOST_DEVICE int tiles(const Problem& p) { return (p.rows * p.columns + tile_tokens - 1) / tile_tokens; }
 
 /// Blocks of an attention kernel, one per tile of tokens.
 inline int64_t blocks(const Problem& p) { return p.batch * p.heads * tiles(p); }
 
 /// A (B, H, N, D) array without gaps.
-inline Tensor image_tensor(const Problem& p, void* data) {
+inline Tensor contiguous_tensor(const Problem& p, void* data) {
     const int64_t head = int64_t{p.rows} * p.columns * p.head_dim;
     return {data, p.heads * head, head, p.head_dim};
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
@@ -48,22 +49,42 @@ def _check(call: Call, backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
 
 
+def _check_arguments(call: Call, backend: str) -> None:
+    """Raises where a kernel would read what is not there: who calls an operator directly has had nothing checked."""
+    check_tensors(call.q, call.k, call.v, call.pos_weight, call.gate)
+    if call.rows < 1 or call.rows * call.columns != call.q.shape[2]:
+        raise ValueError(f"rows * columns must be {call.q.shape[2]}, the tokens, got {call.rows} * {call.columns}")
+    if backend not in BACKENDS or BACKENDS[backend].forward is None:
+        kernels = [name for name in BACKENDS if BACKENDS[name].forward is not None]
+        raise ValueError(f"backend must be one with kernels, {', '.join(map(repr, kernels))}, got {backend!r}")
+
+
+def _check_saved(grad_out: Tensor, q: Tensor, content: Tensor, logsumexp: Tensor) -> None:
+    expected = {"grad_out": (grad_out, q.shape), "content": (content, q.shape), "logsumexp": (logsumexp, q.shape[:3])}
+    for name, (t, shape) in expected.items():
+        if t.shape != shape and not (name == "content" and t.numel() == 0):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
 def _forward(*arguments: Any) -> Forward:
     call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]  # torch leaves out a last False
+    _check_arguments(call, backend)
     _check(call, backend)
     kernel = BACKENDS[backend].forward
-    assert kernel is not None, f"backend {backend!r} has no kernels"
+    assert kernel is not None
     return kernel(call, save == [True])
 
 
 def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check_arguments(call, backend)
+    _check_saved(grad_out, call.q, *saved)
     _check(call, backend)
     kernel = BACKENDS[backend].backward
-    assert kernel is not None, f"backend {backend!r} has no kernels"
+    assert kernel is not None
     return kernel(grad_out, call, Saved(*saved))
 
 
@@ -72,6 +93,7 @@ def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
 
 def _forward_fake(*arguments: Any) -> Forward:
     call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check_arguments(call, backend)
     _check(call, backend)
     q, saves = call.q, save == [True]
     content = empty_output(q) if saves and BACKENDS[backend].saves_content(call) else q.new_empty(0)
@@ -80,7 +102,9 @@ def _forward_fake(*arguments: Any) -> Forward:
 
 
 def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
-    call, *_, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check_arguments(call, backend)
+    _check_saved(grad_out, call.q, *saved)
     _check(call, backend)
     q, pos_weight, gate = call.q, call.pos_weight, call.gate
     grads = empty_output(q), empty_output(q), empty_output(q)

@@ -37,7 +37,7 @@ def test_the_layer_is_the_formula(backend, tokens, grid_size):
 
 
 def test_constructor_arguments():
-    layer = FusedGPSA(16, 4, True, 0.5, 0.1, 0.2, 2.0, True)
+    layer = FusedGPSA(16, 4, True, qk_scale=0.5, attn_drop=0.1, proj_drop=0.2, locality_strength=2.0)
     assert (layer.scale, layer.attn_drop.p, layer.proj_drop.p, layer.locality_strength) == (0.5, 0.1, 0.2, 2.0)
     assert FusedGPSA(16).num_heads == 8
     meta = FusedGPSA(16, 4, device="meta", dtype=torch.bfloat16)

@@ -191,14 +191,3 @@ def test_the_tuner_names_its_rows(tuner, capsys):
     told = capsys.readouterr().err
     assert "has no row mma-forward-64" in told
     assert "wgmma-backward_key-128" in told
-
-
-def test_the_figures_in_the_documentation_are_the_budget():
-    text = (Path(__file__).parent.parent / "docs" / "triton.md").read_text()
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (sm_\d+) \| ([\d /]+) \| ([\d /]+) \|$", text)
-    assert len(rows) == 3 * len(ARCHITECTURES)
-    for kernel, architecture, *shown in rows:
-        for head_dim, figures in zip((48, 64), shown, strict=True):
-            code = BUDGET[architecture, f"{kernel} bfloat16 D={head_dim} 14x14"]
-            expected = code.matrix, code.instructions, code.registers, code.shared
-            assert tuple(map(int, figures.split(" / "))) == expected

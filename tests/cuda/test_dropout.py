@@ -7,7 +7,6 @@ import math
 import emulation
 import pytest
 import torch
-from dropped import masks
 
 # of the reference implementation's known-answer tests for philox4x32-10: counter, key, words
 VECTORS = [
@@ -26,22 +25,22 @@ def test_known_answers(counter, key, words):
     assert emulation.kernels().philox(counter, key) == words
 
 
-def expected_mask(tokens, dropout_p, seed, image):
+def expected_mask(tokens, dropout_p, seed, batch_head):
     """One draw for (i, j), (i, j + 8), (i + 8, j), (i + 8, j + 8), by the definition."""
     mask = torch.zeros(tokens, tokens, dtype=torch.int16)
     for i in range(tokens):
         for j in range(tokens):
-            counter = [i - i % 16 + i % 8, j - j % 16 + j % 8, image & 0xFFFFFFFF, image >> 32]
+            counter = [i - i % 16 + i % 8, j - j % 16 + j % 8, batch_head & 0xFFFFFFFF, batch_head >> 32]
             words = emulation.kernels().philox(counter, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
             mask[i, j] = words[i // 8 % 2 * 2 + j // 8 % 2] >= dropout_p * 2**32
     return mask
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("seed", "image"), [(0, 0), (-5, 3), (2**40 + 1, 2**33 + 2)])
-def test_both_orientations_draw_the_same_mask(transposed, seed, image):
-    mask = emulation.dropout_mask((3, 7), 0.25, seed, image, transposed)
-    assert torch.equal(mask, expected_mask(21, 0.25, seed, image))
+@pytest.mark.parametrize(("seed", "batch_head"), [(0, 0), (-5, 3), (2**40 + 1, 2**33 + 2)])
+def test_both_orientations_draw_the_same_mask(transposed, seed, batch_head):
+    mask = emulation.dropout_mask((3, 7), 0.25, seed, batch_head, transposed)
+    assert torch.equal(mask, expected_mask(21, 0.25, seed, batch_head))
 
 
 @pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.9])
@@ -60,17 +59,17 @@ def test_nothing_and_everything():
     assert not emulation.dropout_mask((4, 8), 1.0, 7, 1, False).any()
 
 
-def test_seed_and_image_change_the_mask():
-    masks = [emulation.dropout_mask((4, 8), 0.5, seed, image, False) for seed in (0, 1, 2**32) for image in (0, 1)]
+def test_seed_and_batch_head_change_the_mask():
+    masks = [emulation.dropout_mask((4, 8), 0.5, seed, i, False) for seed in (0, 1, 2**32) for i in (0, 1)]
     for i, mask in enumerate(masks):
         assert not any(torch.equal(mask, other) for other in masks[:i])
 
 
-@pytest.mark.parametrize("parts", [0, 1], ids=["tiled", "whole image"])
-def test_the_kernels_draw_this_mask(parts):
+@pytest.mark.parametrize("row_blocks", [0, 1], ids=["tiled", "whole image"])
+def test_the_kernels_draw_this_mask(row_blocks):
     """Read off maps whose entries are all 1 / N, with the last 64 columns of the identity for V."""
     grid_size, flat = (5, 14), torch.zeros(2, 2, 70, 64, dtype=torch.float16)
     columns = torch.eye(70, dtype=torch.float16)[:, 6:].contiguous().expand_as(flat)
-    parameters, dropout = (torch.zeros(2, 3), torch.zeros(2)), {"dropout_p": 0.3, "dropout_seed": -7}
-    out = emulation.forward(flat, flat, columns, *parameters, grid_size, 1.0, parts=parts, **dropout).out
-    assert torch.equal(out != 0, masks(flat, grid_size, 0.3, -7)[..., 6:] != 0)
+    tensors, dropout = (flat, flat, columns, torch.zeros(2, 3), torch.zeros(2)), {"dropout_p": 0.3, "dropout_seed": -7}
+    out = emulation.forward(tensors, grid_size, 1.0, row_blocks=row_blocks, **dropout).tensors["out"]
+    assert torch.equal(out != 0, emulation.masks(flat, grid_size, 0.3, -7)[..., 6:] != 0)

@@ -121,7 +121,7 @@ def _plan_attention(
     launch = attention_launch(kernel, q.size(3), q.element_size(), position.form, capability)
     tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     module = forward_kernels if kernel == "forward" else backward_kernels
-    first, rest = head_parts(q.size(3))
+    first, rest = head_parts(q.size(3), kernel)
     arguments |= {
         **_common(call),
         "ax": position.ax,

@@ -1,0 +1,160 @@
+"""Arguments: what is refused, in words that name the argument, what came and what was expected, and what is taken."""
+
+from __future__ import annotations
+
+import functools
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from reference import inputs
+from torch import nn
+
+from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, fuse, gpsa_attention, unfuse
+
+TENSORS = dict(zip(("q", "k", "v", "pos_weight", "gate"), inputs(2, 3, (2, 3), 8, torch.float32), strict=True))
+ONE, TWO = torch.tensor(0.5), torch.tensor([2.0, 3.0])
+operator = functools.partial(gpsa_attention, **TENSORS, grid_size=(2, 3))
+gpsa = functools.partial(FusedGPSA, dim=8, num_heads=2)
+convit = functools.partial(ConViT, embed_dim=8, num_heads=2, depth=1, image_size=32)
+layer, plain = gpsa(), SelfAttention(8, 2)
+X = torch.randn(1, 9, 8)
+NO_NUMBER = "must be a finite number, got "
+
+kinds = pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
+
+
+@kinds
+def test_what_timm_and_the_original_have_in_different_orders_goes_by_name(kind):
+    """timm's fourth argument is attn_drop, the original's qk_scale."""
+    with pytest.raises(TypeError, match="from 2 to 4 positional arguments but 5"):
+        kind(24, 4, False, 0.3)
+
+
+@kinds
+def test_a_scale_of_zero_is_the_default_as_in_the_original(kind):
+    assert kind(16, 4, qk_scale=0.0).scale == kind(16, 4).scale == 0.5
+
+
+def sparse(name: str) -> dict[str, torch.Tensor]:
+    return {name: TENSORS[name].detach().to_sparse()}
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "message"),
+    [
+        *((operator, {"grid_size": g}, ValueError, f"grid_size must be a pair (rows, columns), got {g!r}")
+          for g in ("23", {2, 3}, {2: 0, 3: 1}, TWO, np.array([2, 3]), None)),
+        *((operator, {"grid_size": g}, TypeError, f"grid_size must hold two integers, got {g!r}")
+          for g in ((None, 6), (2j, 3), (True, 6), (Fraction(2), 3), (np.float32(2), 3), tuple(TWO), ["2", "3"])),
+        *((operator, {"dropout_p": p}, TypeError, f"dropout_p {NO_NUMBER}{p!r} ({type(p).__name__})")
+          for p in ("0.1", None, ONE, TWO, True, Decimal("0.1"))),
+        *((operator, {"scale": s}, TypeError, f"scale {NO_NUMBER}{s!r} ({type(s).__name__})")
+          for s in (ONE, nn.Parameter(ONE), True)),
+        (operator, {"scale": 1e300}, ValueError, "a finite number of at most 3.4e+38, float32's largest, got 1e+300"),
+        (operator, {"scale": 10**400}, ValueError, "scale must be a finite number, got inf"),
+        *((f, {"backend": b}, ValueError, f"must be 'auto' or one of 'cuda', 'triton', 'sdpa', 'eager', got {b}")
+          for b in (["sdpa"], {}) for f in (operator, gpsa, functools.partial(fuse, layer))),
+        *((operator, sparse(n), TypeError, f"{n} must be a dense tensor, got torch.sparse_coo") for n in TENSORS),
+        (operator, {"v": TENSORS["v"].detach().to_mkldnn()}, TypeError, "v must be a dense tensor, got torch._mkldnn"),
+        (operator, {"q": torch.nested.nested_tensor([X])}, TypeError, "q must be a dense tensor, got nested"),
+        *((f, {"x": x}, TypeError, f"x must be a torch.Tensor, got {type(x).__name__}")
+          for x in ([1.0], None, X.numpy()) for f in (layer, plain, layer.get_attention, plain.get_attention)),
+        *((f, {"x": X, "grid_size": g}, ValueError, f"grid_size must be a pair (rows, columns), got {g!r}")
+          for g in (3, (3,), (), (3, 3, 7), np.array([3, 3]), TWO, X) for f in (layer, layer.get_attention)),
+        *((f, {"x": X, "grid_size": (3.0, 3.0)}, TypeError, "grid_size must hold two integers, got (3.0, 3.0)")
+          for f in (layer, layer.get_attention)),
+        *((f, {"x": X, "grid_size": (-3, -3)}, ValueError, "grid_size must be a pair (rows, columns) of positive int")
+          for f in (layer, layer.get_attention, layer.get_attention_map)),
+        (layer, {"x": X[:, :0]}, ValueError, "x has 0 tokens, which make no square grid"),
+        *((f, {"grid_size": 3}, ValueError, "grid_size must be a pair (rows, columns), got 3")
+          for f in (gpsa, functools.partial(fuse, layer))),
+        (gpsa, {"grid_size": (3.0, 3.0)}, TypeError, "grid_size must hold two integers, got (3.0, 3.0)"),
+        (gpsa, {"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        *((gpsa, {n: v}, TypeError, f"{n} must be an integer, got {v!r}")
+          for n in ("dim", "num_heads") for v in (None, "12", 8.0, True)),
+        (gpsa, {"locality_strength": float("nan")}, ValueError, "locality_strength must be a finite number, got nan"),
+        (gpsa, {"locality_strength": "1"}, TypeError, "locality_strength must be a finite number, got '1'"),
+        *((convit, {"image_size": s}, ValueError, f"image_size must be a pair (height, width), got {s!r}")
+          for s in ((32,), 32.0, "32")),
+        *((convit, {n: v}, TypeError, f"{n} must be an integer, got {v!r}")
+          for n, v in (("patch_size", (16, 16)), ("local_up_to_layer", None), ("depth", 1.0), ("num_classes", "5"))),
+        *((convit, {n: v}, ValueError, f"{n} must be at least {v + 1}, got {v}")
+          for n, v in (("patch_size", 0), ("local_up_to_layer", -1), ("depth", -1), ("num_classes", -1))),
+        (convit(), {"x": X.numpy()}, TypeError, "images must be a torch.Tensor, got ndarray"),
+        *((f, {"model": m}, TypeError, f"model must be a torch.nn.Module, got {kind}")
+          for m, kind in ((None, type(None)), ([], list), ({}, dict), ("convit_tiny", str), (FusedGPSA, FusedGPSA))
+          for f in (fuse, unfuse)),
+        (fuse, {"model": layer, "outputs": 0}, ValueError, "outputs must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(function, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        function(**arguments)
+
+
+def test_a_refused_call_leaves_a_layer_as_it_was():
+    layer = gpsa()
+    layer(X)
+    with pytest.raises(ValueError, match="positive integers"):
+        layer(X, (-3, -3))
+    assert layer.rel_indices.shape == (1, 9, 9, 3)
+
+
+def test_float64_among_tensors_that_autocast_casts_is_refused():
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="k must have q's dtype"):
+        operator(k=TENSORS["k"].double())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"grid_size": [2, 3]},
+        {"grid_size": torch.Size((2, 3))},
+        {"grid_size": (np.int64(2), np.int32(3))},
+        {"scale": np.float32(8**-0.5), "dropout_p": np.float64(0)},
+        {"scale": np.float64(8**-0.5), "dropout_p": 0},
+    ],
+)
+def test_what_is_taken_as_python_numbers(arguments):
+    torch.testing.assert_close(operator(**arguments), operator())
+    if "grid_size" in arguments:
+        assert gpsa(**arguments).grid_size == (2, 3)
+
+
+REGISTERED = TENSORS | {"seed": None, "rows": 2, "columns": 3, "scale": 0.3, "dropout_p": 0.0, "backend": "sdpa"}
+SAVED = {"content": TENSORS["q"], "logsumexp": TENSORS["q"][..., 0], "grad_out": TENSORS["q"]}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": torch.randn(2, 3, 60, 8)}, "k must have q's shape (2, 3, 6, 8), got (2, 3, 60, 8)"),
+        ({"v": torch.randn(2, 3, 6, 4)}, "v must have q's shape (2, 3, 6, 8), got (2, 3, 6, 4)"),
+        ({"gate": torch.randn(1)}, "gate must have shape (3,) for 3 heads, got (1,)"),
+        ({"k": TENSORS["k"].double()}, "k must have q's dtype torch.float32, got torch.float64"),
+        ({"rows": 3}, "rows * columns must be 6, the tokens, got 3 * 3"),
+        ({"rows": -2, "columns": -3}, "rows * columns must be 6, the tokens, got -2 * -3"),
+        ({"backend": "eager"}, "backend must be one with kernels, 'cuda', 'triton', 'sdpa', got 'eager'"),
+        ({"backend": "flash"}, "backend must be one with kernels, 'cuda', 'triton', 'sdpa', got 'flash'"),
+        ({"grad_out": torch.randn(2, 3, 5, 8)}, "grad_out must have shape (2, 3, 6, 8), got (2, 3, 5, 8)"),
+        ({"content": torch.randn(1, 3, 6, 8)}, "content must have shape (2, 3, 6, 8), got (1, 3, 6, 8)"),
+        ({"logsumexp": torch.randn(2, 3, 0)}, "logsumexp must have shape (2, 3, 6), got (2, 3, 0)"),
+    ],
+)
+def test_the_registered_operators_check_their_arguments(arguments, message, device):
+    def moved(arguments):
+        return {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+
+    forward, backward = torch.ops.gpsa.attention_forward, torch.ops.gpsa.attention_backward
+    with torch.inference_mode():
+        if not arguments.keys() & SAVED.keys():
+            with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+                forward(**moved(REGISTERED | arguments))
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            backward(**moved(REGISTERED | SAVED | arguments))
+        assert len(backward(**moved(REGISTERED | SAVED))) == 5
