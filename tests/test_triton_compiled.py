@@ -7,7 +7,6 @@ import itertools
 import re
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
