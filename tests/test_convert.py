@@ -227,8 +227,6 @@ REPLACED = "its forward method was replaced on the instance"
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        # DyTox hands the attention map out with the result
-        (changed(forward=lambda self, x: (x, self.attention(x))), "its forward returns a tuple, not a tensor"),
         (OTHER_DIRECTION, DIFFERS),
         (changed(attention=lambda self, x: 1.001 * OriginalGPSA.attention(self, x)), DIFFERS),
         (changed(offsets=lambda self, _: OriginalGPSA.offsets(self, 16)), "a trial raised RuntimeError: The size of"),
