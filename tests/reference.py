@@ -1,7 +1,6 @@
 """Inputs, oracles and the tolerance rule that the tests share. Nothing here calls gpsa_kernels."""
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -57,22 +56,20 @@ def loops(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
 ) -> Tensor:
     """The formula one number at a time, in Python floats: slow, and hard to get wrong."""
-    rows, columns = grid_size
-    tokens = rows * columns
+    _, columns = grid_size
+    batch, heads, tokens, _ = q.shape
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for b in range(q.size(0)):
-        for h in range(q.size(1)):
-            w0, w1, w2 = pos_weight[h].tolist()
-            g = 1 / (1 + math.exp(-gate[h].item()))
-            for i in range(tokens):
-                content, position = [], []
-                for j in range(tokens):
-                    dx, dy = j % columns - i % columns, j // columns - i // columns
-                    content.append(math.exp(scale * (q[b, h, i] @ k[b, h, j]).item()))
-                    position.append(math.exp(w0 * dx + w1 * dy + w2 * (dx * dx + dy * dy)))
-                for j in range(tokens):
-                    weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
-                    out[b, h, i] += weight * v[b, h, j]
+    for b, h, i in itertools.product(range(batch), range(heads), range(tokens)):
+        w0, w1, w2 = pos_weight[h].tolist()
+        g = 1 / (1 + math.exp(-gate[h].item()))
+        content, position = [], []
+        for j in range(tokens):
+            dx, dy = j % columns - i % columns, j // columns - i // columns
+            content.append(math.exp(scale * (q[b, h, i] @ k[b, h, j]).item()))
+            position.append(math.exp(w0 * dx + w1 * dy + w2 * (dx * dx + dy * dy)))
+        for j in range(tokens):
+            weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
+            out[b, h, i] += weight * v[b, h, j]
     return out
 
 
@@ -111,9 +108,8 @@ def rounding_walks(
     position = g * maps[1] * (1 + position_score).sqrt()
     kept = 1.0 if mask is None else mask.double() / (1 - dropout_p)
     along = kept * (grad_out.double() @ v.mT)
-    own = [
-        ((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps
-    ]  # of rowsum(dO * O), squared
+    # of rowsum(dO * O), squared
+    own = [((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps]
     score = content**2 * (along**2 + own[0])
     place = position**2 * (along**2 + own[1])
     squares = {
