@@ -140,7 +140,8 @@ def _parsed(path: Path) -> tuple[list[Run], Row]:
                 for peer, reason in found.pop(status, {}).items()
             }
             lists = {name: found.pop(name) for name in [*found] if isinstance(found[name], list) and name != "peers"}
-            shared = {name: value for name, value in {**shared, **found}.items() if value is not None}
+            held = {**shared, **found}
+            shared = {name: value for name, value in held.items() if value is not None and name not in lists}
             common = {name: value for name, value in shared.items() if name != "peers"}
             rows: dict[str, Row] = {}
             for peer, *values in zip_longest(shared["peers"], *lists.values()):
