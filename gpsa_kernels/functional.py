@@ -91,8 +91,12 @@ def gpsa_attention(
 
 def _traced(backend: Backend, dtype: torch.dtype) -> bool:
     """Whether a compiler is at work that does better with plain PyTorch than with an opaque operator."""
-    # torch 2.11 compiles its float64 CPU flash attention to a call whose dtypes do not match
-    return torch.compiler.is_compiling() and backend.compose is not None and dtype != torch.float64
+    if torch.compiler.is_compiling():
+        # torch 2.11 compiles its float64 CPU flash attention to a call whose dtypes do not match
+        return backend.compose is not None and dtype != torch.float64
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError('torch.onnx.export(dynamo=False) takes backend="eager" only; dynamo=True takes every other')
+    return False
 
 
 def select_backend(call: Call, name: str = "auto") -> Backend:

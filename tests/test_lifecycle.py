@@ -196,3 +196,14 @@ def test_torchscript():
     with pytest.raises(RuntimeError, match="script unfuse"):
         torch.jit.script(model)
     assert_rounded(torch.jit.script(unfuse(model))(x), expected, model)
+
+
+@both
+def test_the_old_onnx_export_names_the_backend_that_it_takes(build):
+    model = build().eval()
+    with pytest.raises(RuntimeError, match=r'dynamo=False\) takes backend="eager" only'):
+        torch.onnx.export(model, (images(),), io.BytesIO(), dynamo=False)
+    for block in model.blocks:
+        block.attn.backend = "eager"
+    with pytest.raises(torch.onnx.OnnxExporterError, match="onnx is not installed"):  # which it needs at the very end
+        torch.onnx.export(model, (images(),), io.BytesIO(), dynamo=False)
