@@ -1,6 +1,7 @@
 """What happens to modules in a training job: copied, saved, moved, replicated, wrapped, compiled, exported."""
 
 import copy
+import io
 import pickle
 
 import pytest
