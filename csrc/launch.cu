@@ -19,9 +19,8 @@ bool is_empty(const Problem& problem) { return problem.batch * problem.heads * p
 
 }  // namespace
 
-// A call goes to the whole-image kernels if they fit in a block's shared memory, else to the tiled ones; and so does a
-// forward call that saves for a tiled backward one, which reads what only tiled kernels write: the content's own
-// output.
+// A call goes to the whole-image kernels where they fit in a block's shared memory, else to the tiled ones; but where
+// backward is tiled, forward is too, because backward then reads the content's own output, which only they write.
 
 Sizes sizes(const Problem& problem, int index) {
     Device device{132, 227 * 1024};              // an H100's, where there is none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 
@@ -236,6 +237,15 @@ def problem(grid_size):
     return tensors, torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).half()
 
 
+def branch_by_branch(q, k, v, pos_weight, gate, grid_size, scale, mask, dropout_p):
+    """The formula without its division by a sum of 1, as the tiled kernels add it up."""
+    eye = torch.eye(q.size(2), dtype=q.dtype).expand(*q.shape[:2], -1, -1)
+    logits = (torch.full_like(gate, logit) for logit in (-math.inf, math.inf))
+    content, position = (literal(q, k, eye, pos_weight, logit, grid_size, scale) for logit in logits)
+    g = torch.sigmoid(gate).view(-1, 1, 1)
+    return (((1 - g) * content + g * position) * mask / (1 - dropout_p)) @ v
+
+
 @cache
 def formula(kernels, dtype):
     """What the kernels give, every step in a dtype."""
@@ -243,7 +253,8 @@ def formula(kernels, dtype):
     tensors, grad_out = problem(grid_size)
     arguments = [t.to(dtype) for t in tensors], grad_out.to(dtype), grid_size, SCALE
     mask = emulation.masks(tensors[0], grid_size, dropout_p, SEED)
-    return with_gradients(literal, *arguments, *((mask, dropout_p) if dropout_p else ()))[given]
+    function = branch_by_branch if kernels.startswith("tiled") else literal
+    return with_gradients(function, *arguments, mask, dropout_p)[given]
 
 
 def results(kernels, **settings):
