@@ -24,6 +24,7 @@ NO_NUMBER = "must be a finite number, got "
 DTYPES = "must be float32, float64, float16 or bfloat16, got"
 BACKEND = f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got"
 EMPTY = "must have at least one head, token and channel, got shape"
+DIVIDES = "dim must be a multiple of num_heads"
 FITS = "grid_size must be (rows, columns) with rows * columns = 6 tokens, got"
 PATCHES = "height and width must be multiples of the patch size 16, got"
 PAIR = "grid_size must be a pair (rows, columns) of positive integers or None, got"
@@ -96,7 +97,7 @@ def sparse(name: str) -> dict[str, torch.Tensor]:
         *((layer, {"x": X[:, :n]}, ValueError, f"x has {n} tokens, which make no square grid") for n in (0, 8)),
         *((f, {"x": X, **g}, ValueError, "x must have rows * columns tokens for grid_size (3, 4), got 9")
           for f, g in ((layer, {"grid_size": (3, 4)}), (gpsa(grid_size=(3, 4)), {}))),
-        *((kind, {"dim": 10, "num_heads": n}, ValueError, f"dim must be a multiple of num_heads, got dim=10 and num_heads={n}")
+        *((kind, {"dim": 10, "num_heads": n}, ValueError, f"{DIVIDES}, got dim=10 and num_heads={n}")
           for n in (0, 4) for kind in (FusedGPSA, SelfAttention)),
         *((f, {"grid_size": (2, 0)}, ValueError, f"{PAIR} (2, 0)") for f in (gpsa, functools.partial(fuse, layer))),
         *((f, {"grid_size": 3}, ValueError, "grid_size must be a pair (rows, columns), got 3")
