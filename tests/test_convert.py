@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from timm.models.convit import MHSA as TimmMHSA
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import nn
 
-from gpsa_kernels import BACKENDS, ConViT, FusedGPSA, SelfAttention, fuse, unfuse
+from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, fuse, unfuse
 
 SMALL = {"depth": 3, "local_up_to_layer": 2}
 
@@ -341,21 +340,3 @@ def test_values_of_the_parameters_do_not_matter(fill, same):
 def test_trial_accepts_layers_of_every_size_and_dtype(kind, dim, heads, dtype):
     model = fuse(nn.Sequential(TimmGPSA(dim, heads), kind(dim, heads)).to(dtype))
     assert not isinstance(model[1], kind)
-
-
-PAIR = "a pair (rows, columns) of positive integers or None"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("backend", "fastest", f"'auto' or one of {', '.join(map(repr, BACKENDS))}"),
-        ("grid_size", (2, 0), PAIR),
-        ("grid_size", (2, 2, 1), "a pair (rows, columns)"),
-    ],
-)
-def test_bad_arguments(name, value, expected):
-    model = layer()
-    with pytest.raises(ValueError, match=re.escape(f"{name} must be {expected}, got {value!r}")):
-        fuse(model, **{name: value})
-    assert type(model) is OriginalGPSA

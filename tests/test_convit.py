@@ -199,24 +199,6 @@ def test_every_dropout_draws_what_timms_draws():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "shape", "message"),
-    [
-        ({"image_size": 30}, (), "height and width must be multiples of the patch size 8, got 30 x 30"),
-        ({"image_size": (32, 4)}, (), "height and width must be multiples of the patch size 8, got 32 x 4"),
-        ({"num_heads": 5}, (), "dim must be a multiple of num_heads, got dim=24 and num_heads=5"),
-        ({"local_up_to_layer": -1}, (), "local_up_to_layer must be at least 0, got -1"),
-        ({}, (2, 3, 32, 30), "height and width must be multiples of the patch size 8, got 32 x 30"),
-        ({}, (2, 3, 0, 32), "height and width must be multiples of the patch size 8, got 0 x 32"),
-        ({}, (2, 1, 32, 32), "images must be (batch, 3, height, width), got shape (2, 1, 32, 32)"),
-        ({}, (3, 32, 32), "images must be (batch, 3, height, width), got shape (3, 32, 32)"),
-    ],
-)
-def test_bad_arguments_and_images(kwargs, shape, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        small(**kwargs)(torch.zeros(shape, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
     ("loaded", "message"),
     [
         ({"pos_embed": torch.zeros(1, 17, 24)}, "size mismatch for pos_embed"),
