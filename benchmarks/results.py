@@ -163,7 +163,7 @@ def _checked(row: Row) -> Row:
         raise ValueError("a reason is given where, and only where, the status is known and not ok")
     if row["status"] != "ok" and "median_us" in row:
         raise ValueError(f"a time is given for what is {row['status']}")
-    if not isinstance(row["section"] + row["workload"] + row["peer"], str):
+    if not all(isinstance(row[name], str) for name in ("section", "workload", "peer")):
         raise ValueError("a row is of a section, a workload and a peer")
     return row
 
