@@ -7,7 +7,6 @@ python -m benchmarks --describe    what this machine is; the last line, in JSON,
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -84,9 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     What becomes of the other peers, or of a backend that this machine cannot run, is a result and no reason to fail.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.command_line("benchmarks", __doc__)
     parser.add_argument("--profile", choices=PROFILES, default="full", help="dry rehearses, and measures nothing")
     parser.add_argument("--quick", dest="profile", action="store_const", const="quick", help="the quick profile")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)

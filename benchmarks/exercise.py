@@ -9,7 +9,6 @@ wrong numbers is told, and fit: it harms nobody.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.measure import gradients
 from benchmarks.peers import Unavailable, allowed, deviation, formula, inputs, ours
+from benchmarks.results import command_line
 from benchmarks.workloads import Case, headline
 from gpsa_kernels import BACKENDS
 
@@ -103,9 +103,7 @@ def apart(name: str, direction: str, device: str, small: bool, seconds: float) -
 
 def main(arguments: list[str] | None = None) -> int:
     """Exercises backends; returns 0 only where all are right or cannot run here."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.exercise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.exercise", __doc__)
     parser.add_argument("--small", action="store_true", help="a few tokens, an even grid and an odd one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), metavar="NAME")

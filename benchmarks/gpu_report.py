@@ -12,7 +12,6 @@ Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but no
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -273,11 +272,7 @@ def ask(report: Report, dry: bool) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is not done yet; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = results.command_line("benchmarks.gpu_report", __doc__)
     parser.add_argument("--evidence", type=Path, help="folder for a copy of the four files, brought up to date")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
     parser.add_argument("--minutes", type=float, help="time limit, which the steps' limits go with; 9, of a dry run 60")

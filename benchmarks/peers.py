@@ -167,10 +167,8 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     layer.qk, layer.v, layer.proj = attrgetter("qk"), attrgetter("v"), nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
-    def function(q, k, v, pos_weight, gate):
-        return layer(_Projected(q, k, v)).unflatten(2, (case.heads, case.head_dim)).transpose(1, 2)
-
-    return function
+    heads = case.heads, case.head_dim
+    return lambda q, k, v, *_: layer(_Projected(q, k, v)).unflatten(2, heads).transpose(1, 2)
 
 
 # ---- plain PyTorch --------------------------------------------------------------------------------------------------

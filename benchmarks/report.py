@@ -7,7 +7,6 @@ python -m benchmarks.report --write            brings those of README.md and doc
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
@@ -198,10 +197,10 @@ def accuracy(run: Run) -> str:
         lines += ["", f"**{workload}**", ""]
         lines += _head("backend", "tensor", "maximum error", *others, "RMS error", *others)
         found = {row["peer"]: row for row in rows if row["status"] == "ok"}
-        for peer, row in found.items():
-            for index, tensor in enumerate(TENSORS if is_ours(peer) else ()):
+        for peer in filter(is_ours, found):
+            for index, tensor in enumerate(TENSORS):
                 eager = found["formula"]
-                beside = (row, eager, found.get("formula, autocast", eager))
+                beside = (found[peer], eager, found.get("formula, autocast", eager))
                 errors = [one[f"{kind}_error"][index] for kind in ("max", "rms") for one in beside]
                 lines.append(_line([peer.split()[-1], tensor, *(f"{error:.1e}" for error in errors)]))
         lines += _excuses(rows)
@@ -429,9 +428,7 @@ def filled(text: str, runs: dict[str, Run]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.command_line("benchmarks.report", __doc__)
     parser.add_argument("--write", action="store_true", help="into README and docs; draws their pictures")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES), help="those to print")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")

@@ -11,6 +11,7 @@ four significant digits, errors three; what follows from them (shapes, floors) i
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -162,7 +163,7 @@ def _checked(row: Row) -> Row:
         raise ValueError("a reason is given where, and only where, the status is known and not ok")
     if row["status"] != "ok" and "median_us" in row:
         raise ValueError(f"a time is given for what is {row['status']}")
-    if not isinstance(row["section"] + row["workload"] + row["peer"], str):
+    if not all(isinstance(row[name], str) for name in ("section", "workload", "peer")):
         raise ValueError("a row is of a section, a workload and a peer")
     return row
 
@@ -280,3 +281,9 @@ def faults(rows: Iterable[Row], device: str, profile: str) -> list[Row]:
 
     ours = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
     return [row for row in ours if row["status"] != "unavailable" or needed(row)]
+
+
+def command_line(module: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a module's docstring as it stands."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=text, formatter_class=shown)

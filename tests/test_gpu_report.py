@@ -79,7 +79,7 @@ def wait_until(holds, seconds: float = 20.0) -> None:
     [
         (step("a", "raise ZeroDivisionError"), "wrong", 1, "exit status 1"),
         (step("a", HANGS, seconds=1), "out of time", 2, "ended after 1 s"),
-        (step("a", INTERRUPTED, seconds=1), "out of time", 2, "ended after 1 s"),
+        (step("a", INTERRUPTED, seconds=2), "out of time", 2, "ended after 2 s"),
         (step("a", ""), "done", 0, ""),
         (step("a", "import os; os.kill(os.getpid(), 9)"), "wrong", 1, "exit status 137"),
         (step("a", "import os; os.kill(os.getppid(), 9); " + HANGS), "wrong", 1, "exit status -9"),
