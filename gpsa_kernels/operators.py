@@ -78,6 +78,12 @@ def _forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return out, content, logsumexp
 
 
+def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+    """In tensors that share no memory, as an operator's results must."""
+    grads = _run_backward(grad_out, *arguments)
+    return grads._replace(gate=grads.gate.clone())
+
+
 # ---- fake tensors --------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +170,7 @@ def _forward_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tens
 
 for _key in ("CPU", "CUDA"):
     _library.impl("attention_forward", _forward, _key)
-    _library.impl("attention_backward", _run_backward, _key)
+    _library.impl("attention_backward", _backward, _key)
 for _key in _AUTOCAST_KEYS:
     _library.impl("attention_forward", _forward_autocast, _key)
 _library.impl("attention_forward", _forward_autograd, "Autograd")

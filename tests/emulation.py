@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -235,7 +235,7 @@ class Gradients:
     q: Tensor
     k: Tensor
     v: Tensor
-    sums: Tensor  # (B, H, slots, 4), as gpsa.h says
+    sums: Tensor  # (B * slots, 4 * H), as gpsa.h says
     counts: dict[str, int]
 
 
@@ -264,7 +264,7 @@ def backward(
     outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
     problem = _problem(q, grid_size, scale, dropout_p)
     slots = 1 if content is None else module.tiled_slots(problem)
-    sums = torch.full((*q.shape[:2], slots, 4), torch.nan)
+    sums = torch.full((q.size(0) * slots, 4 * q.size(1)), torch.nan)
     inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
     inputs |= {"grad_out": grad_out, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
     inputs["content"] = content
@@ -303,6 +303,12 @@ def tiled_attention(
     return _TiledAttention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
 
 
+def _known(q: Tensor) -> Callable[[Tensor | None], Tensor | None]:
+    """The emulator takes 16 bits for numbers of q's dtype."""
+    other = {torch.float16, torch.bfloat16} - {q.dtype}
+    return lambda t: t.float() if t is not None and t.dtype in other else t
+
+
 class Library:
     """What csrc/register.cpp registers, to stand where ``torch.ops.gpsa_cuda`` does: launch_forward and launch_backward
     on an H100, or the tiled kernels whatever it would choose. They run in a workspace of the emulator's own."""
@@ -319,7 +325,7 @@ class Library:
 
     def forward(self, *arguments: Tensor | float | None) -> None:
         *inputs, out, content, logsumexp, _, rows, columns, scale, dropout_p = arguments
-        named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), inputs, strict=True))
+        named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), map(_known(inputs[0]), inputs), strict=True))
         outputs = {"out": out, "content": content, "logsumexp": logsumexp}
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
         kernels().forward(problem, _arguments(named, outputs), self.row_blocks if out.numel() else None, H100, 0, False)
@@ -327,7 +333,7 @@ class Library:
     def backward(self, *arguments: Tensor | float | None) -> None:
         *tensors, _, rows, columns, scale, dropout_p = arguments
         names = ("grad_out", "q", "k", "v", "pos_weight", "gate", "seed", "content", "logsumexp")
-        named = dict(zip(names, tensors[:9], strict=True))
+        named = dict(zip(names, map(_known(tensors[0]), tensors[:9]), strict=True))
         outputs = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), tensors[9:], strict=True))
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
         kernels().backward(problem, _arguments(named, outputs), H100, 0, False)

@@ -35,6 +35,12 @@ public:
     }
     float* floats(const std::string& name) const { return find<float>(name); }
 
+    /// Of 16 bits it has q's dtype.
+    Parameter parameter(const std::string& name, const Problem& problem) const {
+        const Argument& argument = arguments.at(name);
+        return {reinterpret_cast<void*>(argument.data), argument.element == 4 ? Dtype::float32 : problem.dtype};
+    }
+
     /// So many bytes, in which a workspace's arrays are known to the machine one by one; null for none.
     void* workspace(int64_t bytes, const tiled::Workspace& layout) {
         if (bytes == 0) return nullptr;
@@ -74,8 +80,8 @@ Counters forward(
     call.q = memory.tensor("q");
     call.k = memory.tensor("k");
     call.v = memory.tensor("v");
-    call.pos_weight = memory.floats("pos_weight");
-    call.gate = memory.floats("gate");
+    call.pos_weight = memory.parameter("pos_weight", problem);
+    call.gate = memory.parameter("gate", problem);
     call.out = memory.tensor("out");
     call.content = memory.tensor("content");
     call.logsumexp = memory.floats("logsumexp");
@@ -99,8 +105,8 @@ Counters backward(const Problem& problem, const Arguments& arguments, const Opti
     call.q = memory.tensor("q");
     call.k = memory.tensor("k");
     call.v = memory.tensor("v");
-    call.pos_weight = memory.floats("pos_weight");
-    call.gate = memory.floats("gate");
+    call.pos_weight = memory.parameter("pos_weight", problem);
+    call.gate = memory.parameter("gate", problem);
     call.content = memory.tensor("content");
     call.logsumexp = memory.floats("logsumexp");
     call.grad_q = memory.tensor("grad_q");
