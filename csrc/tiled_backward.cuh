@@ -121,8 +121,8 @@ struct TiledQueryGradient {
         if (thread() == 0) {
             const int64_t slot = int64_t{block.batch} * arguments.slots + block.first / tile_tokens;
             for (int n = 0; n < 4; ++n) {
-                const float share = n < 3 ? open : open * closed;
-                store(sum_of(call.sums, slot, problem.heads, block.head, n), share * of_block[n]);
+                const Global<float> sum = sum_of(call.sums, slot, problem.heads, block.head, n);
+                store(sum, (n < 3 ? open : open * closed) * of_block[n]);
             }
         }
     }
