@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import gpsa_kernels
@@ -88,6 +89,7 @@ def peers() -> dict[str, dict[str, Callable[[], Any]]]:
     custom_op.register_autograd(lambda ctx, *_: tuple(kernel_backward(*ctx.saved_tensors)), setup_context=setup_context)
 
     calls: dict[str, Callable[[], Any]] = {
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(*tensors[:3]),
         "bare autograd.Function": lambda: Bare.apply(*tensors),
         "torch.ops.gpsa.attention_forward": lambda: operator(*tensors, None, *SETTINGS, "null")[0],
         "gpsa_attention": lambda: gpsa_kernels.gpsa_attention(*tensors, (2, 2), scale=1.0, backend="null"),
@@ -96,5 +98,8 @@ def peers() -> dict[str, dict[str, Callable[[], Any]]]:
 
     return {
         "forward": {name: torch.no_grad()(call) for name, call in calls.items()},
-        "both": {name: lambda call=call: torch.autograd.grad(call(), tensors, Q) for name, call in calls.items()},
+        "both": {
+            name: lambda call=call: torch.autograd.grad(call(), tensors, Q, allow_unused=True)
+            for name, call in calls.items()
+        },
     }

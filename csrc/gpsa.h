@@ -14,12 +14,18 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace gpsa {
 
-enum class Dtype { float16, bfloat16 };
+enum class Dtype { float16, bfloat16, float32 };  // float32: of a Parameter alone
 
 /// A (B, H, N, D) tensor of 16-bit elements: strides in elements, channels contiguous, rows at multiples of 16 bytes.
 struct Tensor {
     void* data;
     int64_t batch, head, token;
+};
+
+/// Contiguous numbers, one or three for each head.
+struct Parameter {
+    const void* data;
+    Dtype dtype;
 };
 
 struct Problem {
@@ -34,8 +40,8 @@ struct Problem {
 struct Forward {
     Problem problem;
     Tensor q, k, v;
-    const float* pos_weight;  // (H, 3)
-    const float* gate;        // (H,)
+    Parameter pos_weight;  // (H, 3)
+    Parameter gate;        // (H,)
     Tensor out;
     Tensor content;    // the content branch alone, which backward may read; data null: not wanted
     float* logsumexp;  // (B, H, N), of the scaled scores, natural logarithm; null: not wanted
@@ -45,18 +51,18 @@ struct Forward {
 struct Backward {
     Problem problem;
     Tensor grad_out, q, k, v;
-    const float* pos_weight;
-    const float* gate;
+    Parameter pos_weight, gate;
     Tensor content;
     const float* logsumexp;
     Tensor grad_q, grad_k, grad_v;
-    float* sums;  // (B*H, Sizes::slots, 4): g <dO, (dR/dw) V> for w0, w1, w2, and g (1 - g) <dO, O_pos - O_content>
+    /// (B, Sizes::slots, 4 H): g <dO, (dR/dw) V> for w0, w1, w2 of each head, then g (1 - g) <dO, O_pos - O_content>
+    float* sums;
     void* workspace;
 };
 
 /// What a caller allocates, and whether it saves `content` for backward.
 struct Sizes {
-    int slots;                    // rows of `sums` that a (batch, head) writes
+    int slots;                    // of `sums`, for a batch element
     int64_t inference_workspace;  // bytes, of a forward call that saves nothing
     int64_t forward_workspace;    // of one that saves what backward reads
     int64_t backward_workspace;

@@ -111,7 +111,7 @@ struct TiledQueryGradient {
             sync_block();
         }
 
-        const float gate = load(Global<const float>(call.gate) + block.head);
+        const float gate = load(call.gate, block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale_rows<channels>(sums, closed * problem.scale);
         store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, block, head_dim);
@@ -119,9 +119,11 @@ struct TiledQueryGradient {
         position.sums[3] -= row.sum_of_deltas();
         add_up(of_block, position.sums, partial);
         if (thread() == 0) {
-            const int64_t index = block.batch_head * arguments.slots + block.first / tile_tokens;
-            const Global<float> slot = Global<float>(call.sums) + 4 * index;
-            for (int n = 0; n < 4; ++n) store(slot + n, (n < 3 ? open : open * closed) * of_block[n]);
+            const int64_t slot = int64_t{block.batch} * arguments.slots + block.first / tile_tokens;
+            for (int n = 0; n < 4; ++n) {
+                const Global<float> sum = sum_of(call.sums, slot, problem.heads, block.head, n);
+                store(sum, (n < 3 ? open : open * closed) * of_block[n]);
+            }
         }
     }
 
@@ -323,7 +325,7 @@ struct TiledKeyGradient {
             sync_block();
         }
 
-        const float gate = load(Global<const float>(call.gate) + block.head);
+        const float gate = load(call.gate, block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         if constexpr (!has_dropout) {
             const float late = open / early_share(open, block.tokens);
@@ -372,7 +374,7 @@ private:
             : x(call.problem, call.pos_weight, statistics, block.head, true),
               y(call.problem, call.pos_weight, statistics, block.head, false),
               dropout(call.problem, block.batch_head) {
-            const float gate = load(Global<const float>(call.gate) + block.head);
+            const float gate = load(call.gate, block.head);
             open = sigmoid(gate);
             closed = sigmoid(-gate);
             for (int half = 0; half < 2; ++half) {
@@ -433,7 +435,7 @@ const char* tiled_backward(const Backward& call, Launch launch) {
         tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const int slot_y = tiled::tiles(problem), slot_x = slot_y + along_y.blocks();
-    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
+    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
     const MixCall grad_y{problem, along_y,   call.pos_weight, statistics, call.grad_out, mixed_grad,
                          mixed,   call.gate, call.sums,       slots,      slot_y};
     const MixCall grad_x{problem, along_x,   call.pos_weight, statistics, mixed_grad, call.grad_v,

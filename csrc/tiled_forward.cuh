@@ -91,7 +91,7 @@ struct TiledForward {
         for (int n = 0; n < channels / 8; ++n) {
             for (int i = 0; i < 4; ++i) content[n].values[i] *= share[i / 2];
         }
-        const float gate = load(Global<const float>(call.gate) + block.head);
+        const float gate = load(call.gate, block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
         if constexpr (has_dropout) {
             scale_rows<channels>(position, keep_scale);
@@ -223,8 +223,8 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
     const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
-    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
-    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};
+    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
+    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, {}, nullptr, 0, 0};
     if (!error) error = launch(MixLines<Config, false>{}, mix_x);
     if (!error) error = launch(MixLines<Config, false>{}, mix_y);
     return error ? error : launch(TiledForward<Config, false>{}, attention);

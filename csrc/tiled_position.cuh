@@ -21,11 +21,12 @@ class GridAxis {
 public:
     const int size;
 
-    GPSA_DEVICE GridAxis(const Problem& problem, const float* pos_weight, const float* statistics, int head, bool is_x)
+    GPSA_DEVICE GridAxis(
+        const Problem& problem, const Parameter& pos_weight, const float* statistics, int head, bool is_x)
         : size(is_x ? problem.columns : problem.rows),
           stride(problem.rows + problem.columns),
-          linear(load(Global<const float>(pos_weight) + (3 * head + (is_x ? 0 : 1))) * log2_e),
-          square(load(Global<const float>(pos_weight) + (3 * head + 2)) * log2_e),
+          linear(load(pos_weight, 3 * head + (is_x ? 0 : 1)) * log2_e),
+          square(load(pos_weight, 3 * head + 2) * log2_e),
           statistics(Global<const float>(statistics) + (int64_t{3} * head * stride + (is_x ? 0 : problem.columns))) {}
 
     /// Of a token, along x.
@@ -48,13 +49,13 @@ private:
 
 /// R entry by entry, from those statistics.
 GPSA_DEVICE DensePosition<GridAxis> dense_position(
-    const Problem& problem, const float* pos_weight, const float* statistics, int head) {
+    const Problem& problem, const Parameter& pos_weight, const float* statistics, int head) {
     return {{problem, pos_weight, statistics, head, true}, {problem, pos_weight, statistics, head, false}};
 }
 
 struct StatisticsCall {
     Problem problem;
-    const float* pos_weight;
+    Parameter pos_weight;
     float* statistics;
 };
 
@@ -132,12 +133,12 @@ GPSA_DEVICE void store_line_rows(
 struct MixCall {
     Problem problem;
     Lines lines;
-    const float* pos_weight;
+    Parameter pos_weight;
     const float* statistics;
     Tensor from, to;
     Tensor values;  // of the rest, what only the backward kernel has
-    const float* gate;
-    float* sums;  // (B * H, slots, 4)
+    Parameter gate;
+    float* sums;  // of Backward
     int slots, first_slot;
 };
 
@@ -251,7 +252,7 @@ private:
             int)
             : values{memory.array<E>(tile_tokens * channels, "values")},
               partial(memory.array<float>(12, "sums")),
-              gate(load(Global<const float>(call.gate) + head)) {
+              gate(load(call.gate, head)) {
             copy_lines<E, channels>(
                 values, rows_of<const E>(call.values, batch, head), call.values.token, call.lines, first_line, first,
                 call.problem.head_dim);
@@ -299,18 +300,19 @@ private:
 
         GPSA_DEVICE void finish(const Call& call, int64_t batch_head, int block) {
             const float sums[3] = {linear, square, total};
-            const Global<float> slot =
-                Global<float>(call.sums) + 4 * (batch_head * call.slots + call.first_slot + block);
             float of_block[3];
             add_up(of_block, sums, partial);
             if (thread() == 0) {
                 const bool along_x = call.lines.along_x;
                 const float open = sigmoid(gate), late = along_x ? open / early(call) : open;
+                const int heads = call.problem.heads, head = static_cast<int>(batch_head % heads);
+                const int64_t slot = batch_head / heads * call.slots + call.first_slot + block;
+                const auto sum = [&](int n) { return sum_of(call.sums, slot, heads, head, n); };
                 // sum dO * O_pos is sum A dA of either axis: the one along y tells it
-                store(slot, along_x ? late * of_block[0] : 0);
-                store(slot + 1, along_x ? 0 : late * of_block[0]);
-                store(slot + 2, late * of_block[1]);
-                store(slot + 3, along_x ? 0 : open * sigmoid(-gate) * of_block[2]);
+                store(sum(0), along_x ? late * of_block[0] : 0);
+                store(sum(1), along_x ? 0 : late * of_block[0]);
+                store(sum(2), late * of_block[1]);
+                store(sum(3), along_x ? 0 : open * sigmoid(-gate) * of_block[2]);
             }
         }
     };

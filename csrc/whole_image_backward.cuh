@@ -74,19 +74,19 @@ struct WholeImageBackward {
         for (int i = thread(); i < padded; i += threads()) {  // queries that do not exist: exp(-inf) = 0
             store(logsumexp + i, i < tokens ? load(row_logsumexp + i) * log2_e : INFINITY);
         }
-        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
-        const float square = load(weights + 2);
+        const auto weight = [&](int i) { return load(call.pos_weight, 3 * head + i); };
+        const float square = weight(2);
         const bool wide = has_dropout || problem.columns >= problem.rows;
-        const Axis longer(wide ? problem.columns : problem.rows, load(weights + (wide ? 0 : 1)), square, normalisers);
+        const Axis longer(wide ? problem.columns : problem.rows, weight(wide ? 0 : 1), square, normalisers);
         const Axis shorter(
-            wide ? problem.rows : problem.columns, load(weights + (wide ? 1 : 0)), square, normalisers + longer.size);
+            wide ? problem.rows : problem.columns, weight(wide ? 1 : 0), square, normalisers + longer.size);
         const Shared<float> shorter_means = means + 2 * longer.size;
         Axis::prepare(longer, shorter);
         Axis::prepare_means(longer, shorter, means);
         copy_wait<0>();
         sync_block();
 
-        const float gate = load(Global<const float>(call.gate) + head);
+        const float gate = load(call.gate, head);
         const float closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
         const float score_share = problem.scale * closed;
         const int first_key = 16 * warp();
@@ -165,7 +165,7 @@ struct WholeImageBackward {
         if (thread() < 4) {
             float sum = 0;
             for (int w = 0; w < threads() / 32; ++w) sum += load(warp_sums + (4 * w + thread()));
-            store(Global<float>(call.sums) + (static_cast<int64_t>(block_x()) * 4 + thread()), sum);
+            store(sum_of(call.sums, batch, problem.heads, head, thread()), sum);
         }
     }
 

@@ -13,6 +13,7 @@ only where something but the kernels would see the operator, and else does the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,10 +94,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+    """In tensors that share no memory, as an operator's results must."""
     call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
     _check(call, backend)
     _check_saved(grad_out, call.q, content, logsumexp)
-    return _run_backward(grad_out, *arguments)
+    grads = _run_backward(grad_out, *arguments)
+    return grads._replace(gate=grads.gate.clone())
 
 
 # ---- fake tensors --------------------------------------------------------------------------------------------------
@@ -125,10 +128,10 @@ def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        *arguments, forward = arguments  # the operator, or what it would run
+    def forward(ctx: Any, run: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``run`` is the operator, or what it would run."""
         with torch._C._AutoDispatchBelowAutograd():
-            out, content, logsumexp = forward(*arguments, True)
+            out, content, logsumexp = run(*arguments, True)
         ctx.settings = arguments[_DIFFERENTIABLE + 1 :]
         ctx.save_for_backward(*arguments[: _DIFFERENTIABLE + 1], content, logsumexp)
         ctx.mark_non_differentiable(*(t for t in (content, logsumexp) if t is not None))
@@ -137,9 +140,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        constant = (None,) * (2 + len(ctx.settings))
+        constant = (None,) * (1 + len(ctx.settings))
         if grad_out is None:
-            return (None,) * _DIFFERENTIABLE + constant
+            return None, *(None,) * _DIFFERENTIABLE, *constant
         *tensors, content, logsumexp = ctx.saved_tensors
         *settings, backend = ctx.settings
         arguments = grad_out, *tensors, *settings, content, logsumexp, backend
@@ -148,8 +151,8 @@ class _Attention(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _run_backward(*arguments)
-        needed = zip(grads, ctx.needs_input_grad, strict=False)
-        return tuple(grad if need else None for grad, need in needed) + constant
+        needed = zip(grads, ctx.needs_input_grad[1:], strict=False)
+        return None, *(grad if need else None for grad, need in needed), *constant
 
 
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +160,7 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if transformed():
         check_transforms(*inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Attention.apply(*arguments[: _FIELDS + 1], torch.ops.gpsa.attention_forward)
+        return _Attention.apply(torch.ops.gpsa.attention_forward, *arguments[: _FIELDS + 1])
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.gpsa.attention_forward(*arguments)
 
@@ -208,7 +211,7 @@ def _is_observed(*tensors: Tensor) -> bool:
         or transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, tensors))
         or any(map(Tensor.is_neg, tensors))
     )
@@ -216,11 +219,12 @@ def _is_observed(*tensors: Tensor) -> bool:
 
 def attention(call: Call, backend: Backend) -> Tensor:
     """The result of ``backend``'s kernels."""
-    if _is_observed(*call[:_DIFFERENTIABLE]):
+    q, k, v, pos_weight, gate, *_ = call
+    if _is_observed(q, k, v, pos_weight, gate):
         return torch.ops.gpsa.attention_forward(*call, backend.name)[0]
-    if autocast_dtype(call.q.device.type) is None:
+    if autocast_dtype(q.device.type) is None:
         return _attention(call, backend)
-    q, k, v = autocast_inputs(call.q, call.k, call.v)
+    q, k, v = autocast_inputs(q, k, v)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         return _attention(call._replace(q=q, k=k, v=v), backend)
 
@@ -229,7 +233,7 @@ def _attention(call: Call, backend: Backend) -> Tensor:
     q, k, v, pos_weight, gate, *_ = call
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
     if needs_grad and torch.is_grad_enabled():
-        return _Attention.apply(*call, backend.name, _run_forward)[0]
+        return _Attention.apply(_run_forward, *call, backend.name)[0]
     assert backend.forward is not None
     with torch._C._AutoDispatchBelowAutograd():
         return backend.forward(call, False).out

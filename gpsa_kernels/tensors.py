@@ -26,15 +26,17 @@ def as_output(t: Tensor) -> Tensor:
 
 
 def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``pos_weight`` and ``gate`` from what each program of a backward kernel has summed.
+    """The gradients of ``pos_weight`` and ``gate``, in one memory, from what each block of a kernel has summed.
 
     Args:
-        sums: (B, H, slots, 4), float32 or float64: of g <dO, (dR/dw) V> for the three weights, and of
-            g (1 - g) <dO, O_pos - O_content>.
+        sums: (B * slots, 4 * H), float32 or float64: of g <dO, (dR/dw) V> for the three weights of each head, then of
+            g (1 - g) <dO, O_pos - O_content> for each head.
         pos_weight: (H, 3).
         gate: (H,) logits.
     """
-    return sums[..., :3].sum((0, 2)).to(pos_weight.dtype), sums[..., 3].sum((0, 2)).to(gate.dtype)
+    total = sums.sum(0).to(torch.promote_types(pos_weight.dtype, gate.dtype))
+    of_weights, of_gates = total.split((pos_weight.numel(), gate.numel()))
+    return of_weights.view(pos_weight.shape).to(pos_weight.dtype), of_gates.to(gate.dtype)
 
 
 def _knows_autocast(device: str) -> bool:

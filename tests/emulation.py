@@ -191,7 +191,9 @@ def _call(
     deferred_copies: bool = False,
     module: ModuleType | None = None,
 ) -> Result:
-    inputs |= {name: inputs[name].float().contiguous() for name in ("pos_weight", "gate")}
+    for name in ("pos_weight", "gate"):  # in 16 bits the emulator takes them for numbers of q's dtype
+        t = inputs[name].contiguous()
+        inputs[name] = t if t.dtype == inputs["q"].dtype else t.float()
     inputs.setdefault("seed", torch.tensor([dropout_seed]))
     run = getattr(module or kernels(), direction)
     counts = run(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
@@ -249,7 +251,7 @@ def backward(
     q, problem = tensors[0], _problem(tensors[0], grid_size, scale, dropout_p)
     slots = kernels().tiled_slots(problem) if "content" in saved else 1
     outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
-    outputs = dict(zip(GRADIENTS, (*outputs, torch.full((*q.shape[:2], slots, 4), torch.nan)), strict=True))
+    outputs = dict(zip(GRADIENTS, (*outputs, torch.full((q.size(0) * slots, 4 * q.size(1)), torch.nan)), strict=True))
     inputs = dict(zip(INPUTS, tensors, strict=True)) | saved | {"grad_out": grad_out}
     return _call("backward", problem, inputs, outputs, row_blocks=0 if "content" in saved else None, **how)
 

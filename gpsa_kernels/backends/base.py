@@ -94,7 +94,7 @@ class Backend:
     """One way to compute GPSA.
 
     A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or a ``forward`` and
-    ``backward`` pair (kernels, reached through the registered operator), or both: then the kernels serve eager mode on
+    ``backward`` pair (kernels, which a registered operator runs), or both: then the kernels serve eager mode on
     ``kernel_devices`` and ``compose`` serves everything else.
 
     Attributes:

@@ -141,7 +141,7 @@ def unsupported_tensors(call: Call) -> str | None:
 
 
 class _Sizes(NamedTuple):
-    slots: int  # rows of `sums` that a batch element and head writes
+    slots: int  # of `sums`, for a batch element
     inference_workspace: int  # bytes, of a forward pass that saves nothing
     forward_workspace: int  # of one that saves what backward reads
     backward_workspace: int
@@ -188,14 +188,14 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _float32(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
+def _parameter(t: Tensor) -> Tensor:
+    return (t.float() if t.dtype == torch.float64 else t).contiguous()
 
 
 def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     """What every kernel reads, as it can be read."""
     q, k, v, pos_weight, gate, seed, *_ = call
-    return _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed
+    return _aligned(q), _aligned(k), _aligned(v), _parameter(pos_weight), _parameter(gate), seed
 
 
 def forward(call: Call, save: bool) -> Forward:
@@ -212,7 +212,7 @@ def forward(call: Call, save: bool) -> Forward:
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     q, sizes = call.q, _sizes_for(call)
     grads = empty_output(q), empty_output(q), empty_output(q)
-    sums = q.new_empty((q.size(0), q.size(1), sizes.slots, 4), dtype=torch.float32)
+    sums = q.new_empty((q.size(0) * sizes.slots, 4 * q.size(1)), dtype=torch.float32)
     content = saved.content if sizes.content else None
     workspace = _workspace(q, sizes.backward_workspace)
     settings = (*call.grid_size, call.scale, call.dropout_p)
