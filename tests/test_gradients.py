@@ -248,7 +248,7 @@ def test_vmap_of_the_operators_does_without_torchs_slow_fallback(build):
     out = torch.vmap(function)(*stacked)
     torch.testing.assert_close(list(out), [function(*(t[i] for t in stacked)) for i in (0, 1)])
     tensors = [t.detach().requires_grad_() for t in tensors]
-    out, directions = function(*tensors), torch.randn(3, *out.shape, dtype=out.dtype)
+    out, directions = function(*tensors), torch.randn(3, *out[0].shape, dtype=out.dtype)
     batched = torch.autograd.grad(out, tensors, directions, is_grads_batched=True, retain_graph=True)
     for index, direction in enumerate(directions):
         expected = torch.autograd.grad(out, tensors, direction, retain_graph=True)
