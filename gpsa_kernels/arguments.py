@@ -106,7 +106,7 @@ def as_pair(name: str, value: Any, meaning: str = "(rows, columns)") -> tuple[in
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be a pair {meaning}, got {value!r}")
     first, second = value
-    if (type(first) is int and type(second) is int) or torch.jit.is_tracing():  # where sizes are tensors
+    if (type(first) is int and type(second) is int) or torch._C._is_tracing():  # where sizes are tensors
         return first, second
     if not (_is_integer(first) and _is_integer(second)):
         raise TypeError(f"{name} must hold two integers, got {value!r}")

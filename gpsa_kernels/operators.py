@@ -13,6 +13,7 @@ only where something but the kernels would see the operator, and else does the s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
-from gpsa_kernels.tensors import accumulation_dtype, autocast_dtype, autocast_inputs, empty_output
+from gpsa_kernels.tensors import accumulation_dtype, as_output, autocast_dtype, autocast_inputs, empty_output
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
@@ -98,7 +99,9 @@ def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
     _check(call, backend)
     _check_saved(grad_out, call.q, content, logsumexp)
-    grads = _run_backward(grad_out, *arguments)
+    # as the forward kernel has laid them out, whatever happened to them since
+    saved = as_output(content) if content.dim() == 4 else content, logsumexp.contiguous()
+    grads = _run_backward(grad_out, *call, *saved, backend)
     return grads._replace(gate=grads.gate.clone())
 
 
@@ -121,6 +124,38 @@ def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
     q, pos_weight, gate = call.q, call.pos_weight, call.gate
     grads = empty_output(q), empty_output(q), empty_output(q)
     return Gradients(*grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape))
+
+
+# ---- vmap ----------------------------------------------------------------------------------------------------------
+
+
+def _is_left_out(t: Tensor) -> bool:
+    return t.dim() == 1 and t.numel() == 0
+
+
+def _vmap(operator: Any, seed: int, info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """Calls in a batch as one with more heads; one by one where ``arguments[seed]`` makes a mask for a call's heads."""
+    count = info.batch_size
+    if arguments[seed] is not None:
+        calls = [[a if d is None else a.select(d, i) for a, d in zip(arguments, dims)] for i in range(count)]  # noqa: B905
+        results = [torch.stack(tensors) for tensors in zip(*(operator(*call) for call in calls), strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    def more_heads(t: Any, dim: int | None) -> Any:
+        if not isinstance(t, Tensor) or _is_left_out(t):
+            return t
+        t = t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+        heads = 1 if t.dim() > 3 else 0
+        return t.movedim(0, heads).flatten(heads, heads + 1)
+
+    def fewer_heads(t: Tensor) -> tuple[Tensor, int | None]:
+        if _is_left_out(t):
+            return t, None
+        heads = 1 if t.dim() > 2 else 0
+        return t.unflatten(heads, (count, -1)), heads
+
+    tensors, out_dims = zip(*map(fewer_heads, operator(*map(more_heads, arguments, dims))), strict=True)
+    return tensors, out_dims
 
 
 # ---- autograd ------------------------------------------------------------------------------------------------------
@@ -196,6 +231,9 @@ _library.impl("attention_forward", _forward_autograd, "Autograd")
 _library.impl("attention_backward", _backward_autograd, "Autograd")
 torch.library.register_fake("gpsa::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("gpsa::attention_backward", _backward_fake, lib=_library)
+for _name, _seed in (("attention_forward", _DIFFERENTIABLE), ("attention_backward", 1 + _DIFFERENTIABLE)):
+    _operator = getattr(torch.ops.gpsa, _name)
+    torch.library.register_vmap(f"gpsa::{_name}", functools.partial(_vmap, _operator, _seed), lib=_library)
 
 
 # ---- without the dispatcher ----------------------------------------------------------------------------------------

@@ -193,6 +193,28 @@ def test_vmap(build, backend):
     torch.testing.assert_close(out, torch.stack((expected, expected)))
 
 
+@pytest.fixture
+def _no_vmap_fallback():
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+@pytest.mark.usefixtures("_no_vmap_fallback")
+@pytest.mark.parametrize("build", [_attention, _gate_alone, _layer(FusedGPSA)])
+def test_vmap_of_the_operators_does_without_torchs_slow_fallback(build):
+    function, tensors = build("sdpa")
+    stacked = [torch.stack((t, t.sin())).detach().requires_grad_() for t in tensors]
+    out = torch.vmap(function)(*stacked)
+    torch.testing.assert_close(list(out), [function(*(t[i] for t in stacked)) for i in (0, 1)])
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out, directions = function(*tensors), torch.randn(3, *out[0].shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, tensors, directions, is_grads_batched=True, retain_graph=True)
+    for index, direction in enumerate(directions):
+        expected = torch.autograd.grad(out, tensors, direction, retain_graph=True)
+        torch.testing.assert_close([t[index] for t in batched], list(expected))
+
+
 @pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
 def test_per_sample_gradients(kind):
     layer, (x,) = CALLS[kind.__name__]("auto")

@@ -72,6 +72,31 @@ def test_inference_mode(target, widest):
         assert torch.equal(gpsa_attention(*tensors, (3, 5), backend=target.backend), expected)
 
 
+@pytest.fixture
+def _no_vmap_fallback():
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+@pytest.mark.usefixtures("_no_vmap_fallback")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_vmap_over_queries_gates_and_what_is_saved(target, widest, dropout_p):
+    q, k, v, pos_weight, gate = _inputs(target, widest, 1, 2, (2, 3), 16)
+    seed = torch.tensor([7], device=target.device) if dropout_p else None
+    settings = (2, 3, 0.25, dropout_p)
+
+    def gradients(q, gate, grad_out):
+        tensors = (q, k, v, pos_weight, gate, seed)
+        out, *saved = torch.ops.gpsa.attention_forward(*tensors, *settings, target.backend, True)
+        return out, *torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, *saved, target.backend)
+
+    stacked = torch.stack((q, k), dim=2), torch.stack((gate, -gate)), torch.stack((k, v), dim=4)
+    actual = torch.vmap(gradients, (2, 0, 4))(*stacked)
+    expected = zip(gradients(q, gate, k), gradients(k, -gate, v), strict=True)
+    torch.testing.assert_close(list(actual), [torch.stack(pair) for pair in expected])
+
+
 def _call(q, k, v, dropout_p=0.0):
     return Call(q, k, v, torch.zeros(1, 3), torch.zeros(1), None, 2, 3, 1.0, dropout_p)
 
