@@ -1,14 +1,15 @@
 """Measures, and adds what it measured to the results' file of this machine and day.
 
-python -m benchmarks             everything, most telling first
-python -m benchmarks --quick     under three minutes on two CPU cores
+python -m benchmarks               everything, most telling first
+python -m benchmarks --quick       under three minutes on two CPU cores
+python -m benchmarks --describe    what this machine is; the last line, in JSON, is how a run of it begins
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
+import json
 import os
 import re
 import sys
@@ -19,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import accuracy, dispatch, floors, machine, measure, models, results, timing
-from benchmarks.workloads import PROFILES, Profile, attention_workloads, headline, model_workloads
-from gpsa_kernels import BACKENDS
+from benchmarks import dispatch, measure, models, results, timing
+from benchmarks.workloads import PROFILES, Profile, Rates, attention_workloads, derived, model_workloads
+from gpsa_kernels import BACKENDS, info
 
 SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled")
 
@@ -40,7 +41,7 @@ def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) 
     effort = measure.EFFORTS[profile]
 
     @functools.cache
-    def rates(dtype: str) -> floors.Rates | None:
+    def rates(dtype: str) -> Rates | None:
         if device == "cpu" and dtype != "float32":
             return None  # torch's large products in 16 bits are slower there than the small ones that they should bound
         return timing.measure_rates(device, dtype, small=profile == "dry")
@@ -50,8 +51,8 @@ def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) 
             rows = lambda model=model: models.workload_rows(model, device, effort, rates(model.dtype))  # noqa: E731
             yield Unit(section, str(model), {"direction": model.direction}, rows)
     elif section == "accuracy":
-        for case in accuracy.cases(device, profile):
-            yield Unit(section, str(case), {}, lambda case=case: accuracy.case_rows(case, device, lost))
+        for case in measure.accuracy_cases(device, profile):
+            yield Unit(section, str(case), {}, lambda case=case: measure.accuracy_rows(case, device, lost))
     elif section == "dispatch":
         yield Unit(section, "no work", {}, lambda: dispatch.rows(effort))
     else:
@@ -77,25 +78,12 @@ def lost_peers(section: str, rows: Iterable[results.Row]) -> dict[str, str]:
     return {row["peer"]: row["reason"] for row in found if row["reason"].startswith(measure.LOST)}
 
 
-def bad(row: results.Row, device: str, profile: Profile) -> bool:
-    """Whether gpsa_kernels was wrong, failed, or refused what it is made for: the headline, or a model."""
-    owner, _, name = row["peer"].partition(" ")
-    if owner != "gpsa_kernels" or row["status"] == "ok":
-        return False
-    if row["status"] != "unavailable":
-        return True
-    chief = row["section"] == "models" or row["workload"] == str(headline(device, profile))
-    return chief and device == "cuda" and name in BACKENDS and BACKENDS[name].unavailable() is None
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the sections asked for; returns 1 where a row of the run is ``bad``, 0 otherwise.
+    """Runs the sections asked for; returns 1 where gpsa_kernels has faults in them, 0 otherwise.
 
-    What becomes of the other peers is a result, and no reason to fail.
+    What becomes of the other peers, or of a backend that this machine cannot run, is a result and no reason to fail.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.command_line("benchmarks", __doc__)
     parser.add_argument("--profile", choices=PROFILES, default="full", help="dry rehearses, and measures nothing")
     parser.add_argument("--quick", dest="profile", action="store_const", const="quick", help="the quick profile")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
@@ -103,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--without", nargs="+", choices=BACKENDS, default=[], metavar="BACKEND", help="to leave out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads on the CPU")
+    parser.add_argument("--describe", action="store_true", help="measure nothing, and tell what this machine is")
     parser.add_argument("--output", type=Path, help="the file to add to; benchmarks/results/<machine>-<day>.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on with the file's last run, leaving out what it has")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -111,7 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    run = machine.describe(options.device, options.profile)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device was found")
+    run = results.describe(options.device, options.profile)
+    if options.describe:
+        capability = torch.cuda.get_device_capability() if options.device == "cuda" else (9, 0)
+        print(info.report(), json.dumps({"run": run, "capability": "{}.{}".format(*capability)}), sep="\n")
+        return 0
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
     there: list[results.Row] = []  # what the run's file has
@@ -122,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         BACKENDS[name] = dataclasses.replace(BACKENDS[name], unavailable=lambda: "it was left out (--without)")
     with measure.own_stream(options.device):
         for section in options.sections:
-            for row in machine.clocks(options.device, section, "before"):
+            for row in results.clocks(options.device, section, "before"):
                 results.append(output, run, [row])
             lost = lost_peers(section, there)
             for unit in units(section, options.device, options.profile, lost):
@@ -143,9 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(output, run, rows)
                 there += rows
                 _tell(unit, rows, time.perf_counter() - start)
-            for row in machine.clocks(options.device, section, "after"):
+            for row in results.clocks(options.device, section, "after"):
                 results.append(output, run, [row])
-    wrong = sum(row["section"] in options.sections and bad(row, options.device, options.profile) for row in there)
+    there = [row for row in there if row["section"] in options.sections]
+    able = {f"gpsa_kernels {name}" for name, backend in BACKENDS.items() if backend.unavailable() is None}
+    found = results.faults(there, options.device, options.profile)
+    wrong = sum(row["status"] != "unavailable" or row["peer"] in able for row in found)
     print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else ""))
     return 1 if wrong else 0
 
@@ -154,16 +152,14 @@ def _tell(unit: Unit, rows: list[results.Row], seconds: float) -> None:
     """Prints a unit's rows in short."""
     print(f"{unit.section}: {unit.workload} {' '.join(unit.where.values())} ({seconds:.0f} s)", flush=True)
     for row in rows:
-        about = row.get("tensor", row.get("direction", ""))
         if row["status"] != "ok":
             value = f"{row['status']}: {row['reason']}"
         elif "median_us" in row:
-            share = floors.derived(row).get("floor_share")
-            share = f", {share:.0%} of the floor's speed" if share else ""
-            value = f"{row['median_us']:.1f} us{share}"
+            share = derived(row).get("floor_share")
+            value = f"{row['median_us']:.1f} us" + (f", {share:.0%} of the floor's speed" if share else "")
         else:
-            value = f"error {row['max_error']:.1e}, eager's {row['eager_max_error']:.1e}"
-        print(f"  {row['peer']:<34}{about:<18}{value}", flush=True)
+            value = "errors " + ", ".join(f"{error:.1e}" for error in row["max_error"])
+        print(f"  {row['peer']:<34}{row.get('direction', ''):<18}{value}", flush=True)
 
 
 if __name__ == "__main__":

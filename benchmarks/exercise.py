@@ -9,7 +9,6 @@ wrong numbers is told, and fit: it harms nobody.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -21,9 +20,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks import check
 from benchmarks.measure import gradients
-from benchmarks.peers import Unavailable, inputs, ours
+from benchmarks.peers import Unavailable, allowed, deviation, formula, inputs, ours
+from benchmarks.results import command_line
 from benchmarks.workloads import Case, headline
 from gpsa_kernels import BACKENDS
 
@@ -51,7 +50,7 @@ def posed(case: Case, device: str) -> tuple[list[Tensor], Tensor]:
 def truth(case: Case, device: str) -> list[Tensor]:
     """The formula on what is posed: computed on the CPU, where no kernel of ours has a part."""
     tensors, grad_out = posed(case, device)
-    return check.formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
+    return formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
 
 
 def exercise(name: str, case: Case, device: str, direction: str) -> str | None:
@@ -67,8 +66,8 @@ def exercise(name: str, case: Case, device: str, direction: str) -> str | None:
             got = [function(*tensors)]
     else:
         got = gradients(function, tensors, grad_out)
-    found, allowed = check.deviation([t.cpu() for t in got], truth(case, device)), check.allowed(got[0].dtype, 0.0)
-    return None if found <= allowed else f"{found:.1e} from the formula, {allowed:.1e} is allowed"
+    found, limit = deviation([t.cpu() for t in got], truth(case, device)), allowed(got[0].dtype, 0.0)
+    return None if found <= limit else f"{found:.1e} from the formula, {limit:.1e} is allowed"
 
 
 def here(name: str, direction: str, device: str, small: bool) -> int:
@@ -93,21 +92,18 @@ def apart(name: str, direction: str, device: str, small: bool, seconds: float) -
     """Exercises a backend in a process of its own; its exit status, or None where it did not end."""
     words = ["--backends", name, "--directions", direction, "--device", device, *(["--small"] if small else [])]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.exercise", *words])
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        print(f"{name} {direction}: did not end within {seconds:.0f} s", flush=True)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-        return None
+    print(f"{name} {direction}: did not end within {seconds:.0f} s", flush=True)
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exercises backends; returns 0 only where all are right or cannot run here."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.exercise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("benchmarks.exercise", __doc__)
     parser.add_argument("--small", action="store_true", help="a few tokens, an even grid and an odd one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), metavar="NAME")

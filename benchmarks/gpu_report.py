@@ -12,7 +12,6 @@ Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but no
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -22,14 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks import report as tables
 from benchmarks import results, supervisor
+from benchmarks.results import ROOT
 from benchmarks.workloads import headline
 
-ROOT = supervisor.ROOT
 PYTHON = sys.executable
 EMPTY = {
     "results.jsonl": "",
@@ -44,32 +43,21 @@ TAIL_LINES = 15
 DONE, WRONG, MISSING, UNFINISHED, LEFT = "done", "wrong", "missing", "out of time", "not begun"
 UNDER_WAY = "interrupted"  # until it is something else
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
-FIRST = str(headline("cuda", "full"))
 
 KERNELS = ("triton", "cuda")  # the backends with kernels of ours, and what these are called
 KERNEL_NAMES = ("whole_image", "tiled_kernel", "attention_", "separable_", "axis_tables")
 NOT_SUPPORTED = re.compile("Device not supported|ERR_NVGPUCTRPERM|LibraryNotLoaded")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command.
+class Step(NamedTuple):
+    """A command."""
 
-    Attributes:
-        name: for --skip, the log and the table.
-        command: words; the first may be a tool that is not there.
-        seconds: what it may take at most of nine minutes, beside what the steps before it left over.
-        needs: files of the repository without which it makes no sense.
-        tool: whether it is the vendor's tool that looks, which a machine may lack or forbid.
-        environment: in addition to this process's.
-    """
-
-    name: str
-    command: Sequence[str]
-    seconds: float
-    needs: tuple[str, ...] = ()
-    tool: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
+    name: str  # for --skip, the log and the table
+    command: Sequence[str]  # words; the first may be a tool that is not there
+    seconds: float  # what it may take at most of nine minutes, beside what the steps before it left over
+    needs: tuple[str, ...] = ()  # files of the repository without which it makes no sense
+    tool: bool = False  # whether it is the vendor's tool that looks, which a machine may lack or forbid
+    environment: Sequence[tuple[str, str]] = ()  # in addition to this process's
 
     def obstacle(self) -> str | None:
         """What it lacks, or None."""
@@ -95,7 +83,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
     exercise = (PYTHON, "-m", "benchmarks.exercise", "--device", device)
     fit = [name for name in KERNELS if name not in unfit]
     kernels = () if dry else ("--backends", *fit)
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an access past a tensor's end lands in the cache's block
+    uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # or an access past a tensor's end lands in the cache's block
 
     def measured(name: str, seconds: float, *sections: str, workloads: str = "") -> Step:
         options = ["--device", device, "--profile", profile, "--output", str(output), "--resume", "--sections"]
@@ -110,7 +98,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         options += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
         options += ["-m", marked] if marked else []
         options += ["--collect-only"] if dry else []
-        interpreted = {"TRITON_INTERPRET": "1"} if dry else {}  # or there would be no test to collect
+        interpreted = [("TRITON_INTERPRET", "1")] if dry else ()  # or there would be no test to collect
         return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, files, environment=interpreted)
 
     def sanitized(tool: str, seconds: float) -> Step:
@@ -123,7 +111,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
     profiler += ["--kernel-name", f"regex:{'|'.join(KERNEL_NAMES)}"]
     for watched in ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis"):
         profiler += ["--section", watched]
-    build = {"GPSA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
+    build = (("GPSA_BUILD_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", capability))
     return [
         Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
         Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
@@ -144,8 +132,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
 class Report:
     """What was found so far: four files in a folder, and in the evidence folder if one was asked for.
 
-    Raises:
-        OSError: the folder cannot be written.
+    Raises OSError where the folder cannot be written.
     """
 
     def __init__(self, folder: Path, evidence: Path | None) -> None:
@@ -172,22 +159,29 @@ class Report:
         self.machine = machine
         try:
             old = json.loads(self.state_file.read_text())
-            same = old["machine"] == machine or not old["steps"]
-            self.state = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+            steps = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+            if old["machine"] == machine or not steps:
+                self.state = steps
+            else:
+                self.set_aside(self.state_file, "is of another machine or version")
         except DAMAGED as error:
-            self.say(supervisor.set_aside(self.state_file, f"is damaged ({type(error).__name__})"))
-        else:
-            if not same:
-                self.state = {}
-                self.say(supervisor.set_aside(self.state_file, "is of another machine or version"))
+            self.set_aside(self.state_file, f"is damaged ({type(error).__name__})")
 
     def check_results(self) -> None:
         """Sets the results aside where they are damaged."""
         try:
             results.read(self.results_file)
         except DAMAGED as error:
-            self.say(supervisor.set_aside(self.results_file, f"is damaged ({type(error).__name__})"))
-            results.write(self.results_file, EMPTY[self.results_file.name])
+            self.set_aside(self.results_file, f"is damaged ({type(error).__name__})")
+
+    def set_aside(self, path: Path, why: str) -> None:
+        """Renames a file, never over another one, and begins it anew."""
+        number = 1
+        while (kept := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        os.replace(path, kept)
+        results.write(path, EMPTY[path.name])
+        self.say(f"{path.name} {why}: it was renamed to {kept.name}")
 
     def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
         """What became of a step, in all files at once: whoever ends us finds it."""
@@ -196,91 +190,67 @@ class Report:
         results.write(self.text_file, self.text())
         self.publish()
 
-    def publish(self) -> None:
-        """Brings the evidence folder up to date; what keeps it from being written, once the work has begun, is told."""
-        try:
-            self.publish_or_raise()
-        except OSError as error:
-            print(f"no evidence was written: {error}", file=sys.stderr, flush=True)
-
-    def publish_or_raise(self) -> None:
+    def publish(self) -> str | None:
+        """Brings the evidence folder up to date; tells and returns what keeps it from being written."""
         if self.evidence is not None:
-            supervisor.publish(self.folder, self.evidence, list(EMPTY))
+            try:
+                supervisor.publish(self.folder, self.evidence, list(EMPTY))
+            except OSError as error:
+                print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
+                return str(error)
+        return None
 
     def text(self) -> str:
-        """The table of the steps, what is wrong, and the short table of what was measured."""
+        """The table of the steps, what is wrong, whose fault it ever is, and the short table of what was measured."""
+        lines = [f"{'step':<12}{'status':<14}{'seconds':>8}"]
+        for step in self.steps:
+            entry = self.state.get(step.name, {"status": LEFT, "word": "", "seconds": 0.0})
+            lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
+        if any(self.status(step) in (UNFINISHED, LEFT, UNDER_WAY) for step in self.steps):
+            lines.append("not all is done: the same command goes on")
         try:
-            measured = measurements(self.run())
+            if (run := self.run()) is not None:
+                failed = [row for row in run["rows"] if row["status"] in ("wrong", "failed")]
+                told = [*results.faults(run["rows"], run["device_type"], run["profile"]), *failed]
+                lines += ["", *dict.fromkeys(map(_told, told)), "", tables.summary(run) if tables.compared(run) else ""]
         except Exception as error:  # the rest is worth showing, whatever the rows are like
-            measured = f"the rows cannot be shown: {type(error).__name__}: {error}"
-        return f"{table(self.steps, self.state)}\n{measured}\n"
+            lines.append(f"the rows cannot be shown: {type(error).__name__}: {error}")
+        return "\n".join([*lines, ""])
+
+    def status(self, step: Step) -> str:
+        """What became of a step."""
+        return self.state.get(step.name, {}).get("status", LEFT)
 
     def is_done(self, step: Step) -> bool:
         """Whether a step was done, and what it measured, if it measures, has not been lost since."""
-        done = self.state.get(step.name, {}).get("status") == DONE
-        return done and ("--sections" not in step.command or self.run() is not None)
+        return self.status(step) == DONE and ("--sections" not in step.command or self.run() is not None)
 
-    def run(self) -> dict[str, Any] | None:
+    def run(self) -> results.Run | None:
         """This machine's rows, if there are any."""
         return results.last(self.results_file, self.machine)
 
     def verdict(self, dry: bool) -> int:
         """The exit status; a rehearsal forgives what is not there."""
-        found = [(step, self.state[step.name]["status"]) for step in self.steps]
-        lacking = any(status == MISSING and not (step.tool or dry) for step, status in found)
-        if lacking or any(status == WRONG for _, status in found) or faults(self.run()):
+        found = {self.status(step) for step in self.steps if not (step.tool or dry) or self.status(step) != MISSING}
+        run = self.run()
+        if found & {WRONG, MISSING} or (run and results.faults(run["rows"], run["device_type"], run["profile"])):
             return 1
-        return 2 if any(status in (UNFINISHED, LEFT) for _, status in found) else 0
+        return 2 if found & {UNFINISHED, LEFT} else 0
 
 
-def table(chosen: Sequence[Step], state: dict[str, Any]) -> str:
-    """What became of every step so far."""
-    lines = [f"{'step':<12}{'status':<14}{'seconds':>8}"]
-    for step in chosen:
-        entry = state.get(step.name, {"status": LEFT, "word": "", "seconds": 0.0})
-        lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
-    if any(state.get(step.name, {}).get("status") in (None, UNFINISHED, LEFT, UNDER_WAY) for step in chosen):
-        lines.append("not all is done: the same command goes on")
-    return "\n".join(lines) + "\n"
-
-
-def faults(run: dict[str, Any] | None) -> list[str]:
-    """Rows of gpsa_kernels that are wrong, or failed, or not there where all depends on them."""
-    found = []
-    for row in run["rows"] if run else []:
-        first = row["section"] == "models" or (row["section"], row["workload"]) == ("operator", FIRST)
-        bad = ("wrong", "failed", "unavailable") if first and run["device_type"] == "cuda" else ("wrong", "failed")
-        if row["peer"].startswith("gpsa_kernels") and row["status"] in bad:
-            found.append(_told(row))
-    return found
-
-
-def _told(row: dict[str, Any]) -> str:
+def _told(row: results.Row) -> str:
     about = (row[name] for name in ("section", "workload", "direction", "peer") if name in row)
     return f"{row['status']}: {' '.join(about)}: {row['reason']}"
-
-
-def measurements(run: dict[str, Any] | None) -> str:
-    """What is wrong, whose fault it ever is, and the short table of what was measured."""
-    from benchmarks import report
-
-    if run is None:
-        return ""
-    others = [_told(row) for row in run["rows"] if row["status"] in ("wrong", "failed")]
-    lines = dict.fromkeys([*faults(run), *others])
-    return "\n".join([*lines, "", report.summary(run) if report.compared(run) else ""])
 
 
 def perform(step: Step, seconds: float, report: Report) -> tuple[str, str, str]:
     """Runs a step; its status, a word about it, and what it printed."""
     report.say(f"==== {step.name}: {' '.join(step.command)}")
     before = report.log.stat().st_size
-    environment = {**os.environ, "PATH": tools(), **step.environment}
+    environment = {**os.environ, "PATH": tools(), **dict(step.environment)}
     command = [shutil.which(step.command[0], path=tools()) or step.command[0], *step.command[1:]]
     code = supervisor.run(command, seconds, report.log, environment, report.publish)
-    with report.log.open("rb") as log:
-        log.seek(before)
-        printed = log.read().decode(errors="replace")
+    printed = report.log.read_bytes()[before:].decode(errors="replace")
     if step.tool and (refused := NOT_SUPPORTED.search(printed)):
         return MISSING, refused[0], printed
     if code is None:
@@ -289,9 +259,9 @@ def perform(step: Step, seconds: float, report: Report) -> tuple[str, str, str]:
 
 
 def ask(report: Report, dry: bool) -> dict[str, Any] | None:
-    """What ``benchmarks.machine`` says, in a process of its own: the first call of a GPU's driver may not return."""
+    """The machine, told by a process of its own: the first call of a GPU's driver may not return."""
     words = ("--device", "cpu", "--profile", "dry") if dry else ("--device", "cuda")
-    step = Step("machine", (PYTHON, "-m", "benchmarks.machine", *words), 60)
+    step = Step("machine", (PYTHON, "-m", "benchmarks", "--describe", *words), 60)
     status, word, printed = perform(step, step.seconds, report)
     if status != DONE:
         print(printed.strip())
@@ -302,11 +272,7 @@ def ask(report: Report, dry: bool) -> dict[str, Any] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is not done yet; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = results.command_line("benchmarks.gpu_report", __doc__)
     parser.add_argument("--evidence", type=Path, help="folder for a copy of the four files, brought up to date")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
     parser.add_argument("--minutes", type=float, help="time limit, which the steps' limits go with; 9, of a dry run 60")
@@ -328,10 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
     if unknown := set(options.skip) - {step.name for step in steps(dry, report.results_file, "", ())}:
         parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
-    try:
-        report.publish_or_raise()
-    except OSError as error:
-        parser.error(f"--evidence: the folder cannot be written: {error}")
+    if report.publish():
+        return 1
     facts = ask(report, dry)
     if facts is None:
         report.publish()

@@ -1,4 +1,4 @@
-"""Rows of the operator and of the layer: every peer proves itself, then all are timed, interleaved."""
+"""Rows of the operator and of the layer: every peer proves itself, then all are timed, interleaved; and accuracy's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import check, floors, timing
+from benchmarks import peers, timing
 from benchmarks.peers import LAYER, OPERATOR, Function, Peer, Subject, Unavailable
 from benchmarks.results import Row
-from benchmarks.workloads import Case, Profile, Workload
+from benchmarks.workloads import Case, Profile, Rates, Workload
+from gpsa_kernels import BACKENDS
 
 PROBE_SECONDS = 240
 LOST = "CUDA was lost"  # how the reason of a peer begins that took its process's CUDA context with it
@@ -101,17 +102,6 @@ def timed_call(function: Function, tensors: Sequence[Tensor], grad_out: Tensor, 
     return lambda: _grads(out, tensors, grad_out, retain_graph=True)
 
 
-def proved(
-    peer: Peer, function: Function, tensors: Sequence[Tensor], grad_out: Tensor, truth: list[Tensor], direction: str
-) -> float | None:
-    """How far the peer is from the truth in what it is timed in; None where it computes no GPSA."""
-    if direction == "forward":
-        got = [timed_call(function, tensors, grad_out, "forward")()]
-    else:
-        got = gradients(function, tensors, grad_out)
-    return check.deviation(got, truth) if peer.gpsa else None
-
-
 def memory(call: Callable[[], Any], device: str) -> Row:
     """On a GPU the most memory a call takes beyond its inputs; on a CPU the bytes that its graph keeps for backward,
     inputs included, if it makes one."""
@@ -121,7 +111,7 @@ def memory(call: Callable[[], Any], device: str) -> Row:
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return {"memory_bytes": torch.cuda.max_memory_allocated() - before}
+        return {"memory_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
     storages: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -131,7 +121,7 @@ def memory(call: Callable[[], Any], device: str) -> Row:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         call()
     kept = sum(t.untyped_storage().nbytes() for t in storages.values())
-    return {"memory_bytes": kept} if kept else {}
+    return {"memory_mb": kept / 1e6} if kept else {}
 
 
 # ---- a peer that might take the process with it --------------------------------------------------------------------
@@ -161,12 +151,10 @@ def probe(section: str, name: str, case: Case, device: str, direction: str) -> s
     process = context.Process(target=_probe, args=arguments, daemon=False)
     process.start()
     process.join(PROBE_SECONDS)
-    if process.is_alive():
+    if (code := process.exitcode) is None:
         process.kill()
         return f"it took more than {PROBE_SECONDS} s to compile"
-    if process.exitcode is not None and process.exitcode < 0:
-        return f"the process died of signal {-process.exitcode}"
-    return None
+    return f"the process died of signal {-code}" if code < 0 else None
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -200,10 +188,8 @@ class Run:
     ``lost``: peers that are left out, and why.
     """
 
-    def __init__(
-        self, workload: Workload, device: str, temperature: str, lost: Mapping[str, str] | None = None
-    ) -> None:
-        self.workload, self.device, self.temperature, self.lost = workload, device, temperature, lost or {}
+    def __init__(self, workload: Workload, device: str, temperature: str, lost: Mapping[str, str] = {}) -> None:
+        self.workload, self.device, self.temperature, self.lost = workload, device, temperature, lost
         self.case, self.subject = workload.case, subject(workload.section)
         self.peers = [peer for peer in self.subject.peers if workload.compiled or not peer.compiled]
         self.functions: dict[str, Function] = {}
@@ -215,8 +201,8 @@ class Run:
         tensors, grad_out = self.sets[0]
         dtype = getattr(torch, self.case.dtype)
         self.truth = self.subject.formula(tensors, grad_out, self.case, torch.float64)
-        eager = check.deviation(self.subject.formula(tensors, grad_out, self.case, dtype), self.truth)
-        self.allowed = check.allowed(dtype, eager)
+        eager = peers.deviation(self.subject.formula(tensors, grad_out, self.case, dtype), self.truth)
+        self.allowed = peers.allowed(dtype, eager)
 
     def release(self) -> None:
         """Gives the tensors back."""
@@ -232,7 +218,8 @@ class Run:
         if not self.sets:
             self._begin()
         timing.CudaSample.pool = None  # the graphs of the last direction are gone, and with them their pool
-        rows = [self._header(peer, direction) for peer in self.peers]
+        place = {"section": self.workload.section, "workload": str(self.workload), "direction": direction}
+        rows = [{**place, "temperature": self.temperature, "peer": peer.name} for peer in self.peers]
         samples: dict[str, timing.Sample] = {}
         for peer, row in zip(self.peers, rows, strict=True):
             if peer.name in self.lost:
@@ -240,37 +227,25 @@ class Run:
                 continue
             try:
                 samples[peer.name] = self._sample(peer, direction, row)
-            except Wrong as error:
-                row |= {"status": "wrong", "reason": str(error)}
-            except Unavailable as error:
-                row |= {"status": "unavailable", "reason": str(error)}
+            except (Wrong, Unavailable) as error:
+                row |= {"status": "wrong" if isinstance(error, Wrong) else "unavailable", "reason": str(error)}
             except Exception as error:  # a peer's own failure, of whatever kind, is a result
                 failed(row, error)
         return rows, samples
 
-    def rows(self, direction: str, effort: Effort, rates: floors.Rates | None) -> list[Row]:
+    def rows(self, direction: str, effort: Effort, rates: Rates | None) -> list[Row]:
         """All peers in one direction, interleaved; ``rates`` are what a floor is to be computed from, if it is one."""
         rows, samples = self.prepared(direction)
         timed = timing.Interleaved(samples)
         timed.run(effort.rounds, effort.budget, least=effort.least)
-        header = {row["peer"]: row for row in rows}
-        for name, error in timed.failures.items():
-            failed(header[name], error)
         for row in rows:
             name = row["peer"]
+            if name in timed.failures:
+                failed(row, timed.failures[name])
             if name in timed.seconds:
                 row |= {"status": "ok", "timer": samples[name].timer, **timing.summary(timed.seconds[name])}
                 row |= rates._asdict() if rates else {}
         return rows
-
-    def _header(self, peer: Peer, direction: str) -> Row:
-        return {
-            "section": self.workload.section,
-            "workload": str(self.workload),
-            "direction": direction,
-            "temperature": self.temperature,
-            "peer": peer.name,
-        }
 
     def _sample(self, peer: Peer, direction: str, row: Row) -> timing.Sample:
         if direction not in peer.directions:
@@ -281,13 +256,68 @@ class Run:
             death = probe(self.workload.section, peer.name, self.case, self.device, direction)
             if death is not None:
                 raise RuntimeError(death)
-        function = self.functions[peer.name]
-        found = proved(peer, function, *self.sets[0], self.truth, direction)
-        if found is not None:
-            row["deviation"] = found
+        function, first = self.functions[peer.name], self.sets[0]
+        got = [timed_call(function, *first, "forward")()] if direction == "forward" else gradients(function, *first)
+        if peer.gpsa:
+            row["deviation"] = found = peers.deviation(got, self.truth)
             if not found <= self.allowed:
                 raise Wrong(f"it is {found:.1e} from the formula, {self.allowed:.1e} is allowed")
         calls = [timed_call(function, *one, direction) for one in self.sets]
         if direction != "backward":
-            row |= memory(timed_call(function, *self.sets[0], direction), self.device)
+            row |= memory(calls[0], self.device)
         return timing.sample(calls, self.device)
+
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+
+def accuracy_cases(device: str, profile: Profile) -> list[Case]:
+    """Whole images at every head_dim, a rectangle, and a grid that takes more than one tile; in every dtype."""
+    shapes = [(14, 14, 48), (8, 8, 32), (14, 14, 64), (16, 28, 48)] + [(32, 32, 48)] * (device == "cuda")
+    if profile != "full":
+        shapes = [(14, 14, 48)] if profile == "quick" else [(4, 4, 16)]
+    batch, heads = (32, 9) if device == "cuda" else (2, 9) if profile != "dry" else (1, 2)
+    return [Case(batch, heads, *shape, dtype) for shape in shapes for dtype in ("float32", "float16", "bfloat16")]
+
+
+def autocast(tensors: Sequence[Tensor], grad_out: Tensor, case: Case) -> list[Tensor]:
+    """The formula as it runs in a model under autocast: parameters in float32, products in the case's dtype."""
+    leaves = [t.detach().float().requires_grad_() for t in tensors]
+    with torch.autocast(tensors[0].device.type, getattr(torch, case.dtype)):
+        out = peers.literal(case, *leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+def accuracy_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[Row]:
+    """How exact the formula is in eager PyTorch in the case's dtype and under autocast, and then every backend.
+
+    All start from the same numbers of that dtype; the truth is the formula in float64 on them. ``lost`` are peers that
+    are left out, and why.
+    """
+    tensors = peers.inputs(case, device, 0)
+    grad_out = torch.randn_like(tensors[0])
+    truth = peers.formula(tensors, grad_out, case, torch.float64)
+    ways: dict[str, Callable[[], list[Tensor]]] = {
+        "formula": lambda: peers.formula(tensors, grad_out, case, getattr(torch, case.dtype)),
+        "formula, autocast": lambda: autocast(tensors, grad_out, case),
+    }
+    if case.dtype == "float32":
+        del ways["formula, autocast"]  # it would be the formula
+    for name in BACKENDS:
+        ours = peers.ours(name)
+        ways[ours.name] = lambda ours=ours: gradients(ours.prepare(case, tensors), tensors, grad_out)
+    for peer, way in ways.items():
+        row: Row = {"section": "accuracy", "workload": str(case), "peer": peer}
+        if peer in lost:
+            yield {**row, "status": "failed", "reason": lost[peer]}
+            continue
+        try:
+            got = way()
+        except Unavailable as error:
+            yield {**row, "status": "unavailable", "reason": str(error)}
+        except Exception as error:  # a backend's failure, of whatever kind, is a result
+            yield failed(row, error)
+        else:
+            errors = [(a.double() - b).nan_to_num(nan=peers.HOPELESS) for a, b in zip(got, truth, strict=True)]
+            row |= {"status": "ok", "max_error": [error.abs().max().item() for error in errors]}
+            yield {**row, "rms_error": [error.square().mean().sqrt().item() for error in errors]}

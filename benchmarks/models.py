@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import check, floors, peers, timing
+from benchmarks import peers, timing
 from benchmarks.measure import Effort, memory
 from benchmarks.results import Row
-from benchmarks.workloads import REFERENCE, Case, ModelWorkload
+from benchmarks.workloads import REFERENCE, Case, ModelWorkload, Rates
 from gpsa_kernels import BACKENDS, fuse
 
 DEIT = "DeiT, SDPA"
@@ -32,11 +32,8 @@ CALL_SECONDS = 120
 
 def backends() -> dict[str, str | None]:
     """The backend of every peer; None where nothing is fused."""
-    return {
-        REFERENCE: None,
-        **{f"gpsa_kernels {name}": name for name in reversed(BACKENDS) if name != "eager"},
-        DEIT: None,
-    }
+    ours = {f"gpsa_kernels {name}": name for name in reversed(BACKENDS) if name != "eager"}
+    return {REFERENCE: None, **ours, DEIT: None}
 
 
 def make(peer: str, workload: ModelWorkload) -> nn.Module:
@@ -126,17 +123,17 @@ class _Worker:
         if not self._pipe.poll(seconds):
             raise RuntimeError(f"no answer within {seconds} s")
         try:
-            return self._pipe.recv()
+            answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"the process died with exit code {self._process.exitcode}") from None
-
-    def start(self) -> dict[str, Any]:
-        """Waits until the model is built and has run once; raises RuntimeError where it does not."""
-        answer = self._receive(START_SECONDS)
+            answer = f"the process died with exit code {self._process.exitcode}"
         if isinstance(answer, str):
             raise RuntimeError(answer)
         return answer
+
+    def start(self) -> dict[str, Any]:
+        """Waits until the model is built and has run once; raises RuntimeError where it does not."""
+        return self._receive(START_SECONDS)
 
     def __call__(self) -> float:
         self._pipe.send(True)
@@ -154,14 +151,13 @@ def check_backend(backend: str, workload: ModelWorkload, device: str) -> None:
     peers.check_backend(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
 
 
-def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: floors.Rates | None) -> Iterator[Row]:
+def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: Rates | None) -> Iterator[Row]:
     """A row for every peer, whatever became of it; ``rates`` are what a floor is to be computed from, if it is one."""
     name = {"section": workload.section, "workload": str(workload), "direction": workload.direction}
-    rows: dict[str, Row] = {}
+    rows: dict[str, Row] = {peer: {**name, "peer": peer} for peer in backends()}
     workers: dict[str, _Worker] = {}
     reference = _uncompiled_reference(workload, device) if workload.compiled else None
     for peer, backend in backends().items():
-        rows[peer] = {**name, "peer": peer}
         try:
             if backend is not None:
                 check_backend(backend, workload, device)
@@ -212,11 +208,10 @@ def _proved(own: dict[str, Any], reference: dict[str, Any] | None, dtype: torch.
     """
     if reference is None:
         return {"status": "failed", "reason": "there is nothing to compare it with: timm's own model failed"}
-    truth, theirs, got = (
-        [torch.from_numpy(a) for a in arrays] for arrays in (reference["truth"], reference["proof"], own["proof"])
-    )
-    allowed, found = check.allowed(dtype, check.deviation(theirs, truth)), check.deviation(got, truth)
-    row: Row = {"deviation": found}
-    if not found <= allowed:
-        row |= {"status": "wrong", "reason": f"it is {found:.1e} from timm's in float32, {allowed:.1e} is allowed"}
-    return row
+    arrays = reference["truth"], reference["proof"], own["proof"]
+    truth, theirs, got = ([torch.from_numpy(array) for array in found] for found in arrays)
+    allowed, found = peers.allowed(dtype, peers.deviation(theirs, truth)), peers.deviation(got, truth)
+    if found <= allowed:
+        return {"deviation": found}
+    reason = f"it is {found:.1e} from timm's in float32, {allowed:.1e} is allowed"
+    return {"deviation": found, "status": "wrong", "reason": reason}

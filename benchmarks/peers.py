@@ -1,14 +1,16 @@
-"""What a user could do instead of gpsa_kernels, and gpsa_kernels: one small entry each.
+"""What a user could do instead of gpsa_kernels, and gpsa_kernels, one small entry each; and the truth about them.
 
 Every peer of the operator takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D); every peer
 of the layer takes tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside
-the clock.
+the clock. Whether a peer computes what the formula says is decided before it is timed, on the tensors that are timed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -18,13 +20,68 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import check
 from benchmarks.workloads import DIRECTIONS, REFERENCE, Case
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends import Call
-from gpsa_kernels.formula import relative_offsets
+from gpsa_kernels.formula import attention_map, relative_offsets
 
 Function = Callable[..., Tensor]
+Make = Callable[[Case, list[Tensor]], Function]  # prepares a peer for a case and its tensors
+HOPELESS = 1e30  # JSON has no infinity
+_LARGEST_MAP = 2**24  # entries, that float64 maps and what autograd keeps of them fit anywhere
+
+# ---- the truth ------------------------------------------------------------------------------------------------------
+
+
+def literal(case: Case, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+    """The formula, every step in q's dtype."""
+    return attention_map(q, k, pos_weight, gate, case.grid_size, case.scale) @ v
+
+
+def formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """The formula's result and its five gradients, in the order of TENSORS, computed in ``dtype``.
+
+    A head and a slice of the batch at a time: they are independent but for the sums over the batch.
+    """
+    out, q, k, v = (torch.empty_like(tensors[0], dtype=dtype) for _ in range(4))
+    weights = [torch.zeros_like(t, dtype=torch.float64) for t in tensors[3:]]
+    step = max(1, _LARGEST_MAP // case.tokens**2)
+    for head in range(case.heads):
+        for start in range(0, case.batch, step):
+            part = slice(start, start + step), slice(head, head + 1)
+            leaves = [t.detach()[part].to(dtype).requires_grad_() for t in tensors[:3]]
+            leaves += [t.detach()[part[1]].to(dtype).requires_grad_() for t in tensors[3:]]
+            result = literal(case, *leaves)
+            grads = torch.autograd.grad(result, leaves, grad_out[part].to(dtype))
+            for whole, piece in zip((out, q, k, v), (result.detach(), *grads[:3]), strict=True):
+                whole[part] = piece
+            for whole, piece in zip(weights, grads[3:], strict=True):
+                whole[part[1]] += piece
+    return [out, q, k, v, *weights]
+
+
+def deviation(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference of any tensor, relative to that tensor's largest entry; HOPELESS where one is not finite.
+
+    ``got`` may be shorter: a peer without a backward pass has a result alone.
+    """
+    worst = 0.0
+    for a, b in zip(got, expected, strict=False):
+        if a.shape != b.shape or not bool(a.isfinite().all()):
+            return HOPELESS
+        worst = max(worst, ((a.double() - b.double()).abs().max() / b.double().abs().max()).item())
+    return worst
+
+
+def allowed(dtype: torch.dtype, eager: float) -> float:
+    """Half of the dtype's digits, or as many as the formula itself keeps in that dtype (``eager``, its deviation).
+
+    It tells another function from rounding, no more; how exact each backend is, the section accuracy says.
+    """
+    return max(float(torch.finfo(dtype).eps) ** 0.5, eager)
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------
 
 
 class Unavailable(Exception):
@@ -33,23 +90,14 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute an attention.
+    """One way to compute an attention."""
 
-    Attributes:
-        name: in tables and pictures.
-        make: prepares it for a case and its tensors; raises Unavailable.
-        gpsa: whether it computes GPSA: if not, it has no position, and is there as the line to beat.
-        devices: where it exists.
-        directions: what it can be timed in.
-        compiled: whether it needs torch.compile.
-    """
-
-    name: str
-    make: Callable[[Case, list[Tensor]], Function]
-    gpsa: bool = True
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    directions: tuple[str, ...] = DIRECTIONS
-    compiled: bool = False
+    name: str  # in tables and pictures
+    make: Make  # raises Unavailable where it cannot
+    gpsa: bool = True  # if it computes no GPSA, it has no position, and is there as the line to beat
+    devices: tuple[str, ...] = ("cpu", "cuda")  # where it exists
+    directions: tuple[str, ...] = DIRECTIONS  # what it can be timed in
+    compiled: bool = False  # whether it needs torch.compile
 
     def prepare(self, case: Case, tensors: list[Tensor]) -> Function:
         """``make``, after what holds for every peer."""
@@ -60,19 +108,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: the operator or the layer.
-
-    Attributes:
-        peers: who computes it.
-        inputs: makes the tensors of a case on a device from a seed: activations, then parameters.
-        formula: the truth: result and gradients in a dtype, from the tensors and the result's gradient.
-        activations: how many of the tensors are new in every call; the rest are parameters.
-    """
+    """What is measured: the operator or the layer."""
 
     peers: tuple[Peer, ...]
-    inputs: Callable[[Case, str, int], list[Tensor]]
-    formula: Callable[[Sequence[Tensor], Tensor, Case, torch.dtype], list[Tensor]]
-    activations: int
+    inputs: Callable[[Case, str, int], list[Tensor]]  # on a device, from a seed: activations, then parameters
+    formula: Callable[[Sequence[Tensor], Tensor, Case, torch.dtype], list[Tensor]]  # the truth, as ``formula`` says it
+    activations: int  # how many of the tensors are new in every call; the rest are parameters
 
 
 def inputs(case: Case, device: str, seed: int) -> list[Tensor]:
@@ -126,10 +167,8 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     layer.qk, layer.v, layer.proj = attrgetter("qk"), attrgetter("v"), nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
-    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
-        return layer(_Projected(q, k, v)).unflatten(2, (case.heads, case.head_dim)).transpose(1, 2)
-
-    return function
+    heads = case.heads, case.head_dim
+    return lambda q, k, v, *_: layer(_Projected(q, k, v)).unflatten(2, heads).transpose(1, 2)
 
 
 # ---- plain PyTorch --------------------------------------------------------------------------------------------------
@@ -144,7 +183,7 @@ def eager(case: Case, tensors: list[Tensor]) -> Function:
     """The formula without the position expanded to the batch and without the division by one."""
     offsets = relative_offsets(case.grid_size, tensors[0].device, torch.float32)
 
-    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+    def function(q, k, v, pos_weight, gate):
         g = torch.sigmoid(gate).view(-1, 1, 1)
         content = (q @ k.transpose(-2, -1) * case.scale).softmax(-1)
         return ((1 - g) * content + (g * _position(pos_weight, offsets)).to(q.dtype)) @ v
@@ -157,7 +196,7 @@ def sdpa_and_map(case: Case, tensors: list[Tensor], cached: bool = False) -> Fun
     offsets = relative_offsets(case.grid_size, tensors[0].device, torch.float32)
     kept = _position(tensors[3].detach(), offsets).to(tensors[0].dtype) if cached else None
 
-    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+    def function(q, k, v, pos_weight, gate):
         position = _position(pos_weight, offsets).to(q.dtype) if kept is None else kept
         content = F.scaled_dot_product_attention(q, k, v)
         # einsum folds the batch into the columns of one product a head; matmul would expand the map to the batch
@@ -166,19 +205,15 @@ def sdpa_and_map(case: Case, tensors: list[Tensor], cached: bool = False) -> Fun
     return function
 
 
-def sdpa_and_cached_map(case: Case, tensors: list[Tensor]) -> Function:
-    return sdpa_and_map(case, tensors, cached=True)
-
-
 def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     """One FlexAttention call for the content, one whose scores are the position's."""
     attention = torch.compile(flex_attention, dynamic=False)
     columns = case.columns
 
-    def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
+    def function(q, k, v, pos_weight, gate):
         w = pos_weight.float()
 
-        def score(content: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def score(content, batch, head, query, key):
             dx, dy = key % columns - query % columns, key // columns - query // columns
             return w[head, 0] * dx + w[head, 1] * dy + w[head, 2] * (dx * dx + dy * dy)
 
@@ -188,24 +223,19 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-def compiled(make: Callable[[Case, list[Tensor]], Function]) -> Callable[[Case, list[Tensor]], Function]:
+def compiled(make: Make) -> Make:
     """The same peer under torch.compile, for fixed shapes and in one graph."""
     return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False)
 
 
-def sdpa_alone(backend: SDPBackend | None) -> Callable[[Case, list[Tensor]], Function]:
-    """Attention without any position, by one of torch's kernels, or the one that torch picks."""
+def sdpa_alone(*backends: SDPBackend) -> Make:
+    """Attention without any position, by one of torch's kernels, or by the one that torch picks."""
 
-    def make(case: Case, tensors: list[Tensor]) -> Function:
-        def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
-            if backend is None:
-                return F.scaled_dot_product_attention(q, k, v)
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
+    def function(q, k, v, pos_weight, gate):
+        with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v)
 
-        return function
-
-    return make
+    return lambda case, tensors: function
 
 
 # ---- gpsa_kernels ---------------------------------------------------------------------------------------------------
@@ -216,11 +246,7 @@ def ours(name: str) -> Peer:
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
         check_backend(name, case, tensors)
-
-        def function(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> Tensor:
-            return gpsa_attention(q, k, v, pos_weight, gate, case.grid_size, backend=name)
-
-        return function
+        return lambda *tensors: gpsa_attention(*tensors, case.grid_size, backend=name)
 
     return Peer(f"gpsa_kernels {name}", make)
 
@@ -240,9 +266,9 @@ OPERATOR = Subject(
         Peer(REFERENCE, timm),
         Peer("eager, position once", eager),
         Peer("SDPA + positional map", sdpa_and_map),
-        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
+        Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",)),
         *(ours(name) for name in reversed(BACKENDS)),
-        Peer("SDPA alone", sdpa_alone(None), gpsa=False),
+        Peer("SDPA alone", sdpa_alone(), gpsa=False),
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
         Peer("SDPA alone, cuDNN", sdpa_alone(SDPBackend.CUDNN_ATTENTION), gpsa=False, devices=("cuda",)),
         Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
@@ -251,7 +277,7 @@ OPERATOR = Subject(
         Peer("FlexAttention twice", flex_twice, compiled=True),
     ),
     inputs=inputs,
-    formula=check.formula,
+    formula=formula,
     activations=3,
 )
 
@@ -288,10 +314,7 @@ def layer_formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors[:-1]]
     *_, pos_weight, gate = leaves
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return check.literal(q, k, v, pos_weight, gate, case.grid_size, case.scale)
-
-    out = _plain(attention, leaves, case.heads)
+    out = _plain(lambda *qkv: literal(case, *qkv, pos_weight, gate), leaves, case.heads)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
 
@@ -307,7 +330,7 @@ def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
     return _holding(timm_layer(case, tensors[0]), tensors)
 
 
-def our_layer(name: str) -> Callable[[Case, list[Tensor]], Function]:
+def our_layer(name: str) -> Make:
     """FusedGPSA on a backend."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:

@@ -93,15 +93,6 @@ def publish(folder: Path, evidence: Path, names: Sequence[str]) -> None:
             os.replace(new, evidence / name)
 
 
-def set_aside(path: Path, why: str) -> str:
-    """Renames a file, never over another one; a sentence about it."""
-    number = 1
-    while (kept := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    os.replace(path, kept)
-    return f"{path.name} {why}: it was renamed to {kept.name}"
-
-
 def main(command: list[str]) -> int:
     """Runs ``command`` as long as the standard input is open; returns its exit status, 128 and more for a signal."""
     if os.getsid(0) != os.getpid():

@@ -7,6 +7,7 @@ and as the sets rotate no call finds its inputs in the cache.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.floors import Rates
+from benchmarks.workloads import Rates
 
 Call = Callable[[], Any]
 SHORT = 0.002  # seconds: a call below is repeated until a sample holds at least REPEATS of them
@@ -29,17 +30,12 @@ class CpuSample:
     timer = "wall clock"
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = calls
-        self._next = 0
+        self._calls = itertools.cycle(calls)
         for call in calls:
             call()
 
     def __call__(self) -> float:
-        call = self._calls[self._next]
-        self._next = (self._next + 1) % len(self._calls)
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return inner(next(self._calls), 1)()
 
 
 class CudaSample:
@@ -121,10 +117,10 @@ class Interleaved:
                 self._order.remove(name)
                 del self.seconds[name]
 
-    def warm_up(self, rounds: int = 2) -> None:
+    def warm_up(self) -> None:
         """Rounds that do not count."""
-        for _ in range(rounds):
-            self.round()
+        self.round()
+        self.round()
         for seconds in self.seconds.values():
             seconds.clear()
 
@@ -174,17 +170,12 @@ def measure_rates(device: str, dtype: str, small: bool = False) -> Rates:
             seconds.append((time.perf_counter() - start) / 5)
         return min(seconds)
 
-    copy = best(lambda: target.copy_(source))
-    multiply = best(lambda: torch.matmul(a, b, out=product))
+    copy, multiply = best(lambda: target.copy_(source)), best(lambda: torch.matmul(a, b, out=product))
     return Rates(copy_gb_s=2 * 4 * elements / copy / 1e9, matmul_tflop_s=2 * side**3 / multiply / 1e12)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Rounds, median, p20 and p80, in microseconds."""
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return {
-        "rounds": len(seconds),
-        "median_us": round(1e6 * statistics.median(seconds), 2),
-        "p20_us": round(1e6 * deciles[1], 2),
-        "p80_us": round(1e6 * deciles[7], 2),
-    }
+    _, p20, *_, p80, _ = (1e6 * decile for decile in statistics.quantiles(seconds, n=10, method="inclusive"))
+    times = {"median_us": 1e6 * statistics.median(seconds), "p20_us": p20, "p80_us": p80}
+    return {"rounds": len(seconds), **{name: round(us, 2) for name, us in times.items()}}

@@ -1,10 +1,18 @@
-"""What is measured: the cases of every section, for a CPU and a GPU, in order of importance."""
+"""What is measured: the cases of every section, for a CPU and a GPU, in order of importance; and its floor.
+
+The floor is the least that any implementation has to do, at the rates of a machine. Per batch element and head, N
+tokens, head size D: every input is read once and every output written once (4 N D elements forward, 7 N D backward: q,
+k, v, dO read, dQ, dK, dV written); the content takes two matrix products forward and five backward, 2 N^2 D flops each;
+the separable position takes 2 N (R + C) D flops forward and three times that backward; the content softmax takes N^2
+exponentials in either direction.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 Profile = Literal["full", "quick", "dry"]
 REFERENCE = "timm"  # the peer that speed-ups are relative to
@@ -13,11 +21,11 @@ DIRECTION_NAMES = {"forward": "forward", "backward": "backward", "both": "forwar
 DIRECTIONS = tuple(DIRECTION_NAMES)
 GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TENSORS = ("out", "q", "k", "v", "pos_weight", "gate")  # whose exactness is told
 
 
 def _parts(pattern: str, name: str) -> tuple[str, ...]:
-    found = re.fullmatch(pattern, name)
-    if found is None:
+    if (found := re.fullmatch(pattern, name)) is None:
         raise ValueError(f"no workload is called {name!r}")
     return found.groups()
 
@@ -57,21 +65,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """One case of the operator or the layer, timed in ``directions`` by all peers, interleaved.
+    """One case of the operator or the layer, timed by all peers, interleaved."""
 
-    Attributes:
-        section: operator, layer, tokens, batch or compiled.
-        case: the shapes.
-        directions: of DIRECTIONS.
-        temperatures: "cold" rotates input sets that together exceed the L2 cache (a GPU only), "warm" repeats one set.
-        compiled: whether the peers that need torch.compile take part.
-    """
-
-    section: str
+    section: str  # operator, layer, tokens, batch or compiled
     case: Case
-    directions: tuple[str, ...]
-    temperatures: tuple[str, ...]
-    compiled: bool = False
+    directions: tuple[str, ...]  # of DIRECTIONS
+    temperatures: tuple[str, ...]  # "cold": sets of inputs rotate that together exceed the L2 cache; or "warm"
+    compiled: bool = False  # whether the peers that need torch.compile take part
 
     def __str__(self) -> str:
         return str(self.case)
@@ -112,40 +112,29 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
     The dry profile has one small workload a section: it rehearses, and measures nothing.
     """
     head = headline(device, profile)
-    gpu, full = device == "cuda", profile == "full"
+    gpu, full, dry = device == "cuda", profile == "full", profile == "dry"
     cold = ("cold",) if gpu else ("warm",)
-    both = ("cold", "warm") if gpu else ("warm",)
-    pair = ("forward", "both")
 
-    def vary(**changes: object) -> Case:
-        return Case(**{**vars(head), **changes})
+    def vary(**changes: Any) -> Case:
+        return replace(head, **changes)
 
-    if section == "layer":
-        return [Workload(section, head, pair, cold, compiled=gpu)]  # on a CPU they take minutes to compile
-    if section == "compiled":
-        return [Workload(section, head, ("forward",) if profile == "quick" and not gpu else pair, cold, compiled=True)]
     if section == "operator":
-        chosen = [Workload(section, head, DIRECTIONS, both)]
-        if full:
-            others = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
-            others += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
-            chosen += [Workload(section, case, DIRECTIONS, cold) for case in others]
-        return chosen
+        chosen = [Workload(section, head, DIRECTIONS, ("cold", "warm") if gpu else cold)]
+        others = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
+        others += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
+        return chosen + [Workload(section, case, DIRECTIONS, cold) for case in others if full]
+    cases = [head]
     if section == "tokens":
-        grids = {"full": GRIDS, "quick": GRIDS[:3], "dry": ((4, 4), (5, 5))}[profile]
-        tokens = (
-            128 if gpu else 8 if full else 2
-        ) * 196  # about as many in every point, so that time is for the same work per token
-
-        def batch(rows: int, columns: int) -> int:
-            return 1 if profile == "dry" else max(1, tokens // (rows * columns))
-
-        cases = [vary(rows=r, columns=c, batch=batch(r, c)) for r, c in grids]
-        return [Workload(section, case, pair, cold) for case in cases]
-    if section == "batch":
-        batches = {"full": BATCHES if gpu else BATCHES[:6], "quick": (1, 4), "dry": (1, 2)}[profile]
-        return [Workload(section, vary(batch=batch), pair, cold) for batch in batches]
-    raise ValueError(f"no section is called {section!r}")
+        grids = GRIDS if full else ((4, 4), (5, 5)) if dry else GRIDS[:3]
+        # about as many tokens in every point, so that time is for the same work per token
+        tokens = 0 if dry else 196 * (128 if gpu else 8 if full else 2)
+        cases = [vary(rows=rows, columns=columns, batch=max(1, tokens // (rows * columns))) for rows, columns in grids]
+    elif section == "batch":
+        batches = (BATCHES if gpu else BATCHES[:6]) if full else (1, 2) if dry else (1, 4)
+        cases = [vary(batch=batch) for batch in batches]
+    compiled = section == "compiled" or (section == "layer" and gpu)  # a layer takes minutes to compile for a CPU
+    quick = section == "compiled" and profile == "quick" and not gpu
+    return [Workload(section, case, ("forward",) if quick else ("forward", "both"), cold, compiled) for case in cases]
 
 
 def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
@@ -155,12 +144,99 @@ def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
     if profile == "dry":
         return [ModelWorkload("tiny", 32, 1, dtype, "inference", compiled=False)]
     chosen = []
-    for compiled in (False, True):
-        for image in (224, 384):
-            for size in ("small", "tiny", "base") if gpu else ("tiny", "small", "base"):
-                if compiled and not gpu and (size == "base" or image == 384):
-                    continue  # minutes of compilation each, on a CPU
-                batch = (128 if image == 224 else 32) if gpu else {"tiny": 4, "small": 2, "base": 1}[size]
-                for direction in ("inference", "training"):
-                    chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
+    sizes = ("small", "tiny", "base") if gpu else ("tiny", "small", "base")
+    for compiled, image, size, direction in product((False, True), (224, 384), sizes, ("inference", "training")):
+        if compiled and not gpu and (size == "base" or image == 384):
+            continue  # minutes of compilation each, on a CPU
+        batch = (128 if image == 224 else 32) if gpu else {"tiny": 4, "small": 2, "base": 1}[size]
+        chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
     return chosen if profile == "full" else chosen[:2]
+
+
+# ---- floors ---------------------------------------------------------------------------------------------------------
+
+DEPTH = 12  # of every ConViT and DeiT
+ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+class Work(NamedTuple):
+    """What has to be done at least."""
+
+    bytes: int
+    flops: int
+    exponentials: int = 0
+
+
+class Rates(NamedTuple):
+    """What a machine does, measured: bytes copied, read and written alike, and large matrix products."""
+
+    copy_gb_s: float
+    matmul_tflop_s: float
+
+
+def attention_work(case: Case, direction: str) -> Work:
+    """Of the operator, over the whole batch; ``direction`` is forward, backward or both."""
+    tensors, products, mixes, softmaxes = {"forward": (4, 2, 1, 1), "backward": (7, 5, 3, 1), "both": (11, 7, 4, 2)}[
+        direction
+    ]
+    tokens, dim = case.tokens, case.head_dim
+    pairs = case.batch * case.heads
+    return Work(
+        bytes=pairs * tensors * tokens * dim * ELEMENT_SIZE[case.dtype],
+        flops=pairs * (products * 2 * tokens**2 * dim + mixes * 2 * tokens * (case.rows + case.columns) * dim),
+        exponentials=pairs * softmaxes * tokens**2,
+    )
+
+
+def layer_work(case: Case, direction: str) -> Work:
+    """Of a whole layer: the attention's matrix products and those of the four C x C projections (C = heads * head_dim).
+
+    Forward reads x and the weights and writes the result; backward reads x, the gradient and the weights and writes
+    the gradients of x and the weights. What is in between might stay on the chip.
+    """
+    dim = case.heads * case.head_dim
+    tensors, weights, factor = {"forward": (2, 1, 1), "backward": (3, 2, 2), "both": (5, 3, 3)}[direction]
+    attention = attention_work(case, direction)
+    elements = case.batch * case.tokens * dim * tensors + 4 * dim * dim * weights
+    flops = attention.flops + factor * 8 * case.batch * case.tokens * dim * dim
+    return attention._replace(bytes=elements * ELEMENT_SIZE[case.dtype], flops=flops)
+
+
+def model_work(workload: ModelWorkload, dim: int) -> Work:
+    """Matrix products of a vision transformer of this width, patch 16, MLP ratio 4; training is three times
+    inference. Bytes are the parameters' alone: how often activations must be moved depends on the fusion."""
+    tokens = (workload.image // 16) ** 2
+    layer = 24 * tokens * dim**2 + 4 * tokens**2 * dim
+    image = DEPTH * layer + 2 * tokens * dim * 768 + 2 * dim * 1000
+    steps = 3 if workload.direction == "training" else 1
+    parameters = 12 * DEPTH * dim**2 + 768 * dim + 1000 * dim
+    return Work(bytes=steps * parameters * 4, flops=steps * workload.batch * image)
+
+
+def floor(work: Work, rates: Rates) -> tuple[float, str]:
+    """The seconds below which no implementation comes, and what sets them: "memory" or "matmul"."""
+    memory, matmul = work.bytes / rates.copy_gb_s / 1e9, work.flops / rates.matmul_tflop_s / 1e12
+    return max(memory, matmul), "memory" if memory >= matmul else "matmul"
+
+
+def derived(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the results with what follows from it: its workload's fields; a floor, where rates were measured.
+
+    Raises:
+        ValueError: the workload's name is none.
+    """
+    section = row["section"]
+    if section in ("dispatch", "clocks"):
+        return row
+    case: Any = (
+        Case.parse(row["workload"]) if section != "models" else ModelWorkload.parse(row["workload"], row["direction"])
+    )
+    row = {**vars(case), **row}
+    if "copy_gb_s" in row and "median_us" in row:
+        if section == "models":
+            work = model_work(case, row["dim"])
+        else:
+            work = (layer_work if section == "layer" else attention_work)(case, row["direction"])
+        seconds, bound = floor(work, Rates(row["copy_gb_s"], row["matmul_tflop_s"]))
+        row |= {"floor_us": 1e6 * seconds, "floor_bound": bound, "floor_share": 1e6 * seconds / row["median_us"]}
+    return row

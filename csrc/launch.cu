@@ -19,8 +19,8 @@ bool is_empty(const Problem& problem) { return problem.batch * problem.heads * p
 
 }  // namespace
 
-// The rule: whole-image kernels serve all that fits in a block's shared memory, tiled kernels the rest. The tiled
-// backward kernels read the content branch's own output, which of the forward kernels only the tiled ones write.
+// A call goes to the whole-image kernels where they fit in a block's shared memory, else to the tiled ones; but where
+// backward is tiled, forward is too, because backward then reads the content's own output, which only they write.
 
 Sizes sizes(const Problem& problem, int index) {
     Device device{132, 227 * 1024};              // an H100's, where there is none

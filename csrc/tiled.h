@@ -37,21 +37,6 @@ struct Lines {
 
 namespace tiled {
 
-template <typename E, typename Visit>
-const char* with_channels(const Problem& problem, Visit visit) {
-    if (problem.head_dim <= 32) return visit(Tiled<E, 32>{});
-    if (problem.head_dim <= 48) return visit(Tiled<E, 48>{});
-    if (problem.head_dim <= 64) return visit(Tiled<E, 64>{});
-    return visit(Tiled<E, 128>{});
-}
-
-/// Calls `visit` with the Tiled for a problem.
-template <typename Visit>
-const char* dispatch(const Problem& problem, Visit visit) {
-    return problem.dtype == Dtype::float16 ? with_channels<Half>(problem, visit)
-                                           : with_channels<Bfloat16>(problem, visit);
-}
-
 inline Lines along_x(const Problem& p) { return {p.columns, p.rows, 1, p.columns, true}; }
 inline Lines along_y(const Problem& p) { return {p.rows, p.columns, p.columns, 1, false}; }
 

@@ -12,8 +12,6 @@
 // of the content, one exponential each, and `out` is only written.
 #pragma once
 
-#include <cfloat>
-
 #include "dropout.cuh"
 #include "tiled_position.cuh"
 
@@ -119,15 +117,7 @@ private:
         /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist; what was summed
         /// before is made relative to the same.
         GPSA_DEVICE void exponentiate(Sum* scores, Sum* content, float scale, int keys) {
-            if (scale < 0) {
-                scale = -scale;
-#pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
-                    for (float& s : scores[n].values) s = -s;
-                }
-            }
-            // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
-            const float log2_scale = scale == 0 ? FLT_MIN : scale * log2_e;
+            const float log2_scale = log2_scale_of<tile_keys / 8>(scale, scores);
             if (keys < tile_keys) {
 #pragma unroll
                 for (int n = 0; n < tile_keys / 8; ++n) {

@@ -2,6 +2,8 @@
 // accumulators of a matrix product in the registers of a warp.
 #pragma once
 
+#include <cfloat>
+
 #include "gpsa.h"
 #include "primitives.h"
 
@@ -56,9 +58,18 @@ struct Columns {
 };
 
 /// Rows of `channels` elements, one per token of a grid of at most 256, free of bank conflicts along both of the grid's
-/// axes and over 8 tokens from a multiple of 8 on. Along y, tokens are `columns` apart, and the chunks of 8 / f rows
-/// are in different banks, f the largest power of two in `columns`. So that the next rows' lie between them, every
-/// (8 / f)th row of the grid begins late. (Two collide where 4 chunks meet f = 4.)
+/// axes and over 8 tokens from a multiple of 8 on. Along y tokens are `columns` apart, and after 8 / f rows, f being
+/// the largest power of two in `columns`, the swizzled chunks would come round to the same banks: each time, the grid's
+/// rows begin `step` chunks later. Where (y, 0)'s first chunk lies with 14 columns (f = 2) of 48 channels (6 chunks,
+/// step 2), in groups of 4 banks:
+///
+///     y                           0  1  2  3  4  5  6  7
+///     14 y tokens of 6 chunks     0  4  0  4  0  4  0  4   modulo 8
+///     late                        0  0  0  0  2  2  2  2
+///     swizzle                     0  1  1  0  0  1  1  0
+///     group                       0  5  1  4  2  7  3  6
+///
+/// (With 4 chunks and f = 4 two collide.)
 template <typename E, int channels>
 class GridRows {
 public:
@@ -283,6 +294,20 @@ GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens,
     each([&](const Chunk& value, int token, int offset) {
         store_chunk<E>(to + (token * stride + chunk * 8) + offset, value);
     });
+}
+
+/// |scale| in the exponent of 2; the scores take its sign. A scale of 0 becomes one whose products vanish beside 1 but
+/// still keep -inf.
+template <int count>
+GPSA_DEVICE float log2_scale_of(float scale, Sum* scores) {
+    if (scale < 0) {
+        scale = -scale;
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+            for (float& s : scores[n].values) s = -s;
+        }
+    }
+    return scale == 0 ? FLT_MIN : scale * log2_e;
 }
 
 /// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of the largest exponential, and

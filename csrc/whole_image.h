@@ -1,8 +1,7 @@
 // Which whole-image kernel serves a problem, and with how many blocks and bytes. Plain C++.
 #pragma once
 
-#include "gpsa.h"
-#include "primitives.h"
+#include "dispatch.h"
 
 namespace gpsa {
 
@@ -19,27 +18,19 @@ struct WholeImage {
 
 namespace whole_image {
 
-template <typename E, int channels, typename Visit>
-const char* with_keys(const Problem& problem, Visit visit) {
-    const int tokens = problem.rows * problem.columns;
-    if (tokens <= 64) return visit(WholeImage<E, channels, 4>{});
-    if (tokens <= 208) return visit(WholeImage<E, channels, 13>{});  // 13 tiles: 14 x 14 tokens
-    return visit(WholeImage<E, channels, 16>{});
-}
-
-template <typename E, typename Visit>
-const char* with_channels(const Problem& problem, Visit visit) {
-    if (problem.head_dim <= 32) return with_keys<E, 32>(problem, visit);
-    if (problem.head_dim <= 48) return with_keys<E, 48>(problem, visit);
-    if (problem.head_dim <= 64) return with_keys<E, 64>(problem, visit);
-    return with_keys<E, 128>(problem, visit);
-}
+template <typename E, int channels>
+using FewKeys = WholeImage<E, channels, 4>;
 
 /// Calls `visit` with the WholeImage for a problem.
 template <typename Visit>
 const char* dispatch(const Problem& problem, Visit visit) {
-    return problem.dtype == Dtype::float16 ? with_channels<Half>(problem, visit)
-                                           : with_channels<Bfloat16>(problem, visit);
+    return gpsa::dispatch<FewKeys>(problem, [&](auto few) {
+        using Few = decltype(few);
+        const int tokens = problem.rows * problem.columns;
+        if (tokens <= 64) return visit(few);
+        if (tokens <= 208) return visit(WholeImage<typename Few::E, Few::channels, 13>{});  // 13 tiles: 14 x 14 tokens
+        return visit(WholeImage<typename Few::E, Few::channels, 16>{});
+    });
 }
 
 constexpr int dropout_channels = 64;  // with more there are no registers for scores, R and the output

@@ -9,8 +9,6 @@
 // Global traffic of a block: K, V, its rows of Q and of O, each once, 16 bytes at a time; 4 numbers of parameters.
 #pragma once
 
-#include <cfloat>
-
 #include "dropout.cuh"
 #include "position.cuh"
 #include "whole_image.h"
@@ -155,15 +153,7 @@ private:
 
     /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist.
     GPSA_DEVICE static Softmax exponentiate(Sum* scores, float scale, int tokens) {
-        if (scale < 0) {
-            scale = -scale;
-#pragma unroll
-            for (int n = 0; n < 2 * key_tiles; ++n) {
-                for (float& s : scores[n].values) s = -s;
-            }
-        }
-        // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
-        const float log2_scale = scale == 0 ? FLT_MIN : scale * log2_e;
+        const float log2_scale = log2_scale_of<2 * key_tiles>(scale, scores);
         if (tokens <= keys - 16) mask<0, key_tiles - 1>(scores, tokens);  // a branch that 14 x 14 tokens skip
         mask<key_tiles - 1, key_tiles>(scores, tokens);
         float largest[2] = {-INFINITY, -INFINITY};

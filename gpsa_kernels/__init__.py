@@ -1,5 +1,6 @@
 """Fused gated positional self-attention (GPSA) for ConViT models."""
 
+from gpsa_kernels import flops  # noqa: F401  (registers formulas)
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.convert import fuse, unfuse

@@ -15,23 +15,29 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from gpsa_kernels.modules import FusedGPSA, SelfAttention, check_settings
+from gpsa_kernels.arguments import as_grid, check_backend, check_integer
+from gpsa_kernels.modules import FusedGPSA, SelfAttention, is_plain
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def fuse(
-    model: _Model, *, backend: str = "auto", self_attention: bool = True, grid_size: tuple[int, int] | None = None
+    model: _Model,
+    *,
+    backend: str = "auto",
+    self_attention: bool = True,
+    grid_size: tuple[int, int] | None = None,
+    outputs: int = 1,
 ) -> _Model:
     """Switches every GPSA layer of ``model`` to :class:`FusedGPSA`, in place.
 
     A GPSA layer is recognised by its structure, wherever it comes from (timm, the original code, a copy of either):
     ``gating_param`` (H,), linear ``qk`` (C to 2C), ``v`` and ``proj`` (C to C), ``pos_proj`` (3 to H), ``num_heads``.
     It is switched if it also computes what FusedGPSA computes, which is tried out on a copy of it with random
-    parameters. If not, for example because its forward returns a tuple, it is left alone, with a warning that names it
-    and says why. Layers that are fused already stay as they are.
+    parameters. If not, it is left alone, with a warning that names it and says why. Layers that are fused already stay
+    as they are.
 
     Args:
         model: any module, a GPSA layer itself included.
@@ -40,14 +46,20 @@ def fuse(
             ``proj``, ``num_heads``, nothing else) become :class:`SelfAttention`, which computes the same.
         grid_size: (rows, columns) of the token grid for every fused layer; a square inferred from the token count if
             None.
+        outputs: how many values the layers return. Of more than one the first is the attention's output, and a fused
+            layer returns None for the others, for callers that drop them (DyTox's layers return 3).
 
     Returns:
         ``model``. Parameters, submodules, hooks, training flags and the state_dict are untouched.
 
     Raises:
-        ValueError: ``backend`` is unknown, or ``grid_size`` is not a pair of positive integers.
+        TypeError, ValueError: ``model`` is no module, ``backend`` unknown, ``grid_size`` no pair of positive integers,
+            or ``outputs`` no positive integer.
     """
-    check_settings(backend, grid_size)
+    _check_model(model)
+    check_backend(backend)
+    grid_size = None if grid_size is None else as_grid(grid_size)
+    check_integer("outputs", outputs, least=1)
     layers = dict(model.named_modules())
     if not any(isinstance(layer, FusedGPSA) or _is_gpsa(layer) for layer in layers.values()):
         warnings.warn(f"{type(model).__name__} has no GPSA layer: nothing is fused", stacklevel=2)
@@ -61,9 +73,9 @@ def fuse(
             kind, settings = _SELF_ATTENTION, {"backend": backend}
         else:
             continue
-        reason = _obstacle(layer, kind)
+        reason = _obstacle(layer, kind, outputs)
         if reason is None:
-            _switch(layer, kind, settings)
+            _switch(layer, kind, settings, outputs)
         else:
             warnings.warn(f"{name or type(layer).__name__} is left as it is: {reason}", stacklevel=2)
     return model
@@ -72,12 +84,25 @@ def fuse(
 def unfuse(model: _Model) -> _Model:
     """Switches the layers that :func:`fuse` has switched back to their own classes, in place, and returns ``model``.
 
-    They keep the parameters and submodules they hold now, whatever was loaded into, moved or wrapped meanwhile.
+    They keep the parameters and submodules they hold now, whatever was loaded into, moved or wrapped meanwhile. A layer
+    whose class has changed since, as ``parametrize`` and ``fully_shard`` change it, is left alone, with a warning.
     """
-    for layer in model.modules():
-        if "_unfused" in vars(layer):
+    _check_model(model)
+    for name, layer in model.named_modules():
+        if "_unfused" not in vars(layer):
+            continue
+        fused, now = vars(layer)["_unfused"][1], type(layer)
+        if now is fused:
             _switch_back(layer)
+        else:
+            reason = f"since fuse its class has changed from {fused.__name__} to {now.__name__}"
+            warnings.warn(f"{name or now.__name__} stays fused: {reason}", stacklevel=2)
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model)}")
 
 
 # ---- which layers ---------------------------------------------------------------------------------------------------
@@ -96,9 +121,9 @@ def _dim(layer: nn.Module) -> int:
 
 def _is_gpsa(layer: nn.Module) -> bool:
     dim, num_heads = _dim(layer), getattr(layer, "num_heads", 0)
-    gate = dict(layer.named_parameters(recurse=False)).get("gating_param")
+    gate = getattr(layer, "gating_param", None)  # no parameter where it is pruned or parametrized
     return (
-        gate is not None
+        isinstance(gate, Tensor)
         and gate.shape == (num_heads,)
         and _maps(layer, "qk", dim, 2 * dim)
         and _maps(layer, "v", dim, dim)
@@ -145,18 +170,42 @@ def _template(layer: nn.Module, kind: _Kind, settings: dict[str, Any]) -> nn.Mod
     return kind.fused(_dim(layer), layer.num_heads, qk_scale=scale, device="meta", **settings)
 
 
-def _switch(layer: nn.Module, kind: _Kind, settings: dict[str, Any]) -> None:
+class _Padded:
+    """A fused layer in place of one that returns more values than the attention's output."""
+
+    _outputs: int
+
+    def forward(self, *args: Any) -> Any:
+        out = super().forward(*args)  # type: ignore[misc]
+        return out if isinstance(out, fx.Proxy) else (out, *(None,) * (self._outputs - 1))  # a proxy is of the whole
+
+
+class _PaddedGPSA(_Padded, FusedGPSA):
+    pass
+
+
+class _PaddedSelfAttention(_Padded, SelfAttention):
+    pass
+
+
+_PADDED: dict[type[nn.Module], type[nn.Module]] = {FusedGPSA: _PaddedGPSA, SelfAttention: _PaddedSelfAttention}
+
+
+def _switch(layer: nn.Module, kind: _Kind, settings: dict[str, Any], outputs: int) -> None:
     # The constructor knows which attributes the fused class needs; the layer's own win, but for those asked for.
     template = _template(layer, kind, settings)
+    fused = type(template)
+    if outputs > 1:
+        fused, vars(template)["_outputs"] = _PADDED[fused], outputs
     names = vars(template).keys() - vars(nn.Module()).keys()
     added = {name: vars(template)[name] for name in names if name in settings or name not in vars(layer)}
     replaced = {name: vars(layer)[name] for name in added if name in vars(layer)}
-    vars(layer).update(added, _unfused=(type(layer), tuple(added), replaced))
-    layer.__class__ = type(template)
+    vars(layer).update(added, _unfused=(type(layer), fused, tuple(added), replaced))
+    layer.__class__ = fused
 
 
 def _switch_back(layer: nn.Module) -> None:
-    layer_type, added, replaced = vars(layer).pop("_unfused")
+    layer_type, _, added, replaced = vars(layer).pop("_unfused")
     for name in added:
         del vars(layer)[name]
     vars(layer).update(replaced)
@@ -177,36 +226,27 @@ def _refresh_offsets(layer: nn.Module) -> None:
 # ---- the trial ------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(child: Any, expected: type[nn.Module]) -> bool:
-    """Whether calling ``child`` does what its class does, and nothing else."""
-    return (
-        isinstance(child, expected)
-        and type(child).forward is expected.forward
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
-    )
-
-
-def _obstacle(layer: nn.Module, kind: _Kind) -> str | None:
+def _obstacle(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
     """Why ``layer`` cannot be switched, or None."""
     if "forward" in vars(layer):
         return "its forward method was replaced on the instance"
     for name, expected in kind.bypassed.items():
-        if not _is_plain(getattr(layer, name, None), expected):
+        if not is_plain(getattr(layer, name, None), expected):
             return f"the fused layer does the work of {name} itself, which must be a plain nn.{expected.__name__}"
     try:
         template = _template(layer, kind, {})
         own = [name for name, _ in [*layer.named_parameters(recurse=False), *layer.named_children()]]
-        unknown = [name for name in own if name not in {**template._parameters, **template._modules}]
+        known = {**template._parameters, **template._modules}
+        unknown = [name for name in own if name.removesuffix("_orig") not in known]  # as prune names a parameter
         if unknown:
             return f"the fused layer does not know its {', '.join(unknown)}"
-        return _difference(layer, kind)
+        return _difference(layer, kind, outputs)
     except Exception as error:  # whatever a foreign layer raises is a reason to leave it alone
         return f"a trial raised {type(error).__name__}: {error}"
 
 
 @torch.no_grad()
-def _difference(layer: nn.Module, kind: _Kind) -> str | None:
+def _difference(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
     """How the fused layer's output differs from the layer's, or None; both are run on a copy."""
     dim = _dim(layer)
     generator = torch.Generator().manual_seed(0)
@@ -215,11 +255,14 @@ def _difference(layer: nn.Module, kind: _Kind) -> str | None:
         inputs = [
             torch.randn(1, tokens, dim, generator=generator, device="cpu", dtype=torch.float32) for tokens in (4, 9)
         ]
-        outputs = [trial(x) for x in inputs]
-        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {"backend": "eager"})
-        for x, expected in zip(inputs, outputs, strict=True):
-            if not isinstance(expected, Tensor):
-                return f"its forward returns a {type(expected).__name__}, not a tensor"
+        results = [trial(x) for x in inputs]
+        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {"backend": "eager"}, 1)
+        for x, result in zip(inputs, results, strict=True):
+            expected, *rest = result if isinstance(result, tuple) and result else (result,)
+            if not isinstance(expected, Tensor) or 1 + len(rest) != outputs:
+                wanted = "a tensor" if outputs == 1 else f"{outputs} values"
+                hint = f" (outputs={1 + len(rest)} takes the first of its values)" if rest else ""
+                return f"its forward returns a {type(result).__name__}, not {wanted}{hint}"
             if expected.shape != x.shape:
                 return f"its output has shape {tuple(expected.shape)} instead of {tuple(x.shape)}"
             # Three sums in a row, over a head's channels, the tokens and all channels, round once a term. So do the
@@ -240,12 +283,16 @@ def _trial_copy(layer: nn.Module, generator: torch.Generator) -> nn.Module:
     """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     memo: dict[int, Any] = {id(getattr(m, hook)): OrderedDict() for m in layer.modules() for hook in hooks}
+    # what prune computes from a parameter, in a hook, cannot be copied, and takes the parameter's place
+    pruned = [vars(m)[name] for m in layer.modules() for name in vars(m) if f"{name}_orig" in m._parameters]
+    computed = {id(t): torch.empty_like(t, device="cpu", dtype=torch.float32) for t in pruned}
+    memo.update(computed)
     trial = copy.deepcopy(layer, memo).eval()
     if any(t.is_meta for t in (*trial.parameters(), *trial.buffers())):
         trial.to_empty(device="cpu")
     trial.to(device="cpu", dtype=torch.float32)
     _refresh_offsets(trial)
-    for parameter in trial.parameters():
+    for parameter in (*trial.parameters(), *computed.values()):
         if parameter.is_floating_point():
             # variance 1 / inputs, so that scores, gates and outputs are all of the order of 1
             bound = (3 / parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 3**0.5

@@ -7,6 +7,7 @@ way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpsa_kernels.arguments import as_pair, check_integer
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
 from gpsa_kernels.tensors import accumulation_dtype
 
@@ -49,6 +51,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
             expected = f"(batch, {self.proj.in_channels}, height, width)"
             raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}")
@@ -90,6 +94,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         self.apply(init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ class ConViT(nn.Module):
     ``load_state_dict`` with the position embedding of another, square, grid.
 
     Args:
-        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares.
+        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares; timm's ``img_size``.
         patch_size: side of a patch.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none, an identity.
@@ -144,7 +151,7 @@ class ConViT(nn.Module):
         grid_size: (rows, columns) that ``pos_embed`` belongs to.
 
     Raises:
-        ValueError: sizes that do not divide, or a negative ``local_up_to_layer``.
+        TypeError, ValueError: sizes that are no integers, out of range, or do not divide.
     """
 
     def __init__(
@@ -170,24 +177,25 @@ class ConViT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if local_up_to_layer < 0:
-            raise ValueError(f"local_up_to_layer must be a number of layers, got {local_up_to_layer}")
+        check_integer("patch_size", patch_size, least=1)
+        counts = {"depth": depth, "num_classes": num_classes, "local_up_to_layer": local_up_to_layer}
+        for name, count in counts.items():
+            check_integer(name, count, least=0)
+        image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_features = self.embed_dim = embed_dim
         self.num_classes = num_classes
         self.patch_size = patch_size
-        self.grid_size = grid_of((image_size, image_size) if isinstance(image_size, int) else image_size, patch_size)
+        self.grid_size = grid_of(as_pair("image_size", image_size, "(height, width)"), patch_size)
         self.local_up_to_layer = local_up_to_layer
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, **factory)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.pos_embed: nn.Parameter | None = None
         if use_pos_embed:
             rows, columns = self.grid_size
             self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, embed_dim, **factory))
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
         def block(index: int) -> Block:
@@ -211,7 +219,21 @@ class ConViT(nn.Module):
         self.blocks = nn.ModuleList(block(index) for index in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
+        for embedding in (self.cls_token, self.pos_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
         self.head.apply(init_linear)
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
+        for module in reversed(list(self.modules())[1:]):  # what is inside before what knows better
+            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        self._reset_own_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay."""

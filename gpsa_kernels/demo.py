@@ -96,9 +96,7 @@ def load_digits(seed: int) -> Digits:
 
 def draw(images: Tensor, warps: Tensor | None = None) -> Tensor:
     """Digits (B, 1, 8, 8) drawn at IMAGE_SIZE, seen through the affine maps identity + ``warps`` (B, 2, 3)."""
-    maps = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3)
-    if warps is not None:
-        maps = maps + warps
+    maps = torch.eye(2, 3, device=images.device).expand(len(images), 2, 3) + (0 if warps is None else warps)
     grid = F.affine_grid(maps, [len(images), 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False) - 0.5
 
@@ -148,17 +146,14 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """The mixed attention maps (layers, B, H, N, N) of every GPSA layer as ``images`` pass through."""
     maps: list[Tensor] = []
 
-    def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(layer, FusedGPSA)
+    def record(layer: Any, inputs: tuple[Any, ...]) -> None:
         maps.append(layer.get_attention(*inputs))
 
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, FusedGPSA)]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
     return torch.stack(maps)
 
 
@@ -167,15 +162,13 @@ def saved_for_backward(model: nn.Module, step: Callable[[], Tensor]) -> int:
     storages = {}
 
     def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        storages[t.untyped_storage().data_ptr()] = t  # held, so that no address is used twice
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = step()
+        step()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    del loss
-    return sum(storage.nbytes() for address, storage in storages.items() if address not in parameters)
+    return sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in parameters)
 
 
 def memory_now_and_peak(device: torch.device) -> tuple[int, int] | None:
@@ -183,10 +176,9 @@ def memory_now_and_peak(device: torch.device) -> tuple[int, int] | None:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     except OSError:
         return None
-    status = dict(line.split(":", 1) for line in lines)
     now, peak = (int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
     return now, peak
 
@@ -317,14 +309,13 @@ def summary(eager: Run, fused: Run) -> str:
         peak = "most memory allocated on the GPU at once, over what model and data take"
     else:
         peak = "growth of the process's resident memory at its peak, over Python, torch, model and data"
-    return "\n".join(
-        [
-            *table,
-            "",
-            f"  Largest difference of the loss curves: {max(apart):.1e} ({max(apart[:20]):.1e} in the first 20 steps).",
-            "  Backends round differently, and training amplifies every difference: what begins at rounding grows.",
-            "",
-            f"  [1] {peak}",
-            f"  [2] what autograd keeps between forward and backward of one step of {BATCH} digits, beside parameters",
-        ]
-    )
+    lines = [
+        *table,
+        "",
+        f"  Largest difference of the loss curves: {max(apart):.1e} ({max(apart[:20]):.1e} in the first 20 steps).",
+        "  Backends round differently, and training amplifies every difference: what begins at rounding grows.",
+        "",
+        f"  [1] {peak}",
+        f"  [2] what autograd keeps between forward and backward of one step of {BATCH} digits, beside parameters",
+    ]
+    return "\n".join(lines)

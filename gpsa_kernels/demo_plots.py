@@ -7,23 +7,25 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.demo import GATE_LEARNING_RATE, GRID, LEARNING_RATE, Run
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart
 BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 HEAD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 INK, GREY = "#222222", "#767676"
+N = GRID[0] * GRID[1]
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
+    "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
@@ -46,11 +48,7 @@ STYLE: dict[Any, Any] = {
 def draw_all(eager: Run, fused: Run, folder: Path) -> list[Path]:
     """Writes every picture into ``folder`` and returns their paths."""
     with matplotlib.rc_context(STYLE):
-        figures = {
-            "losses.png": losses(eager, fused),
-            "gates.png": gates(fused),
-            "attention.png": attention(fused),
-        }
+        figures = {"losses.png": losses(eager, fused), "gates.png": gates(fused), "attention.png": attention(fused)}
         for name, figure in figures.items():
             figure.savefig(folder / name)
     return [folder / name for name in figures]
@@ -97,7 +95,7 @@ def gates(run: Run) -> Figure:
     """Gate and attention distance of every layer and head over training."""
     gate, distance = np.array(run.gates), np.array(run.distances)  # (epochs + 1, layers, heads)
     epochs, (layers, heads) = np.arange(len(gate)), gate.shape[1:]
-    uniform = _uniform_distance()
+    uniform = non_locality(torch.full((1, N, N), 1 / N), GRID).item()  # of a head that attends to all patches alike
     figure = Figure(figsize=(2.3 * layers + 0.6, 5.4))
     _heading(
         figure,
@@ -124,12 +122,6 @@ def gates(run: Run) -> Figure:
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=heads + 1, bbox_to_anchor=(0.53, 0.0))
     return figure
-
-
-def _uniform_distance() -> float:
-    """The mean distance between two patches: that of a head that attends to all patches alike."""
-    y, x = np.divmod(np.arange(GRID[0] * GRID[1]), GRID[1])
-    return float(np.hypot(y[:, None] - y, x[:, None] - x).mean())
 
 
 def attention(run: Run) -> Figure:
@@ -182,15 +174,14 @@ def attention(run: Run) -> Figure:
     bar.ax.grid(False)
     bar.locator = MaxNLocator(4)
     bar.update_ticks()
-    bar.set_label(f"attention weight, square-root scale\n(alike for all patches: {1 / (GRID[0] * GRID[1]):.3f})")
+    bar.set_label(f"attention weight, square-root scale\n(alike for all patches: {1 / N:.3f})")
     return figure
 
 
 def _query(digit: Any) -> int:
     """The patch to look from: the darkest of the digit, nearest to the middle among equals."""
-    rows, columns = GRID
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    return int(np.argmax(digit.ravel() - 1e-3 * np.hypot(y - (rows - 1) / 2, x - (columns - 1) / 2)))
+    y, x = np.indices(GRID) - (np.array(GRID)[:, None, None] - 1) / 2
+    return int(np.argmax(digit - 1e-3 * np.hypot(y, x)))
 
 
 def _outline(axis: Any, digit: Any) -> None:

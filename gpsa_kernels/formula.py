@@ -37,9 +37,19 @@ def attention_map(
         grid_size: (rows, columns), rows*columns = N.
         scale: factor of the content scores.
     """
-    offsets = relative_offsets(grid_size, q.device, q.dtype)
+    return gated_map(q, k, position_scores(pos_weight.to(q.dtype), grid_size), gate, scale)
+
+
+def position_scores(pos_weight: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """(H, N, N) scores of the positional softmax, in pos_weight's dtype."""
+    offsets = relative_offsets(grid_size, pos_weight.device, pos_weight.dtype)
+    return torch.einsum("ijc,hc->hij", offsets, pos_weight)
+
+
+def gated_map(q: Tensor, k: Tensor, position: Tensor, gate: Tensor, scale: float) -> Tensor:
+    """:func:`attention_map`, from scores (H, N, N) of the positional softmax."""
     content = (scale * (q @ k.transpose(-2, -1))).softmax(dim=-1)
-    position = torch.einsum("ijc,hc->hij", offsets, pos_weight.to(q.dtype)).softmax(dim=-1)
+    position = position.softmax(dim=-1)
     g = torch.sigmoid(gate.to(q.dtype)).view(-1, 1, 1)
     mixed = (1 - g) * content + g * position
     return mixed / mixed.sum(dim=-1, keepdim=True)

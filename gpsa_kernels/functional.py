@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from gpsa_kernels.arguments import as_number, as_pair, check_backend, check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.derivatives import first_order, transformed
 from gpsa_kernels.operators import attention
-from gpsa_kernels.tensors import autocast_dtype, autocast_inputs, without_autocast
+from gpsa_kernels.tensors import autocast_inputs, without_autocast
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 
 def gpsa_attention(
@@ -60,14 +61,17 @@ def gpsa_attention(
         RuntimeError: the backend asked for by name cannot run this call; the message says why. Also, unless the backend
             is "eager", when a gradient of the result is differentiated again.
     """
-    _check_tensors(q, k, v, pos_weight, gate)
+    check_tensors(q, k, v, pos_weight, gate)
     rows, columns = _check_grid(grid_size, q.shape[2])
     if scale is None:
         scale = q.shape[3] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a finite number, got {scale!r}")
-    elif not abs(scale) < math.inf:  # false for nan, too; math.isfinite breaks the graph of torch.compile
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    elif type(scale) is not float:
+        scale = as_number("scale", scale)
+    if not abs(scale) <= _LARGEST_SCALE:  # false for nan, too; math.isfinite breaks the graph of torch.compile
+        largest = f" of at most {_LARGEST_SCALE:.1e}, float32's largest" if math.isfinite(scale) else ""
+        raise ValueError(f"scale must be a finite number{largest}, got {scale}")
+    if type(dropout_p) is not float:
+        dropout_p = as_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
 
@@ -87,8 +91,12 @@ def gpsa_attention(
 
 def _traced(backend: Backend, dtype: torch.dtype) -> bool:
     """Whether a compiler is at work that does better with plain PyTorch than with an opaque operator."""
-    # torch 2.11 compiles its float64 CPU flash attention to a call whose dtypes do not match
-    return torch.compiler.is_compiling() and backend.compose is not None and dtype != torch.float64
+    if torch.compiler.is_compiling():
+        # torch 2.11 compiles its float64 CPU flash attention to a call whose dtypes do not match
+        return backend.compose is not None and dtype != torch.float64
+    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError('torch.onnx.export(dynamo=False) takes backend="eager" only; dynamo=True takes every other')
+    return False
 
 
 def select_backend(call: Call, name: str = "auto") -> Backend:
@@ -105,8 +113,7 @@ def select_backend(call: Call, name: str = "auto") -> Backend:
                 continue
             if candidate.unavailable() is None and candidate.unsupported(call) is None:
                 return candidate
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    check_backend(name)
     chosen = BACKENDS[name]
     reason = chosen.unavailable() or chosen.unsupported(call)
     if reason is not None:
@@ -114,63 +121,8 @@ def select_backend(call: Call, name: str = "auto") -> Backend:
     return chosen
 
 
-def _fit(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> bool:
-    """Whether :func:`_check_tensors` has nothing to say, without asking anything twice."""
-    for t in (q, k, v, pos_weight, gate):
-        if not isinstance(t, Tensor):
-            return False
-    if q.dim() != 4:
-        return False
-    _, heads, tokens, head_dim = shape = q.shape
-    return (
-        heads > 0
-        and tokens > 0
-        and head_dim > 0
-        and shape == k.shape == v.shape
-        and pos_weight.shape == (heads, 3)
-        and gate.shape == (heads,)
-        and q.dtype == k.dtype == v.dtype
-        and q.dtype in _DTYPES
-        and pos_weight.dtype in _DTYPES
-        and gate.dtype in _DTYPES
-        and q.device == k.device == v.device == pos_weight.device == gate.device
-    )
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> None:
-    if _fit(q, k, v, pos_weight, gate):
-        return
-    for name, t in (("q", q), ("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
-    shape, dtype, device = q.shape, q.dtype, q.device
-    if len(shape) != 4:
-        raise ValueError(f"q must have 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(shape)}")
-    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
-        raise ValueError(f"q must have at least one head, token and channel, got shape {tuple(shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.shape != shape:
-            raise ValueError(f"{name} must have q's shape {tuple(shape)}, got {tuple(t.shape)}")
-        # under autocast q, k and v are cast to one dtype before any work, as SDPA's are
-        if t.dtype != dtype and autocast_dtype(device.type) is None:
-            raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
-    for name, t, expected in (("pos_weight", pos_weight, (shape[1], 3)), ("gate", gate, (shape[1],))):
-        if t.shape != expected:
-            raise ValueError(f"{name} must have shape {tuple(expected)} for {shape[1]} heads, got {tuple(t.shape)}")
-    for name, t in (("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
-        if t.device != device:
-            raise ValueError(f"{name} must be on q's device {device}, got {t.device}")
-
-
 def _check_grid(grid_size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    try:
-        rows, columns = grid_size
-    except (TypeError, ValueError):
-        raise ValueError(f"grid_size must be a pair (rows, columns), got {grid_size!r}") from None
-    if isinstance(rows, float) or isinstance(columns, float):
-        raise TypeError(f"grid_size must hold two integers, got {grid_size!r}")
+    rows, columns = as_pair("grid_size", grid_size)
     if rows < 1 or columns < 1 or rows * columns != tokens:
         raise ValueError(f"grid_size must be (rows, columns) with rows * columns = {tokens} tokens, got {grid_size!r}")
     return rows, columns

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from gpsa_kernels.analysis import non_locality
-from gpsa_kernels.backends import BACKENDS
+from gpsa_kernels.arguments import as_grid, as_number, check_backend, check_integer
 from gpsa_kernels.derivatives import first_order, transformed
-from gpsa_kernels.formula import attention_map, relative_offsets
+from gpsa_kernels.formula import gated_map, position_scores, relative_offsets
 from gpsa_kernels.functional import gpsa_attention
 from gpsa_kernels.tensors import accumulation_dtype, without_autocast
 
 
 def _head_dim(dim: int, num_heads: int) -> int:
+    check_integer("dim", dim, least=1)
+    check_integer("num_heads", num_heads, least=0)
     if num_heads < 1 or dim % num_heads != 0:
         raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
     return dim // num_heads
@@ -30,29 +33,67 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_settings(backend: str, grid_size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError where a layer cannot be made with these, naming the argument."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    if grid_size is not None and not (len(grid_size) == 2 and all(isinstance(n, int) and n > 0 for n in grid_size)):
-        raise ValueError(f"grid_size must be a pair (rows, columns) of positive integers or None, got {grid_size!r}")
-
-
 def _check_tokens(x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x must be (batch, tokens, {dim}), got shape {tuple(x.shape)}")
+
+
+def is_plain(child: Any, expected: type[nn.Module]) -> bool:
+    """Whether calling ``child`` does what its class does, and nothing else."""
+    return (
+        isinstance(child, expected)
+        and type(child).forward is expected.forward
+        and "forward" not in child.__dict__
+        and not (child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks)
+    )
+
+
+def _split_heads(packed: Tensor, count: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, N, count * C) as ``count`` views (B, H, N, head_dim)."""
+    batch, tokens, dim = packed.shape
+    # view infers no size where the batch is empty
+    return packed.view(batch, tokens, count, num_heads, dim // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _pos_weight(pos_proj: nn.Linear) -> Tensor:
+    weight, bias = pos_proj.weight, pos_proj.bias
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return weight
+    # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
+    # the zero gradient that DistributedDataParallel and optimizers wait for.
+    return torch.cat((weight, bias.unsqueeze(1)), dim=1)[:, :3]
+
+
+def _leaf(layer: nn.Module, x: fx.Proxy, *args: Any) -> Any:
+    """``layer`` as one node of the graph that torch.fx traces: what is inside branches on sizes that a proxy lacks."""
+    assert isinstance(x.tracer, fx.Tracer)
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x, *args), {})
+
+
+def _may_call(name: str, backend: str) -> None:
+    """Raises where a submodule that is not plain would be passed over: only the formula calls it."""
+    if backend not in ("auto", "eager"):
+        raise RuntimeError(
+            f"backend {backend!r} does the work of {name} itself, which has hooks or is no plain module of torch.nn: "
+            "backend='auto' and 'eager' call it"
+        )
 
 
 class FusedGPSA(nn.Module):
     """Gated positional self-attention (ConViT, arXiv 2103.10697), fused: a drop-in for timm's and the original's GPSA.
 
-    Parameters, their names, shapes and order are those of both, so checkpoints pass either way.
+    Parameters, their names, shapes and order are those of both, so checkpoints pass either way. ``attn_drop`` and
+    ``pos_proj`` are read, not called. Where one has hooks, or is no plain ``nn.Dropout`` or ``nn.Linear``, the layer
+    runs the formula, which calls them; a backend asked for by name, other than "eager", then raises RuntimeError.
 
     Args:
         dim: channels of the tokens.
         num_heads: attention heads H; ``dim`` must be a multiple of it.
-        qkv_bias: whether the q, k and v projections have a bias.
-        qk_scale: factor of the content scores, head_dim ** -0.5 if None.
+        qkv_bias: whether the q, k and v projections have a bias. What follows goes by name: timm and the original
+            have it in different orders.
+        qk_scale: factor of the content scores, head_dim ** -0.5 if None or, as in the original, 0.
         attn_drop: dropout probability of the mixed attention map, in training.
         proj_drop: dropout probability of the output, in training.
         locality_strength: the factor alpha of :meth:`local_init`.
@@ -63,8 +104,8 @@ class FusedGPSA(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers, or
-            ``backend`` unknown.
+        TypeError, ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers,
+            ``locality_strength`` not finite, or ``backend`` unknown.
     """
 
     def __init__(
@@ -72,26 +113,27 @@ class FusedGPSA(nn.Module):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         locality_strength: float = 1.0,
         use_local_init: bool = True,
-        *,
         grid_size: tuple[int, int] | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_settings(backend, grid_size)
+        check_backend(backend)
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
+        head_dim = _head_dim(dim, num_heads)
+        self.scale = qk_scale or head_dim**-0.5
         self.locality_strength = locality_strength
-        self.grid_size = grid_size
+        self.grid_size = None if grid_size is None else as_grid(grid_size)
         self.backend = backend
-        self._last_grid = grid_size or (1, 1)
+        self._last_grid = self.grid_size or (1, 1)
 
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -99,9 +141,15 @@ class FusedGPSA(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.pos_proj = nn.Linear(3, num_heads, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.gating_param = nn.Parameter(torch.ones(num_heads, device=device, dtype=dtype))
+        self.gating_param = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.use_local_init = use_local_init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         self.apply(init_linear)
-        if use_local_init:
+        nn.init.ones_(self.gating_param)
+        if self.use_local_init:
             self.local_init()
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -120,6 +168,8 @@ class FusedGPSA(nn.Module):
             locality_strength: alpha, the layer's own if None.
         """
         alpha = self.locality_strength if locality_strength is None else locality_strength
+        if not math.isfinite(as_number("locality_strength", alpha)):
+            raise ValueError(f"locality_strength must be a finite number, got {alpha}")
         nn.init.eye_(self.v.weight)
         kernel_size = math.isqrt(self.num_heads)
         centre = (kernel_size - 1) / 2
@@ -139,24 +189,32 @@ class FusedGPSA(nn.Module):
             (B, N, dim).
 
         Raises:
-            ValueError: ``x`` is not (B, N, dim), or N does not fit the grid.
+            TypeError, ValueError: ``x`` is not (B, N, dim), ``grid_size`` no pair, or N does not fit it.
         """
+        if isinstance(x, fx.Proxy):
+            return _leaf(self, x, grid_size)
         _check_tokens(x, self.dim)
         batch, tokens, dim = x.shape
         grid_size = self._grid(tokens, grid_size)
-        q, k = self._queries_and_keys(x)
-        v = self.v(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
-        out = gpsa_attention(
-            q,
-            k,
-            v,
-            self._pos_weight(),
-            self.gating_param,
-            grid_size,
-            scale=self.scale,
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
-            backend=self.backend,
-        )
+        v = self.v(x)
+        v = v.view(batch, tokens, self.num_heads, v.shape[2] // self.num_heads).transpose(1, 2)
+        attn_drop, pos_proj = self.attn_drop, self.pos_proj
+        if is_plain(attn_drop, nn.Dropout) and is_plain(pos_proj, nn.Linear):
+            q, k = self._queries_and_keys(x)
+            out = gpsa_attention(
+                q,
+                k,
+                v,
+                _pos_weight(pos_proj),
+                self.gating_param,
+                grid_size,
+                scale=self.scale,
+                dropout_p=attn_drop.p if attn_drop.training else 0.0,
+                backend=self.backend,
+            )
+        else:
+            _may_call("pos_proj" if is_plain(attn_drop, nn.Dropout) else "attn_drop", self.backend)
+            out = self.get_attention(x, grid_size) @ v
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
@@ -166,9 +224,11 @@ class FusedGPSA(nn.Module):
         q, k = self._queries_and_keys(x)
         dtype = accumulation_dtype(q.dtype)
         with without_autocast(x.device.type):
-            attention = attention_map(
-                q.to(dtype), k.to(dtype), self._pos_weight(), self.gating_param, grid_size, self.scale
-            )
+            if is_plain(self.pos_proj, nn.Linear):
+                position = position_scores(_pos_weight(self.pos_proj).to(dtype), grid_size)
+            else:
+                position = self.pos_proj(self._rel_indices(grid_size))[0].permute(2, 0, 1).to(dtype)
+            attention = gated_map(q.to(dtype), k.to(dtype), position, self.gating_param, self.scale)
         return self.attn_drop(attention.to(q.dtype))
 
     def get_attention_map(
@@ -192,31 +252,25 @@ class FusedGPSA(nn.Module):
         return relative_offsets(grid_size, self.gating_param.device, self.gating_param.dtype).unsqueeze(0)
 
     def _grid(self, tokens: int, grid_size: tuple[int, int] | None) -> tuple[int, int]:
-        grid_size = grid_size or self.grid_size
+        if grid_size is None:
+            grid_size = self.grid_size
         if grid_size is None:
             side = int(tokens**0.5 + 0.5)
-            if side * side != tokens:
+            if side == 0 or side * side != tokens:
                 raise ValueError(f"x has {tokens} tokens, which make no square grid: pass grid_size=(rows, columns)")
             grid_size = (side, side)
-        elif grid_size[0] * grid_size[1] != tokens:
-            raise ValueError(f"x must have rows * columns tokens for grid_size {tuple(grid_size)}, got {tokens}")
+        else:
+            grid_size = as_grid(grid_size)
+            if grid_size[0] * grid_size[1] != tokens:
+                raise ValueError(f"x must have rows * columns tokens for grid_size {grid_size}, got {tokens}")
         if not torch.compiler.is_compiling():
             self._last_grid = grid_size
         return grid_size
 
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, N, head_dim) views of the packed projection."""
-        batch, tokens, _ = x.shape
-        q, k = self.qk(x).view(batch, tokens, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q, k = _split_heads(self.qk(x), 2, self.num_heads)
         return q, k
-
-    def _pos_weight(self) -> Tensor:
-        weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
-            return weight
-        # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
-        # the zero gradient that DistributedDataParallel and optimizers wait for.
-        return torch.cat((weight, bias.unsqueeze(1)), dim=1)[:, :3]
 
 
 class SelfAttention(nn.Module):
@@ -227,8 +281,8 @@ class SelfAttention(nn.Module):
     Args:
         dim: channels of the tokens.
         num_heads: attention heads; ``dim`` must be a multiple of it.
-        qkv_bias: whether the joint projection has a bias.
-        qk_scale: factor of the scores, head_dim ** -0.5 if None.
+        qkv_bias: whether the joint projection has a bias. What follows goes by name, as in :class:`FusedGPSA`.
+        qk_scale: factor of the scores, head_dim ** -0.5 if None or 0.
         attn_drop: dropout probability of the attention map, in training.
         proj_drop: dropout probability of the output, in training.
         backend: "eager" writes the softmax out in plain PyTorch, which has all derivatives; every other calls torch's
@@ -245,24 +299,29 @@ class SelfAttention(nn.Module):
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
+        *,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        *,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_settings(backend)
+        check_backend(backend)
         self.dim = dim
         self.num_heads = num_heads
-        self.scale = _head_dim(dim, num_heads) ** -0.5 if qk_scale is None else qk_scale
+        head_dim = _head_dim(dim, num_heads)
+        self.scale = qk_scale or head_dim**-0.5
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         self.apply(init_linear)
 
     def extra_repr(self) -> str:
@@ -270,17 +329,22 @@ class SelfAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_tokens(x, self.dim)
-        batch, tokens, _ = x.shape
-        return self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        return _split_heads(self.qkv(x), 3, self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
+        if isinstance(x, fx.Proxy):
+            return _leaf(self, x)
         q, k, v = self._queries_keys_values(x)
-        if self.backend == "eager" or (self.backend == "auto" and transformed()):
-            out = self.attn_drop(self._attention_map(q, k)) @ v
+        attn_drop = self.attn_drop
+        plain = is_plain(attn_drop, nn.Dropout)
+        if not plain:
+            _may_call("attn_drop", self.backend)
+        if not plain or self.backend == "eager" or (self.backend == "auto" and transformed()):
+            out = attn_drop(self._attention_map(q, k)) @ v
         else:
             q, k, v = first_order(q, k, v)
-            dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
+            dropout_p = attn_drop.p if attn_drop.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
 

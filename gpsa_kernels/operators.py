@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
@@ -44,7 +45,13 @@ _library.define(
 
 
 def _check(call: Call, backend: str) -> None:
-    """Raises where a kernel would drop nothing in silence."""
+    """Raises where a kernel would read what is not there, or drop nothing in silence."""
+    check_tensors(call.q, call.k, call.v, call.pos_weight, call.gate)
+    if call.rows < 1 or call.rows * call.columns != call.q.shape[2]:
+        raise ValueError(f"rows * columns must be {call.q.shape[2]}, the tokens, got {call.rows} * {call.columns}")
+    if backend not in BACKENDS or BACKENDS[backend].forward is None:
+        kernels = [name for name in BACKENDS if BACKENDS[name].forward is not None]
+        raise ValueError(f"backend must be one with kernels, {', '.join(map(repr, kernels))}, got {backend!r}")
     if (call.seed is not None) != call.has_dropout:
         given = "None" if call.seed is None else "a tensor"
         raise ValueError(f"seed must be a tensor if and only if dropout_p > 0, got {given} for {call.dropout_p}")
@@ -52,35 +59,45 @@ def _check(call: Call, backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
 
 
+def _check_saved(grad_out: Tensor, q: Tensor, content: Tensor, logsumexp: Tensor) -> None:
+    expected = {"grad_out": (grad_out, q.shape), "content": (content, q.shape), "logsumexp": (logsumexp, q.shape[:3])}
+    for name, (t, shape) in expected.items():
+        if t.shape != shape and not (name == "content" and t.numel() == 0):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
 def _run_forward(*arguments: Any) -> Forward:
     call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]  # torch leaves out a last False
-    _check(call, backend)
     kernel = BACKENDS[backend].forward
-    assert kernel is not None, f"backend {backend!r} has no kernels"
+    assert kernel is not None
     return kernel(call, save == [True])
 
 
 def _run_backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     call, *saved, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check(call, backend)
     kernel = BACKENDS[backend].backward
-    assert kernel is not None, f"backend {backend!r} has no kernels"
+    assert kernel is not None
     return kernel(grad_out, call, Saved(*saved))
 
 
-def _forward(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """With tensors for what is not saved, as the schema has it."""
-    out, content, logsumexp = _run_forward(q, *arguments)
-    content = q.new_empty(0) if content is None else content
-    logsumexp = q.new_empty(0, dtype=accumulation_dtype(q.dtype)) if logsumexp is None else logsumexp
+    call = Call(*arguments[:_FIELDS])
+    _check(call, arguments[_FIELDS])
+    out, content, logsumexp = _run_forward(*arguments)
+    content = call.q.new_empty(0) if content is None else content
+    logsumexp = call.q.new_empty(0, dtype=accumulation_dtype(call.q.dtype)) if logsumexp is None else logsumexp
     return out, content, logsumexp
 
 
 def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     """In tensors that share no memory, as an operator's results must."""
+    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    _check_saved(grad_out, call.q, content, logsumexp)
     grads = _run_backward(grad_out, *arguments)
     return grads._replace(gate=grads.gate.clone())
 
@@ -98,8 +115,9 @@ def _forward_fake(*arguments: Any) -> Forward:
 
 
 def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
-    call, *_, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
     _check(call, backend)
+    _check_saved(grad_out, call.q, content, logsumexp)
     q, pos_weight, gate = call.q, call.pos_weight, call.gate
     grads = empty_output(q), empty_output(q), empty_output(q)
     return Gradients(*grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape))

@@ -8,7 +8,7 @@ On a full grid of R rows and C columns the positional softmax is separable:
     Ay[y, y'] = softmax over y' of w1*(y' - y) + w2*(y' - y)^2      (R x R, per head)
 
 because the exponential of the sum factors and so does its normaliser. Multiplying V by the N x N
-positional map is therefore two short contractions along the grid axes: 2*N*(R+C)*D multiply-adds
+positional map is therefore two short contractions along the grid axes: N*(R+C)*D multiply-adds
 instead of N^2*D, and no N x N matrix.
 """
 

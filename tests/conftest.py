@@ -1,7 +1,5 @@
 """What all tests share: poisoned memory, seeds, and the two tiers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch._functorch.config

@@ -9,18 +9,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from gpsa_kernels.tensors import parameter_gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
@@ -133,14 +131,7 @@ class Sizes(NamedTuple):
     content: bool
 
 
-@dataclass(frozen=True)
-class Result:
-    out: Tensor
-    content: Tensor | None
-    logsumexp: Tensor | None
-    counts: dict[str, int]
-
-
+INPUTS, GRADIENTS = ("q", "k", "v", "pos_weight", "gate"), ("grad_q", "grad_k", "grad_v", "sums")
 Argument = tuple[int, int, list[int], list[int], bool]  # as bindings.cpp takes a tensor
 
 
@@ -181,132 +172,88 @@ def empty_like_output(q: Tensor) -> Tensor:
     return q.new_full((batch, tokens, heads, head_dim), torch.nan).transpose(1, 2)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
+@dataclass(frozen=True)
+class Result:
+    tensors: dict[str, Tensor]  # of a forward call out and what it saves, of a backward one the gradients and sums
+    counts: dict[str, int]
+
+
+def _call(
+    direction: str,
+    problem: Problem,
+    inputs: dict[str, Tensor | None],
+    outputs: dict[str, Tensor | None],
     *,
-    dropout_p: float = 0.0,
+    row_blocks: int | None = None,
     dropout_seed: int = 0,
-    save: bool = False,
-    row_blocks: int | None = 1,
     device: Device = H100,
     schedule: int = 0,
     deferred_copies: bool = False,
-    out: Tensor | None = None,
     module: ModuleType | None = None,
 ) -> Result:
-    """A forward call.
+    for name in ("pos_weight", "gate"):  # in 16 bits the emulator takes them for numbers of q's dtype
+        t = inputs[name].contiguous()
+        inputs[name] = t if t.dtype == inputs["q"].dtype else t.float()
+    inputs.setdefault("seed", torch.tensor([dropout_seed]))
+    run = getattr(module or kernels(), direction)
+    counts = run(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
+    return Result({name: t for name, t in outputs.items() if t is not None}, counts)
+
+
+def forward(
+    tensors: Sequence[Tensor],
+    grid_size: tuple[int, int],
+    scale: float,
+    *,
+    save: bool = False,
+    row_blocks: int | None = 1,
+    dropout_p: float = 0.0,
+    out: Tensor | None = None,
+    **how: object,
+) -> Result:
+    """A forward call of q, k, v, pos_weight and gate.
 
     Args:
         save: whether the logsumexp is wanted, and the content branch's own output from kernels that write it.
         row_blocks: of the whole-image kernel, which share the query rows of a (batch, head); 0: the tiled kernels;
             None: as launch_forward chooses for the device.
-        schedule: its number, from which it is drawn; 0: threads in turn.
-        deferred_copies: whether cp.async moves its bytes when they are waited for, or at once.
         out: where to write, if not into new memory.
-        module: other kernels than this checkout's.
+        how: ``schedule``, a number from which it is drawn, 0: threads in turn; ``deferred_copies``, whether cp.async
+            moves its bytes when they are waited for, or at once; ``module``, other kernels than this checkout's;
+            ``dropout_seed``; ``device``.
 
     Raises:
         RuntimeError: a kernel broke a rule; the message says which, where and by which thread.
     """
-    module = kernels() if module is None else module
-    inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
-    inputs["seed"] = torch.tensor([dropout_seed])
+    q = tensors[0]
     outputs = {"out": empty_like_output(q) if out is None else out}
     if save:
         outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
-    if save and (row_blocks == 0 or (row_blocks is None and sizes(q, grid_size, dropout_p, device).content)):
+    if save and row_blocks == 0:
         outputs["content"] = empty_like_output(q)
-    problem = _problem(q, grid_size, scale, dropout_p)
-    counts = module.forward(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
-    return Result(outputs["out"], outputs.get("content"), outputs.get("logsumexp"), counts)
-
-
-tiled_forward = partial(forward, row_blocks=0)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sums: Tensor  # (B * slots, 4 * H), as gpsa.h says
-    counts: dict[str, int]
+    problem, inputs = _problem(q, grid_size, scale, dropout_p), dict(zip(INPUTS, tensors, strict=True))
+    return _call("forward", problem, inputs, outputs, row_blocks=row_blocks, **how)
 
 
 def backward(
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    logsumexp: Tensor,
+    tensors: Sequence[Tensor],
+    saved: dict[str, Tensor],
     grid_size: tuple[int, int],
     scale: float,
     *,
-    content: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int = 0,
-    schedule: int = 0,
-    deferred_copies: bool = False,
     outputs: Sequence[Tensor] | None = None,
-    module: ModuleType | None = None,
-) -> Gradients:
-    """A backward call, of the tiled kernels where ``content`` is given; ``outputs``: where to write the gradients of q,
-    k and v, if not into new memory; else as :func:`forward`."""
-    module = kernels() if module is None else module
+    **how: object,
+) -> Result:
+    """A backward call, of the tiled kernels where ``content`` is ``saved``; ``outputs``: where to write the gradients
+    of q, k and v, if not into new memory; else as :func:`forward`."""
+    q, problem = tensors[0], _problem(tensors[0], grid_size, scale, dropout_p)
+    slots = kernels().tiled_slots(problem) if "content" in saved else 1
     outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
-    problem = _problem(q, grid_size, scale, dropout_p)
-    slots = 1 if content is None else module.tiled_slots(problem)
-    sums = torch.full((q.size(0) * slots, 4 * q.size(1)), torch.nan)
-    inputs = {"q": q, "k": k, "v": v, "pos_weight": pos_weight.float().contiguous(), "gate": gate.float().contiguous()}
-    inputs |= {"grad_out": grad_out, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
-    inputs["content"] = content
-    results = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True))
-    counts = module.backward(problem, _arguments(inputs, results), H100, schedule, deferred_copies)
-    return Gradients(*outputs, sums, counts)
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, pos_weight, gate, grid_size, scale, options):
-        result = tiled_forward(q, k, v, pos_weight, gate, grid_size, scale, save=True, **options)
-        ctx.save_for_backward(q, k, v, pos_weight, gate, result.logsumexp, result.content)
-        ctx.settings = grid_size, scale, options
-        return result.out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        *tensors, logsumexp, content = ctx.saved_tensors
-        grid_size, scale, options = ctx.settings
-        grads = backward(grad_out, *tensors, logsumexp, grid_size, scale, content=content, **options)
-        return grads.q, grads.k, grads.v, *parameter_gradients(grads.sums, *tensors[3:]), None, None, None
-
-
-def tiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos_weight: Tensor,
-    gate: Tensor,
-    grid_size: tuple[int, int],
-    scale: float,
-    **options: object,
-) -> Tensor:
-    """A forward call of the tiled kernels, and the backward call behind it; ``options`` go to both."""
-    return _TiledAttention.apply(q, k, v, pos_weight, gate, grid_size, scale, options)
-
-
-def _known(q: Tensor) -> Callable[[Tensor | None], Tensor | None]:
-    """The emulator takes 16 bits for numbers of q's dtype."""
-    other = {torch.float16, torch.bfloat16} - {q.dtype}
-    return lambda t: t.float() if t is not None and t.dtype in other else t
+    outputs = dict(zip(GRADIENTS, (*outputs, torch.full((q.size(0) * slots, 4 * q.size(1)), torch.nan)), strict=True))
+    inputs = dict(zip(INPUTS, tensors, strict=True)) | saved | {"grad_out": grad_out}
+    return _call("backward", problem, inputs, outputs, row_blocks=0 if "content" in saved else None, **how)
 
 
 class Library:
@@ -324,19 +271,18 @@ class Library:
         return Sizes(kernels().tiled_slots(settings), 0, 0, 0, True)
 
     def forward(self, *arguments: Tensor | float | None) -> None:
-        *inputs, out, content, logsumexp, _, rows, columns, scale, dropout_p = arguments
-        named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), map(_known(inputs[0]), inputs), strict=True))
-        outputs = {"out": out, "content": content, "logsumexp": logsumexp}
-        problem = _problem(named["q"], (rows, columns), scale, dropout_p)
-        kernels().forward(problem, _arguments(named, outputs), self.row_blocks if out.numel() else None, H100, 0, False)
+        *tensors, _, rows, columns, scale, dropout_p = arguments
+        named = dict(zip((*INPUTS, "seed", "out", "content", "logsumexp"), tensors, strict=True))
+        outputs = {name: named.pop(name) for name in ("out", "content", "logsumexp")}
+        row_blocks = self.row_blocks if named["q"].numel() else None
+        _call("forward", _problem(named["q"], (rows, columns), scale, dropout_p), named, outputs, row_blocks=row_blocks)
 
     def backward(self, *arguments: Tensor | float | None) -> None:
         *tensors, _, rows, columns, scale, dropout_p = arguments
-        names = ("grad_out", "q", "k", "v", "pos_weight", "gate", "seed", "content", "logsumexp")
-        named = dict(zip(names, map(_known(tensors[0]), tensors[:9]), strict=True))
-        outputs = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), tensors[9:], strict=True))
+        named = dict(zip(("grad_out", *INPUTS, "seed", "content", "logsumexp", *GRADIENTS), tensors, strict=True))
+        outputs = {name: named.pop(name) for name in GRADIENTS}
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
-        kernels().backward(problem, _arguments(named, outputs), H100, 0, False)
+        _call("backward", problem, named, outputs, row_blocks=self.row_blocks)
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_head: int, transposed: bool) -> Tensor:
@@ -346,3 +292,9 @@ def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_
     tensors = {"seed": _argument(device_seed), "mask": _argument(mask, output=True)}
     kernels().dropout_mask(*grid_size, dropout_p, tensors, batch_head, transposed)
     return mask[0, 0]
+
+
+def masks(q: Tensor, grid_size: tuple[int, int], dropout_p: float, seed: int) -> Tensor:
+    """(B, H, N, N), 1 where the kernels keep an entry: drawn by csrc/dropout.cuh, which test_dropout.py checks."""
+    drawn = [dropout_mask(grid_size, dropout_p, seed, i, False) for i in range(q.size(0) * q.size(1))]
+    return torch.stack(drawn).view(*q.shape[:2], *drawn[0].shape)

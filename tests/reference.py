@@ -1,7 +1,6 @@
 """Inputs, oracles and the tolerance rule that the tests share. Nothing here calls gpsa_kernels."""
 
-from __future__ import annotations
-
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,12 +11,7 @@ NAMES = ("out", "q", "k", "v", "pos_weight", "gate")
 
 
 def inputs(
-    batch: int,
-    heads: int,
-    grid_size: tuple[int, int],
-    head_dim: int,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
+    batch: int, heads: int, grid_size: tuple[int, int], head_dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> list[Tensor]:
     """Random q, k, v, pos_weight and gate, all of ``dtype``, requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -29,6 +23,13 @@ def inputs(
     tensors = [normal(batch, heads, tokens, head_dim) for _ in range(3)]
     tensors += [(0.5 * normal(heads, 3)).to(dtype), normal(heads)]
     return [t.requires_grad_() for t in tensors]
+
+
+def offsets(grid_size: tuple[int, int]) -> Tensor:
+    """(N, N, 3): dx, dy and dx² + dy², key minus query."""
+    y, x = torch.cartesian_prod(*map(torch.arange, grid_size)).unbind(-1)
+    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
+    return torch.stack((dx, dy, dx**2 + dy**2), dim=-1)
 
 
 def literal(
@@ -43,13 +44,8 @@ def literal(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept."""
-    rows, columns = grid_size
-    index = torch.arange(rows * columns)
-    y, x = index // columns, index % columns
-    dx, dy = x[None, :] - x[:, None], y[None, :] - y[:, None]
-    offsets = torch.stack((dx, dy, dx**2 + dy**2), dim=-1).to(q.dtype)
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(-1)
-    position = (offsets @ pos_weight.t()).permute(2, 0, 1).softmax(-1)
+    position = (offsets(grid_size).to(q.dtype) @ pos_weight.t()).permute(2, 0, 1).softmax(-1)
     g = torch.sigmoid(gate).view(-1, 1, 1)
     mixed = (1 - g) * content + g * position
     attention = mixed / mixed.sum(-1, keepdim=True)
@@ -60,22 +56,20 @@ def loops(
     q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
 ) -> Tensor:
     """The formula one number at a time, in Python floats: slow, and hard to get wrong."""
-    rows, columns = grid_size
-    tokens = rows * columns
+    _, columns = grid_size
+    batch, heads, tokens, _ = q.shape
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for b in range(q.size(0)):
-        for h in range(q.size(1)):
-            w0, w1, w2 = pos_weight[h].tolist()
-            g = 1 / (1 + math.exp(-gate[h].item()))
-            for i in range(tokens):
-                content, position = [], []
-                for j in range(tokens):
-                    dx, dy = j % columns - i % columns, j // columns - i // columns
-                    content.append(math.exp(scale * (q[b, h, i] @ k[b, h, j]).item()))
-                    position.append(math.exp(w0 * dx + w1 * dy + w2 * (dx * dx + dy * dy)))
-                for j in range(tokens):
-                    weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
-                    out[b, h, i] += weight * v[b, h, j]
+    for b, h, i in itertools.product(range(batch), range(heads), range(tokens)):
+        w0, w1, w2 = pos_weight[h].tolist()
+        g = 1 / (1 + math.exp(-gate[h].item()))
+        content, position = [], []
+        for j in range(tokens):
+            dx, dy = j % columns - i % columns, j // columns - i // columns
+            content.append(math.exp(scale * (q[b, h, i] @ k[b, h, j]).item()))
+            position.append(math.exp(w0 * dx + w1 * dy + w2 * (dx * dx + dy * dy)))
+        for j in range(tokens):
+            weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
+            out[b, h, i] += weight * v[b, h, j]
     return out
 
 
@@ -106,19 +100,16 @@ def rounding_walks(
     eye = torch.eye(tokens, dtype=torch.float64)
     closed, open_ = torch.full_like(gate, -math.inf), torch.full_like(gate, math.inf)
     maps = [literal(q, k, eye.expand(*q.shape[:2], -1, -1), pos_weight, g, grid_size, scale) for g in (closed, open_)]
-    index = torch.arange(tokens)
-    y, x = index // grid_size[1], index % grid_size[1]
-    dx, dy = (x[None, :] - x[:, None]).double(), (y[None, :] - y[:, None]).double()
+    distances = offsets(grid_size).double()
     content_score = scale**2 * q**2 @ k.mT**2
-    position_score = (torch.stack((dx, dy, dx**2 + dy**2), dim=-1) ** 2 @ pos_weight.t() ** 2).permute(2, 0, 1)
+    position_score = (distances**2 @ pos_weight.t() ** 2).permute(2, 0, 1)
     g = torch.sigmoid(gate).view(-1, 1, 1)
     content = (1 - g) * maps[0] * (1 + content_score).sqrt()
     position = g * maps[1] * (1 + position_score).sqrt()
     kept = 1.0 if mask is None else mask.double() / (1 - dropout_p)
     along = kept * (grad_out.double() @ v.mT)
-    own = [
-        ((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps
-    ]  # of rowsum(dO * O), squared
+    # of rowsum(dO * O), squared
+    own = [((grad_out.double() * ((kept * m) @ v)) ** 2).sum(-1, keepdim=True) for m in maps]
     score = content**2 * (along**2 + own[0])
     place = position**2 * (along**2 + own[1])
     squares = {
@@ -126,7 +117,7 @@ def rounding_walks(
         "q": scale**2 * score @ k**2,
         "k": scale**2 * score.mT @ q**2,
         "v": (kept * (content + position)).mT ** 2 @ grad_out.double() ** 2,
-        "pos_weight": torch.stack([(place * d**2).sum((0, 2, 3)) for d in (dx, dy, dx**2 + dy**2)]),
+        "pos_weight": torch.stack([(place * d**2).sum((0, 2, 3)) for d in distances.unbind(-1)]),
         "gate": (g * (1 - g)).flatten() ** 2 * (own[0] + own[1]).sum((0, 2, 3)),
     }
     return {name: t.max().sqrt().item() if t.numel() else 0.0 for name, t in squares.items()}

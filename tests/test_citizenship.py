@@ -10,79 +10,68 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import assert_as_exact_as_eager, inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends.base import Forward
-from gpsa_kernels.operators import _forward_fake
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
-KERNELS_ON_CPU = [name for name, backend in BACKENDS.items() if "cpu" in backend.kernel_devices]
+kernels = pytest.mark.parametrize("backend", [name for name, b in BACKENDS.items() if "cpu" in b.kernel_devices])
 SETTINGS = (3, 4, 0.3, 0.0)
 
 
-# ---- the registered operator ---------------------------------------------------------------------------------------
+def detached(dtype=torch.float32):
+    return [t.detach() for t in inputs(2, 2, (3, 4), 8, dtype)]
 
 
-@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck(backend, dtype, requires_grad):
-    tensors = [t.detach().requires_grad_(requires_grad) for t in inputs(2, 2, (3, 4), 8, dtype)]
-    results = torch.library.opcheck(torch.ops.gpsa.attention_forward.default, (*tensors, None, *SETTINGS, backend))
-    assert set(results.values()) == {"SUCCESS"}
-    tensors = [t.detach() for t in tensors]
-    out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend, True)
-    arguments = (out, *tensors, None, *SETTINGS, content, logsumexp, backend)
-    results = torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
+    tensors = [t.requires_grad_(requires_grad) for t in detached(dtype)]
+    torch.library.opcheck(torch.ops.gpsa.attention_forward.default, (*tensors, None, *SETTINGS, backend))
+    tensors = detached(dtype)
+    out, *saved = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend, True)
+    arguments = (out, *tensors, None, *SETTINGS, *saved, backend)
+    torch.library.opcheck(torch.ops.gpsa.attention_backward.default, arguments)
 
 
-@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@kernels
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_fake_tensors_have_the_real_strides(backend, save, packed):
     """opcheck compares shapes; compiled code relies on strides, too."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    q, k, v, pos_weight, gate = (t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32))
+    tensors = [*detached(), None]
     if packed:
-        q, k, v = torch.randn(2, 12, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
-    forward = (q, k, v, pos_weight, gate, None)
-    real = torch.ops.gpsa.attention_forward(*forward, *SETTINGS, backend, save)
-    assert [t.stride() for t in real] == [t.stride() for t in _forward_fake(*forward, *SETTINGS, backend, save)]
-    if not save:
-        return
-    backward = (torch.randn(2, 2, 12, 8), *forward, *SETTINGS, *real[1:])
-    real = torch.ops.gpsa.attention_backward(*backward, backend)
+        tensors[:3] = torch.randn(2, 12, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in backward]
-        fake = torch.ops.gpsa.attention_backward(*fakes, backend)
-    assert [(t.shape, t.stride(), t.dtype) for t in real] == [(t.shape, t.stride(), t.dtype) for t in fake]
+        fakes = [t if t is None else mode.from_tensor(t) for t in tensors]
+    both = []
+    for arguments in (tensors, fakes):
+        out, *saved = torch.ops.gpsa.attention_forward(*arguments, *SETTINGS, backend, save)
+        grads = torch.ops.gpsa.attention_backward(out, *arguments, *SETTINGS, *saved, backend) if save else ()
+        both.append([(t.shape, t.stride(), t.dtype) for t in (out, *saved, *grads)])
+    assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@kernels
 def test_operator_is_differentiable_and_casts_by_itself(backend):
     tensors = inputs(2, 2, (3, 4), 8, torch.float32)
     out = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)[0]
     expected = gpsa_attention(*tensors, (3, 4), scale=0.3, backend=backend)
     assert torch.equal(out, expected)
-    grad_out = torch.randn_like(out)
-    for a, b in zip(
-        torch.autograd.grad(out, tensors, grad_out), torch.autograd.grad(expected, tensors, grad_out), strict=True
-    ):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, *(torch.autograd.grad(t.square().sum(), tensors) for t in (out, expected))))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)[0]
     assert low.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", KERNELS_ON_CPU)
+@kernels
 def test_nothing_is_saved_where_nothing_is_differentiated(backend):
-    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32)]
-    _, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, None, *SETTINGS, backend)
+    _, content, logsumexp = torch.ops.gpsa.attention_forward(*detached(), None, *SETTINGS, backend)
     assert content.numel() == logsumexp.numel() == 0
 
 
@@ -184,12 +173,10 @@ def test_a_second_batch_size_does_not_recompile(backend):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_dropout_is_seeded():
-    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8, torch.float32)]
-    compiled = torch.compile(gpsa_attention, fullgraph=True)
-    outs = []
+    compiled, outs = torch.compile(gpsa_attention, fullgraph=True), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outs.append(compiled(*tensors, (3, 4), dropout_p=0.5))
+        outs.append(compiled(*detached(), (3, 4), dropout_p=0.5))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
 
@@ -198,61 +185,35 @@ def test_compiled_dropout_is_seeded():
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(backend, strict):
     layer = FusedGPSA(16, 2, grid_size=(3, 4), backend=backend).eval()
-    x = torch.randn(2, 12, 16)
     batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
+    program = torch.export.export(layer, (torch.randn(2, 12, 16),), dynamic_shapes={"x": {0: batch}}, strict=strict)
     x = torch.randn(5, 12, 16)
     torch.testing.assert_close(program.module()(x), layer(x))
-
-
-# ---- autocast ------------------------------------------------------------------------------------------------------
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_does_what_it_does_to_sdpa(backend, dtype):
-    q, k, v, pos_weight, gate = inputs(2, 2, (3, 4), 8, torch.float32)
+    q, k, v, *parameters = tensors = inputs(2, 2, (3, 4), 8, torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        out = gpsa_attention(q, k, v, pos_weight, gate, (3, 4), backend=backend)
-        mixed = gpsa_attention(q.to(dtype), k, v, pos_weight, gate, (3, 4), backend=backend)
+        out = gpsa_attention(*tensors, (3, 4), backend=backend)
+        mixed = gpsa_attention(q.to(dtype), k, v, *parameters, (3, 4), backend=backend)
         peer = F.scaled_dot_product_attention(q, k, v)
     assert out.dtype == mixed.dtype == peer.dtype == dtype
-    expected = gpsa_attention(q.to(dtype), k.to(dtype), v.to(dtype), pos_weight, gate, (3, 4), backend=backend)
+    expected = gpsa_attention(q.to(dtype), k.to(dtype), v.to(dtype), *parameters, (3, 4), backend=backend)
     assert torch.equal(out, expected)
     assert torch.equal(mixed, expected)
-    for grad in torch.autograd.grad(out.float().sum(), (q, k, v, pos_weight, gate)):
+    for grad in torch.autograd.grad(out.float().sum(), tensors):
         assert grad.dtype == torch.float32
         assert grad.isfinite().all()
 
 
 @backends
-def test_autocast_leaves_float64_alone(backend):
-    tensors = inputs(2, 2, (3, 4), 8)
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)], ids=["inference", "autocast"]
+)
+def test_inference_mode_and_autocast_change_nothing_in_float64(backend, context):
+    tensors = detached(torch.float64)
     expected = gpsa_attention(*tensors, (3, 4), backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with context:
         assert torch.equal(gpsa_attention(*tensors, (3, 4), backend=backend), expected)
-
-
-@backends
-def test_inference_mode(backend):
-    tensors = [t.detach() for t in inputs(2, 2, (3, 4), 8)]
-    expected = gpsa_attention(*tensors, (3, 4), backend=backend)
-    with torch.inference_mode():
-        assert torch.equal(gpsa_attention(*tensors, (3, 4), backend=backend), expected)
-
-
-@backends
-def test_meta_tensors_have_the_right_shape(backend):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        tensors = [mode.from_tensor(t.detach()) for t in inputs(2, 2, (3, 4), 8, torch.float32)]
-        out = gpsa_attention(*tensors, (3, 4), backend=backend)
-    assert out.shape == (2, 2, 12, 8)
-    assert out.stride() == (192, 8, 16, 1)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_says_why_it_is_unavailable(name):
-    reason = BACKENDS[name].unavailable()
-    assert reason is None or reason

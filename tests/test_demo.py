@@ -11,36 +11,27 @@ pytest.importorskip("tqdm")
 from gpsa_kernels import __main__, demo
 
 
+def pictures(images):
+    return {image.numpy().tobytes() for image in images}
+
+
 def test_the_test_digits_are_held_out():
     digits = demo.load_digits(seed=0)
+    assert sorted([*digits.train.tolist(), *digits.test.tolist()]) == list(range(1797))
     assert len(digits.images) == len(digits.labels) == 1797
-    train, test = set(digits.train.tolist()), set(digits.test.tolist())
-    assert not train & test
-    assert train | test == set(range(1797))
-    assert len(test) == 360
+    assert len(digits.test) == 360
     shares = digits.labels[digits.test].bincount() / digits.labels.bincount()
     assert shares.sub(0.2).abs().max() < 0.01
-
-    def pictures(index):
-        return {image.numpy().tobytes() for image in digits.images[index]}
-
-    assert not pictures(digits.train) & pictures(digits.test)
-
-    drawn = {image.numpy().tobytes() for image in demo.draw(digits.images[digits.test])}
-    random = torch.Generator().manual_seed(0)
-    for images, _ in demo.epoch(digits, random):
-        assert not {image.numpy().tobytes() for image in images} & drawn
+    assert not pictures(digits.images[digits.train]) & pictures(digits.images[digits.test])
+    drawn = pictures(demo.draw(digits.images[digits.test]))
+    assert not any(pictures(images) & drawn for images, _ in demo.epoch(digits, torch.Generator()))
 
 
 def test_both_runs_see_the_same_weights_and_batches():
-    eager, fused = demo.build_model("eager", seed=3), demo.build_model("auto", seed=3)
-    for a, b in zip(eager.parameters(), fused.parameters(), strict=True):
-        assert torch.equal(a, b)
-    digits = demo.load_digits(seed=3)
-    first, second = (list(demo.epoch(digits, torch.Generator().manual_seed(3))) for _ in range(2))
-    for (images, labels), (images_again, labels_again) in zip(first, second, strict=True):
-        assert torch.equal(images, images_again)
-        assert torch.equal(labels, labels_again)
+    models = (demo.build_model(backend, seed=3).state_dict() for backend in ("eager", "auto"))
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+    batches = (list(demo.epoch(demo.load_digits(seed=3), torch.Generator().manual_seed(3))) for _ in range(2))
+    torch.testing.assert_close(*batches, rtol=0, atol=0)
 
 
 def test_drawing_a_digit():
@@ -49,16 +40,6 @@ def test_drawing_a_digit():
     assert (demo.draw(image) + 0.5).sum().item() == pytest.approx(4.0)  # twice as large, so four times the ink
     right = demo.draw(image, torch.tensor([[[0.0, 0.0, -2 / 8], [0.0, 0.0, 0.0]]]))
     assert torch.allclose(right, demo.draw(image.roll(1, dims=3)), atol=1e-6)
-
-
-def test_fused_saves_less_for_the_backward_pass():
-    images, labels = next(demo.epoch(demo.load_digits(seed=0), torch.Generator()))
-
-    def saved(backend):
-        model = demo.build_model(backend, seed=0)
-        return demo.saved_for_backward(model, lambda: torch.nn.functional.cross_entropy(model(images), labels))
-
-    assert saved("sdpa") < saved("eager") / 1.5
 
 
 @pytest.mark.parametrize(("accuracies", "failed"), [((0.97, 0.99), 0), ((0.9699, 0.99), 1), ((0.5, float("nan")), 2)])
@@ -70,11 +51,8 @@ def test_the_accuracy_bar(accuracies, failed):
 
 def test_one_epoch_through_the_command_line(tmp_path):
     output = tmp_path / "pictures"
-    done = subprocess.run(
-        [sys.executable, "-m", "gpsa_kernels", "demo", "--epochs", "1", "--output", str(output)],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "gpsa_kernels", "demo", "--epochs", "1", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
     # one epoch is too short, and the exit code has to say so
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("FAILED: ") == 2

@@ -2,39 +2,31 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import torch
 
-from gpsa_kernels import BACKENDS, __version__
+from gpsa_kernels import BACKENDS, __version__, info
+from gpsa_kernels.backends import cuda
 
 
 def test_info_lists_every_backend_with_its_reason():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "gpsa_kernels", "info"], capture_output=True, text=True, check=True, env=environment
-    )
-    lines = done.stdout.splitlines()
-    facts = dict(line.split(maxsplit=1) for line in lines[: lines.index("")])
-    assert facts["gpsa_kernels"] == __version__
-    assert facts["torch"] == torch.__version__
+    command = [sys.executable, "-m", "gpsa_kernels", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    facts, (_, *table) = (part.splitlines() for part in done.stdout.split("\n\n"))
+    facts = dict(line.split(maxsplit=1) for line in facts)
+    assert facts.keys() == {"gpsa_kernels", "python", "torch", "device", "threads", "library"}
+    assert (facts["gpsa_kernels"], facts["torch"]) == (__version__, torch.__version__)
     assert facts["threads"].isdigit()
-    assert "device" in facts
-    assert "library" in facts
-    table = lines[lines.index("") + 1 :]
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table[1:] if not line.startswith(" ")}
+    rows = {name: runs for name, runs, _ in (line.split(maxsplit=2) for line in table if not line.startswith(" "))}
     assert rows.keys() == BACKENDS.keys()
-    for runs, detail in rows.values():
-        assert runs in ("yes", "no")
-        assert detail
-    assert rows["eager"][0] == "yes"
-    assert all(len(line) == len(line.rstrip()) for line in lines)
+    assert set(rows.values()) <= {"yes", "no"}
+    assert rows["eager"] == "yes"
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
 
 
 def test_info_says_why_a_backend_cannot_run(monkeypatch):
-    from dataclasses import replace
-
-    from gpsa_kernels import info
-
     broken = replace(BACKENDS["sdpa"], name="broken", unavailable=lambda: "it lacks a flux compensator")
     monkeypatch.setitem(info.BACKENDS, "broken", broken)
     line = next(line for line in info.report().splitlines() if line.startswith("broken"))
@@ -42,9 +34,6 @@ def test_info_says_why_a_backend_cannot_run(monkeypatch):
 
 
 def test_info_says_how_the_library_was_built(monkeypatch, tmp_path):
-    from gpsa_kernels import info
-    from gpsa_kernels.backends import cuda
-
     monkeypatch.setattr(cuda, "FOLDER", tmp_path)
     assert info._library() == "none"
     built = {"version": "0.1.0", "cuda": "13.0", "nvcc": "13.0.88", "architectures": ["sm_90", "compute_90"]}
@@ -55,9 +44,3 @@ def test_info_says_how_the_library_was_built(monkeypatch, tmp_path):
     )
     (tmp_path / "build.json").write_text("{")
     assert info._library().startswith("build.json cannot be read: ")
-
-
-def test_an_unknown_command_is_refused():
-    done = subprocess.run([sys.executable, "-m", "gpsa_kernels", "conquer"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "conquer" in done.stderr

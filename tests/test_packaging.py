@@ -1,7 +1,5 @@
 """The wheel without the CUDA library: pure Python, typed, and nothing in it or behind it that is not needed."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -9,6 +7,8 @@ import tarfile
 import zipfile
 from importlib.metadata import requires, version
 from pathlib import Path
+
+import pytest
 
 import gpsa_kernels
 
@@ -21,16 +21,20 @@ def test_torch_is_the_only_requirement():
     assert version("gpsa-kernels") == gpsa_kernels.__version__
 
 
-def test_the_wheel_is_pure_python_and_typed(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "gpsa_kernels", source / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "csrc", source / "csrc")
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*build, str(tmp_path), str(source)], check=True, env={"PATH": "", "GPSA_BUILD_CUDA": "0"})
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture
+def source(tmp_path):
+    """What the project is built from, and nothing that was built."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("gpsa_kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_the_wheel_is_pure_python_and_typed(source):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    subprocess.run(build, check=True, cwd=source, env={"PATH": "", "GPSA_BUILD_CUDA": "0"})
+    (wheel,) = source.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "gpsa_kernels/py.typed" in names
@@ -38,20 +42,13 @@ def test_the_wheel_is_pure_python_and_typed(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gpsa_kernels"}
 
 
-def test_the_source_distribution_has_what_the_library_is_built_from(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "gpsa_kernels", source / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "csrc", source / "csrc")
-    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+def test_the_source_distribution_has_what_the_library_is_built_from(source):
+    script = "from setuptools import build_meta; build_meta.build_sdist('.')"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=source, capture_output=True)
-    (archive,) = tmp_path.glob("*.tar.gz")
+    (archive,) = source.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
-        names = {name.split("/", 1)[1] for name in packed.getnames() if "/" in name}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= names
-    assert "setup.py" in names
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} | {"setup.py"} <= names
 
 
 def test_an_old_setuptools_is_refused_with_the_command_that_mends_it(tmp_path):

@@ -1,7 +1,5 @@
 """What the README shows is true: its code runs, its commands exist, its figures are the measured ones."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

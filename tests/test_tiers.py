@@ -1,7 +1,5 @@
 """The everyday tier leaves nothing out for good."""
 
-from __future__ import annotations
-
 from tiers import EVERYDAY_SHARES, everyday
 
 
@@ -11,4 +9,4 @@ def test_a_family_with_a_share_is_run_through_in_time():
     days = [{name for name in names if everyday(name, day)} for day in range(200)]
     assert all(len(chosen) < 30 for chosen in days)
     assert set().union(*days) == set(names)
-    assert everyday("tests/test_operator.py::test_token_counts", 0)
+    assert everyday("tests/test_operator.py::test_as_exact_as_eager", 0)

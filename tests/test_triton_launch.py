@@ -1,9 +1,8 @@
 """How the Triton kernels are launched, on a GPU that is not there: fake tensors, and launches that are recorded."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -51,8 +50,7 @@ def launched(monkeypatch):
 
 def step(dtype: torch.dtype, batch: int = 2, grid_size: tuple[int, int] = (14, 14)) -> tuple[Tensor, ...]:
     """A forward and a backward pass of 3 heads of 48 channels, as the operator calls them."""
-    tokens = grid_size[0] * grid_size[1]
-    qkv = torch.empty(batch, tokens, 3, 3, 48, device="cuda:0", dtype=dtype).permute(2, 0, 3, 1, 4)
+    qkv = torch.empty(batch, math.prod(grid_size), 3, 3, 48, device="cuda:0", dtype=dtype).permute(2, 0, 3, 1, 4)
     parameters = torch.empty(3, 3, device="cuda:0"), torch.empty(3, device="cuda:0")
     call = Call(*qkv.unbind(), *parameters, None, *grid_size, 0.1, 0.0)
     out, *saved = launch.forward(call, True)

@@ -56,7 +56,7 @@ _KINDS = {
     "atomics": r"RED(?!UX)|ATOM",
 }
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
-_LEGEND = "# kernel | " + " | ".join(f"sm_{code}" for code in ARCHITECTURES) + f": {', '.join(Code._fields)}"
+_LEGEND = f"# {' '.join(Code._fields)}: one figure, or each of {'/'.join(f'sm_{code}' for code in ARCHITECTURES)}"
 
 
 def tool() -> str:
@@ -136,22 +136,31 @@ def without_twins(kernels: Kernels) -> Kernels:
 
 
 def render(kernels: Kernels) -> str:
-    """A line a kernel: its name, and its figures for every architecture, "-" where it has none."""
+    """A heading for kernels of one name, under it a line each: its figures, "-" on an architecture that has none."""
     lines = [_LEGEND]
     for name in sorted({name for _, name in kernels}):
-        codes = (kernels.get((f"sm_{code}", name)) for code in ARCHITECTURES)
-        lines.append(" | ".join([name, *("-" if code is None else " ".join(map(str, code)) for code in codes)]))
+        heading, rest = re.findall(r"^(\w+)(.*)", name)[0]
+        if heading not in lines:
+            lines.append(heading)
+        none = ("-",) * len(Code._fields)
+        figures = zip(*(kernels.get((f"sm_{code}", name), none) for code in ARCHITECTURES), strict=True)
+        cells = ("/".join(map(str, values if len(set(values)) > 1 else values[:1])) for values in figures)
+        lines.append(f" {rest}: {' '.join(cells)}")
     return "\n".join(lines) + "\n"
 
 
 def parse(text: str) -> Kernels:
     """The reverse of :func:`render`."""
-    kernels = {}
+    kernels, heading = {}, ""
     for line in text.splitlines()[1:]:
-        name, *cells = line.split(" | ")
-        for architecture, cell in zip(ARCHITECTURES, cells, strict=True):
-            if cell != "-":
-                kernels[f"sm_{architecture}", name] = Code(*map(int, cell.split()))
+        if not line.startswith(" "):
+            heading = line
+            continue
+        rest, cells = line[1:].split(": ")
+        for index, architecture in enumerate(ARCHITECTURES):
+            values = [(cell.split("/") * len(ARCHITECTURES))[index] for cell in cells.split()]
+            if "-" not in values:
+                kernels[f"sm_{architecture}", heading + rest] = Code(*map(int, values))
     return kernels
 
 

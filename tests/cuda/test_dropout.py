@@ -7,7 +7,6 @@ import math
 import emulation
 import pytest
 import torch
-from dropped import masks
 
 # of the reference implementation's known-answer tests for philox4x32-10: counter, key, words
 VECTORS = [
@@ -60,7 +59,7 @@ def test_nothing_and_everything():
     assert not emulation.dropout_mask((4, 8), 1.0, 7, 1, False).any()
 
 
-def test_seed_and_image_change_the_mask():
+def test_seed_and_batch_head_change_the_mask():
     masks = [emulation.dropout_mask((4, 8), 0.5, seed, i, False) for seed in (0, 1, 2**32) for i in (0, 1)]
     for i, mask in enumerate(masks):
         assert not any(torch.equal(mask, other) for other in masks[:i])
@@ -71,6 +70,6 @@ def test_the_kernels_draw_this_mask(row_blocks):
     """Read off maps whose entries are all 1 / N, with the last 64 columns of the identity for V."""
     grid_size, flat = (5, 14), torch.zeros(2, 2, 70, 64, dtype=torch.float16)
     columns = torch.eye(70, dtype=torch.float16)[:, 6:].contiguous().expand_as(flat)
-    parameters, dropout = (torch.zeros(2, 3), torch.zeros(2)), {"dropout_p": 0.3, "dropout_seed": -7}
-    out = emulation.forward(flat, flat, columns, *parameters, grid_size, 1.0, row_blocks=row_blocks, **dropout).out
-    assert torch.equal(out != 0, masks(flat, grid_size, 0.3, -7)[..., 6:] != 0)
+    tensors, dropout = (flat, flat, columns, torch.zeros(2, 3), torch.zeros(2)), {"dropout_p": 0.3, "dropout_seed": -7}
+    out = emulation.forward(tensors, grid_size, 1.0, row_blocks=row_blocks, **dropout).tensors["out"]
+    assert torch.equal(out != 0, emulation.masks(flat, grid_size, 0.3, -7)[..., 6:] != 0)

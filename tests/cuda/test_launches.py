@@ -16,7 +16,7 @@ DEVICES = {"A100": A100, "H100": H100, "B200": B200, "RTX 4090": RTX_4090, "RTX 
 TOKENS = (1, 15, 16, 17, 63, 64, 65, 112, 113, 128, 129, 192, 196, 197, 208, 209, 240, 255, 256)
 GRIDS = [(rows, tokens // rows) for tokens in TOKENS for rows in range(1, tokens + 1) if tokens % rows == 0]
 LARGE_GRIDS = [(257, 1), (1, 257), (17, 16), (24, 24), (5, 1000), (128, 128), (1 << 10, 1 << 20)]
-IMAGES = [(1, 1), (1, 9), (7, 9), (128, 9), (1 << 12, 16)]
+BATCH_HEADS = [(1, 1), (1, 9), (7, 9), (128, 9), (1 << 12, 16)]
 
 
 def empty(batch, heads, head_dim, dtype=torch.float16):
@@ -35,7 +35,7 @@ def test_no_shape_is_refused(device, dropout_p, dtype):
     for grid_size in GRIDS + LARGE_GRIDS:
         for head_dim in range(8, 129, 8):
             contents = set()
-            for batch, heads in IMAGES if grid_size[0] * grid_size[1] < 1 << 30 else IMAGES[:2]:
+            for batch, heads in BATCH_HEADS if grid_size[0] * grid_size[1] < 1 << 30 else BATCH_HEADS[:2]:
                 q = empty(batch, heads, head_dim, dtype)
                 calls = emulation.launches(q, grid_size, dropout_p, device)
                 sizes = emulation.sizes(q, grid_size, dropout_p, device)
@@ -97,9 +97,9 @@ def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
 @pytest.mark.parametrize("device", [H100, RTX_4090], ids=["whole image", "tiled"])
 def test_what_is_chosen_runs_in_the_workspace_that_was_asked_for(device):
     tensors = [t.detach() for t in inputs(1, 2, (9, 9), 128, torch.float16)]
-    got = emulation.forward(*tensors, (9, 9), 0.1, row_blocks=None, device=device)
-    expected = emulation.forward(*tensors, (9, 9), 0.1, row_blocks=2 if device is H100 else 0)
-    assert torch.equal(got.out, expected.out)
+    got = emulation.forward(tensors, (9, 9), 0.1, row_blocks=None, device=device)
+    expected = emulation.forward(tensors, (9, 9), 0.1, row_blocks=2 if device is H100 else 0)
+    assert torch.equal(got.tensors["out"], expected.tensors["out"])
     assert got.counts == expected.counts
 
 

@@ -84,9 +84,8 @@ def test_the_table_is_printed_by_one_command(library, codes, capsys):
 
 def test_the_budget_says_what_was_measured():
     code = machine_code.Code(*range(len(machine_code.Code._fields)))
-    kernels = {("sm_80", "a<Bfloat16, 48>"): code, ("sm_120", "attention_forward bfloat16 D=48 14x14"): code}
+    name = "a<Bfloat16, 48>"
+    kernels = {("sm_80", name): code, ("sm_90", name): code._replace(matrix=7), ("sm_120", "b bfloat16 D=48"): code}
     assert machine_code.parse(machine_code.render(kernels)) == kernels
     raised = code._replace(spills=code.spills + 1, instructions=99)
-    assert machine_code.over_budget({("sm_80", "a<Bfloat16, 48>"): raised}, kernels) == {
-        "sm_80 a<Bfloat16, 48>: spills": (2, 1)
-    }
+    assert machine_code.over_budget({("sm_80", name): raised}, kernels) == {f"sm_80 {name}: spills": (2, 1)}

@@ -98,7 +98,7 @@ def test_compiled_by_inductor(target, grid_size):
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(70_000, 1), (1, 70_000), (2, 33_000)])
-def test_more_images_than_a_grid_axis_holds(target, batch, heads):
+def test_more_batch_heads_than_a_grid_axis_holds(target, batch, heads):
     """Every (batch, head) is checked: against the same one computed alone among few."""
     tensors = gpu_inputs(batch, heads, (2, 3), 8)
     grad_out = torch.randn_like(tensors[0])

@@ -101,7 +101,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _common(call: Call) -> dict[str, Any]:
-    """The arguments that every kernel on images takes."""
+    """The arguments that every kernel on the tokens takes."""
     tf32 = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "heads": call.q.size(1),
@@ -121,7 +121,7 @@ def _plan_attention(
     launch = attention_launch(kernel, q.size(3), q.element_size(), position.form, capability)
     tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     module = forward_kernels if kernel == "forward" else backward_kernels
-    first, rest = head_parts(q.size(3))
+    first, rest = head_parts(q.size(3), kernel)
     arguments |= {
         **_common(call),
         "ax": position.ax,

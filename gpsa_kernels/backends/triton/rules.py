@@ -13,13 +13,16 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def head_parts(head_dim: int) -> tuple[int, int]:
-    """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16)."""
-    first = padded(head_dim)
-    if first == head_dim or first == 16:
-        return first, 0
-    rest = padded(head_dim - first // 2)
-    return (first // 2, rest) if rest < first // 2 else (first, 0)
+def head_parts(head_dim: int, kernel: str) -> tuple[int, int]:
+    """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16).
+
+    64 and more are two halves where the weights' rows are queries: two products that share them make the compiler keep
+    them in registers. In "backward_key" that costs registers instead.
+    """
+    whole = padded(head_dim)
+    rest = padded(head_dim - whole // 2)
+    split = rest < whole // 2 or (whole > 32 and kernel != "backward_key")
+    return (whole // 2, rest) if split else (whole, 0)
 
 
 def _width(element_size: int) -> str:
@@ -29,7 +32,7 @@ def _width(element_size: int) -> str:
 def position_form(grid_size: tuple[int, int], has_dropout: bool, element_size: int) -> str:
     """How the positional branch is computed.
 
-    "rows": inside the attention kernels, a grid row at a time: whole images of at most 256 tokens.
+    "rows": inside the attention kernels, two grid rows at a time: whole images of at most 256 tokens.
     "slabs": as the separable product, by a kernel of its own: every larger grid.
     "dense": formed entry by entry beside the content's map: dropout, whose mask breaks the product, and very long grids
     (a slab holds all columns; squared offsets along the rows must fit 16 bits).

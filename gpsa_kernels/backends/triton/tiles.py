@@ -131,7 +131,7 @@ def gate_shares(gate, SUM: tl.constexpr):
 
 @triton.jit
 def early_share(position_share, tokens):
-    """The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
+    """The share of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits.
 
     All of it, so that what can overflow in float16 is of the size of dV, not of dV / g; but at least 1/N, with which
     nothing overflows, so that small gradients do not underflow. What is left of g follows in the dtype of sums.
@@ -185,13 +185,15 @@ def position_product(
     PRECISION: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """A tile of rows of the positional map (or of its transpose) times one pair's x, a grid row of x at a time.
+    """A tile of rows of the positional map (or of its transpose) times one pair's x, two grid rows of x at a time.
 
-    The factor along x is the same for every grid row, so a row of the map costs one multiplication an entry.
+    The factor along x is the same for every grid row, so two rows of the map cost a selection and a multiplication an
+    entry. Not pipelined: that would copy the factors along y asynchronously, four bytes at a time.
     """
     rows = tokens // columns
     valid = token < tokens
-    column = tl.arange(0, COLUMN_TILE)
+    place = tl.arange(0, 2 * COLUMN_TILE)
+    column, second = place % COLUMN_TILE, place // COLUMN_TILE
     if TRANSPOSED:
         along_x, along_y, step = ax + token[:, None] % columns + column[None, :] * columns, ay + token // columns, rows
     else:
@@ -202,9 +204,11 @@ def position_product(
         )
     weights_x = tl.load(along_x, mask=valid[:, None] & (column < columns)[None, :], other=0.0)
     total = zero_rows(TILE, FIRST, REST, SUM)
-    for row in range(0, rows):
-        weights_y = tl.load(along_y + row * step, mask=valid, other=0.0)
-        x_row = x + tl.cast(row * columns, tl.int64) * x_token
-        x_tile = load_rows(x_row, column, x_token, columns, HEAD_DIM, FIRST, REST)
-        total = add_weighted(total, weights_x * weights_y[:, None], x_tile, PRECISION, SUM)
+    for row in tl.range(0, rows, 2, num_stages=1):
+        first_y = tl.load(along_y + row * step, mask=valid, other=0.0)
+        second_y = tl.load(along_y + (row + 1) * step, mask=valid & (row + 1 < rows), other=0.0)
+        weights = weights_x * tl.where((second == 0)[None, :], first_y[:, None], second_y[:, None])
+        x_row = tl.where(column < columns, (row + second) * columns + column, tokens)
+        x_tile = load_rows(x, x_row, x_token, tokens, HEAD_DIM, FIRST, REST)
+        total = add_weighted(total, weights, x_tile, PRECISION, SUM)
     return total
