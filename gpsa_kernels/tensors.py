@@ -35,7 +35,7 @@ def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple
         gate: (H,) logits.
     """
     total = sums.sum(0).to(torch.promote_types(pos_weight.dtype, gate.dtype))
-    of_weights, of_gates = total.split((pos_weight.numel(), gate.numel()))
+    of_weights, of_gates = total.split_with_sizes((pos_weight.numel(), gate.numel()))
     return of_weights.view(pos_weight.shape).to(pos_weight.dtype), of_gates.to(gate.dtype)
 
 
