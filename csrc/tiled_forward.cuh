@@ -29,135 +29,177 @@ struct TiledForward {
     using E = typename Config::E;
     using Call = TiledForwardCall;
     static constexpr int channels = Config::channels;
-    static constexpr int tile_keys = has_dropout ? 32 : 64;  // there are more registers for the scores of 64 without
-    static constexpr int blocks_per_multiprocessor = has_dropout ? (channels > 64 ? 1 : 2) : channels > 48 ? 2 : 3;
+    static constexpr int tile_keys = 64, score_keys = 32;  // in a stage of shared memory; of which scores are held
+    // Of a warp, 16 rows each: two share what is read of K and V, if there are registers for both.
+    static constexpr int row_tiles = has_dropout || channels > 64 ? 1 : 2;
+    static constexpr int block_rows = row_tiles * tile_tokens;
+    static constexpr int blocks_per_multiprocessor = has_dropout && channels > 64 ? 1 : 2;
 
-    static int shared_bytes() { return (tile_tokens + 4 * tile_keys) * channels * 2; }
-    static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem); }
+    static int shared_bytes() { return (block_rows + 4 * tile_keys) * channels * 2; }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem, block_rows); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Forward& call = arguments.forward;
         const Problem& problem = call.problem;
-        const Place at(problem);
+        const Place at(problem, block_rows);
 
         SharedMemory memory;
-        const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
+        const Tile queries{memory.array<E>(block_rows * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
         const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
-        const auto copy = [&](const Tile& to, Global<const E> from, int64_t stride, int start, int count) {
-            copy_rows(to, from + start * stride, stride, at.tokens - start, count, problem.head_dim);
-        };
-        const Global<const E> k = image_of<const E>(call.k, at.batch, at.head);
-        const Global<const E> v = image_of<const E>(call.v, at.batch, at.head);
-        const auto fetch = [&](int start, int stage) {
-            copy({keys, stage * tile_keys}, k, call.k.token, start, tile_keys);
-            copy({values, stage * tile_keys}, v, call.v.token, start, tile_keys);
+        RowStream<E, channels, tile_keys> key_stream(call.k, at, keys, problem.head_dim);
+        RowStream<E, channels, tile_keys> value_stream(call.v, at, values, problem.head_dim);
+        const auto fetch = [&](int stage) {
+            key_stream.fetch(stage);
+            value_stream.fetch(stage);
             copy_commit();
         };
-        copy(queries, image_of<const E>(call.q, at.batch, at.head), call.q.token, at.first, tile_tokens);
-        fetch(0, 0);
+        const Global<const E> q_rows = image_of<const E>(call.q, at.batch, at.head) + at.first * call.q.token;
+        copy_rows(queries, q_rows, call.q.token, at.tokens - at.first, block_rows, problem.head_dim);
+        fetch(0);
         copy_wait<0>();
         sync_block();
 
-        const Tile own{queries.base, 16 * warp()};  // queries, then what the epilogue reads and writes
-        Left q[channels / 16];
-        load_rows(q, own);
+        const auto own = [&](int t) {  // a tile of queries, then what the epilogue reads and writes
+            return Tile{queries.base, 16 * (row_tiles * warp() + t)};
+        };
+        Left q[row_tiles][channels / 16];
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) load_rows(q[t], own(t));
         if constexpr (!has_dropout) {
             sync_warp();
-            fetch_own_rows(own, call.out, at, problem.head_dim);
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) fetch_own_rows(own(t), call.out, at.tile(t), problem.head_dim);
         }
 
+        const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
         const Mask mask(call, arguments.statistics, at);
-        Softmax softmax;
-        Sum content[channels / 8] = {}, position[channels / 8] = {};
+        Softmax softmax[row_tiles];
+        Sum content[row_tiles][channels / 8] = {}, position[row_tiles][channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
         for (int start = 0; start < at.tokens; start += tile_keys, stage ^= 1) {
-            if (start + tile_keys < at.tokens) fetch(start + tile_keys, stage ^ 1);
-            Sum scores[tile_keys / 8] = {};
-            score(scores, q, {keys, stage * tile_keys});
-            softmax.exponentiate(scores, content, problem.scale, at.tokens - start);
-            weigh(content, position, scores, {values, stage * tile_keys}, mask, at.row, start);
+            if (start + tile_keys < at.tokens) fetch(stage ^ 1);
+#pragma unroll
+            for (int key = start; key < start + tile_keys; key += score_keys) {
+                const int row = stage * tile_keys + key - start;
+                Sum scores[row_tiles][score_keys / 8] = {};
+                score(scores, q, {keys + row * channels});
+                float largest[row_tiles][2];
+                bool must_shift = false;
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) {
+                    Softmax::find_largest(largest[t], scores[t], at.tokens - key);
+                    must_shift |= softmax[t].must_shift(largest[t], log2_scale);
+                }
+                if (any_lane(must_shift)) {
+#pragma unroll
+                    for (int t = 0; t < row_tiles; ++t) softmax[t].follow(largest[t], content[t], log2_scale);
+                }
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) softmax[t].exponentiate(scores[t], log2_scale);
+                weigh(content, position, scores, {values + row * channels}, mask, at.row, key);
+            }
             copy_wait<0>();
             sync_block();
         }
-        for (float& sum : softmax.sum) sum = row_sum(sum);
-        if (call.logsumexp) {
-            const Global<float> to = Global<float>(call.logsumexp) + at.image * at.tokens;
-            store_logsumexp(to, at.row, at.tokens, softmax.shift, softmax.sum);
-        }
 
         const float keep_scale = mask.keep_scale();
-        float share[2];
-        for (int part = 0; part < 2; ++part) share[part] = keep_scale * reciprocal_approx(softmax.sum[part]);
-        for (int n = 0; n < channels / 8; ++n) {
-            for (int i = 0; i < 4; ++i) content[n].values[i] *= share[i / 2];
-        }
         const float gate = load(Global<const float>(call.gate) + at.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-        if constexpr (has_dropout) {
-            scale_rows<channels>(position, keep_scale);
-        } else {
-            unstage_rows<E, channels>(position, own);
-        }
-        for (int n = 0; n < channels / 8; ++n) {
-            for (int i = 0; i < 4; ++i) {
-                position[n].values[i] = closed * content[n].values[i] + open * position[n].values[i];
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) {
+            const Place tile = at.tile(t);
+            for (float& sum : softmax[t].sum) sum = row_sum(sum);
+            if (call.logsumexp) {
+                const Global<float> to = Global<float>(call.logsumexp) + at.image * at.tokens;
+                store_logsumexp(to, tile.row, at.tokens, softmax[t].shift, softmax[t].sum);
             }
+            float share[2];
+            for (int part = 0; part < 2; ++part) share[part] = keep_scale * reciprocal_approx(softmax[t].sum[part]);
+            for (int n = 0; n < channels / 8; ++n) {
+                for (int i = 0; i < 4; ++i) content[t][n].values[i] *= share[i / 2];
+            }
+            if constexpr (has_dropout) {
+                scale_rows<channels>(position[t], keep_scale);
+            } else {
+                unstage_rows<E, channels>(position[t], own(t));
+            }
+            for (int n = 0; n < channels / 8; ++n) {
+                for (int i = 0; i < 4; ++i) {
+                    float& p = position[t][n].values[i];
+                    p = closed * content[t][n].values[i] + open * p;
+                }
+            }
+            store_own_rows(position[t], own(t), call.out, tile, problem.head_dim);
+            if (call.content.data) store_own_rows(content[t], own(t), call.content, tile, problem.head_dim);
         }
-        store_own_rows(position, own, call.out, at, problem.head_dim);
-        if (call.content.data) store_own_rows(content, own, call.content, at, problem.head_dim);
     }
 
 private:
     using Tile = Rows<E, channels>;
 
-    /// Of rows g and g + 8: the largest score so far, and this lane's sum of exponentials relative to it.
+    /// Of rows g and g + 8, in the exponent of 2: what is subtracted from scores, and this lane's sum of exponentials.
+    /// What is subtracted is the row's largest score, or one that is up to 8 less: rescaling is rare, and the quotient
+    /// of two sums is as exact.
     struct Softmax {
-        float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shift[2] = {0, 0};
+        float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0};
 
-        /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist; what was summed
-        /// before is made relative to the same.
-        GPSA_DEVICE void exponentiate(Sum* scores, Sum* content, float scale, int keys) {
-            if (scale < 0) {
-                scale = -scale;
+        /// |scale| in the exponent of 2, whose sign the queries get.
+        GPSA_DEVICE static float log2_scale(float scale, Left* q, int count) {
 #pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
-                    for (float& s : scores[n].values) s = -s;
-                }
+            for (int n = 0; n < count; ++n) {
+                for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
             }
             // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
-            const float log2_scale = scale == 0 ? FLT_MIN : scale * log2_e;
-            if (keys < tile_keys) {
+            return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
+        }
+
+        /// This lane's largest scores; they are -inf for keys that do not exist.
+        GPSA_DEVICE static void find_largest(float (&largest)[2], Sum* scores, int keys) {
+            if (keys < score_keys) {
 #pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
+                for (int n = 0; n < score_keys / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         if (8 * n + fragment_column() + i % 2 >= keys) scores[n].values[i] = -INFINITY;
                     }
                 }
             }
-            float rescale[2];
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                float most = largest[part];
+                largest[part] = -INFINITY;
 #pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
-                    most = maximum(most, maximum(scores[n].values[2 * part], scores[n].values[2 * part + 1]));
+                for (int n = 0; n < score_keys / 8; ++n) {
+                    const float* pair = &scores[n].values[2 * part];
+                    largest[part] = maximum(largest[part], maximum(pair[0], pair[1]));
                 }
-                most = row_maximum(most);
-                shift[part] = most == -INFINITY ? 0 : most * log2_scale;  // -inf - -inf is not 0
-                rescale[part] = exp2_approx(largest[part] * log2_scale - shift[part]);
-                largest[part] = most;
-                sum[part] *= rescale[part];
             }
+        }
+
+        GPSA_DEVICE bool must_shift(const float (&largest)[2], float log2_scale) const {
+            return !(largest[0] * log2_scale - shift[0] <= 8 && largest[1] * log2_scale - shift[1] <= 8);
+        }
+
+        GPSA_DEVICE void follow(const float (&largest)[2], Sum* content, float log2_scale) {
 #pragma unroll
-            for (int n = 0; n < channels / 8; ++n) {
+            for (int part = 0; part < 2; ++part) {
+                // at least the old one, which is finite: -inf - -inf is not 0
+                const float next = maximum(shift[part], row_maximum(largest[part]) * log2_scale);
+                const float rescale = exp2_approx(shift[part] - next);
+                shift[part] = next;
+                sum[part] *= rescale;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) content[n].values[i] *= rescale[i / 2];
+                for (int n = 0; n < channels / 8; ++n) {
+                    for (int i = 0; i < 2; ++i) content[n].values[2 * part + i] *= rescale;
+                }
             }
+        }
+
+        /// scores = exp(scale scores) relative to the shift.
+        GPSA_DEVICE void exponentiate(Sum* scores, float log2_scale) {
 #pragma unroll
-            for (int n = 0; n < tile_keys / 8; ++n) {
+            for (int n = 0; n < score_keys / 8; ++n) {
 #pragma unroll
                 for (int part = 0; part < 2; ++part) {
                     float* pair = &scores[n].values[2 * part];
@@ -183,40 +225,45 @@ private:
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
 
-    /// scores = Q K^T for 16 rows of Q and a tile of keys.
-    GPSA_DEVICE static void score(Sum* scores, const Left* q, const Tile& k) {
+    /// scores = Q K^T for a warp's rows of Q and a tile of keys.
+    GPSA_DEVICE static void score(
+        Sum (&scores)[row_tiles][score_keys / 8], const Left (&q)[row_tiles][channels / 16], const Tile& k) {
 #pragma unroll
-        for (int n = 0; n < tile_keys / 16; ++n) {
+        for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
                 const Right b = load_right_over_channels<E>(s, [&](int j, int chunk) { return k.chunk(j, chunk, n); });
-                multiply<E>(&scores[2 * n], q[s], b);
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
         }
     }
 
     /// content += P V, P rounded to 16 bits; with dropout position += R V, too, and of both only what is kept.
     GPSA_DEVICE static void weigh(
-        Sum* content, Sum* position, Sum* weights, const Tile& v, const Mask& mask, int row, int start) {
+        Sum (&content)[row_tiles][channels / 8], Sum (&position)[row_tiles][channels / 8],
+        Sum (&weights)[row_tiles][score_keys / 8], const Tile& v, const Mask& mask, int row, int start) {
 #pragma unroll
-        for (int n = 0; n < tile_keys / 16; ++n) {
-            Left dense{};
+        for (int n = 0; n < score_keys / 16; ++n) {
+            Left dense{}, a[row_tiles];
             if constexpr (has_dropout) {
                 Sum entries[2];
                 const uint32_t keep = mask.dropout.keep(row, start + 16 * n);
                 mask.dense.entries(start + 16 * n, [&](int m, int i, float entry, int, float, float) {
                     const bool kept = keep >> (4 * m + i) & 1;
                     entries[m].values[i] = kept ? entry : 0;
-                    if (!kept) weights[2 * n + m].values[i] = 0;
+                    if (!kept) weights[0][2 * n + m].values[i] = 0;
                 });
                 dense = as_left<E>(entries);
             }
-            const Left a = as_left<E>(&weights[2 * n]);
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) a[t] = as_left<E>(&weights[t][2 * n]);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
                 const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, n); });
-                multiply<E>(&content[2 * s], a, b);
-                if constexpr (has_dropout) multiply<E>(&position[2 * s], dense, b);
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], a[t], b);
+                if constexpr (has_dropout) multiply<E>(&position[0][2 * s], dense, b);
             }
         }
     }

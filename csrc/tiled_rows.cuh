@@ -7,20 +7,62 @@
 
 namespace gpsa {
 
-/// The place of a block of an attention kernel: which 64 tokens of which (batch, head).
+/// The place of a block of an attention kernel: which `rows` tokens of which (batch, head).
 struct Place {
-    int tokens, head, first, row;  // row: the first of this warp's 16
+    int tokens, head, first, row;  // row: the first of this warp's
     int64_t image, batch;
 
-    GPSA_DEVICE explicit Place(const Problem& problem)
+    GPSA_DEVICE explicit Place(const Problem& problem, int rows = tile_tokens)
         : tokens(problem.rows * problem.columns),
-          first(block_x() % tiled::tiles(problem) * tile_tokens),
-          row(first + 16 * warp()),
-          image(block_x() / tiled::tiles(problem)) {
+          first(block_x() % tiled::tiles(problem, rows) * rows),
+          row(first + rows / (tiled_threads / 32) * warp()),
+          image(block_x() / tiled::tiles(problem, rows)) {
         const int block = static_cast<int>(image);  // a division of 32 bits is the faster one
         batch = block / problem.heads;
         head = block % problem.heads;
     }
+
+    /// The same, of the n-th 16 of this warp's rows.
+    GPSA_DEVICE Place tile(int n) const {
+        Place place(*this);
+        place.row += 16 * n;
+        return place;
+    }
+};
+
+/// The tokens of a (batch, head), `count` at a time, on their way into one of two stages of shared memory. A thread's
+/// addresses advance by constants: rows of all its turns and tiles are a multiple of 8 apart, and swizzled alike.
+template <typename E, int channels, int count>
+class RowStream {
+public:
+    GPSA_DEVICE RowStream(const Tensor& tensor, const Place& at, Shared<E> stages, int head_dim)
+        : from(image_of<const E>(tensor, at.batch, at.head) + row() * tensor.token),
+          to(Rows<E, channels>{stages}.chunk(row(), thread() % beside)),
+          stride(tensor.token),
+          left(at.tokens - row()),
+          head_dim(head_dim) {}
+
+    /// Starts copying the next ones, zeros where there are none.
+    GPSA_DEVICE void fetch(int stage) {
+#pragma unroll
+        for (int first = 0; first < count; first += turn) {
+            if (count < turn && row() >= count) break;  // not all threads have one
+            copy_chunks<chunks>(to + (stage * count + first) * channels, from, first < left, head_dim);
+            from = from + (count < turn ? count : turn) * stride;
+        }
+        left -= count;
+    }
+
+private:
+    static constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside, turn = tiled_threads / beside;
+    static_assert(turn % 8 == 0 && (count % turn == 0 || turn % count == 0), "all rows of a thread are swizzled alike");
+    Global<const E> from;
+    const Shared<E> to;
+    const int64_t stride;
+    int left;
+    const int head_dim;
+
+    GPSA_DEVICE static int row() { return thread() / beside; }
 };
 
 /// The 16 rows of a warp as left operands.
