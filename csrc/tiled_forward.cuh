@@ -33,7 +33,7 @@ struct TiledForward {
     // Of a warp, 16 rows each: two share what is read of K and V, if there are registers for both.
     static constexpr int row_tiles = has_dropout || channels > 64 ? 1 : 2;
     static constexpr int block_rows = row_tiles * tile_tokens;
-    static constexpr int blocks_per_multiprocessor = has_dropout && channels > 64 ? 1 : 2;
+    static constexpr int blocks_per_multiprocessor = 3;
 
     static int shared_bytes() { return (block_rows + 4 * tile_keys) * channels * 2; }
     static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem, block_rows); }
@@ -80,7 +80,7 @@ struct TiledForward {
 #pragma unroll 1
         for (int start = 0; start < at.tokens; start += tile_keys, stage ^= 1) {
             if (start + tile_keys < at.tokens) fetch(stage ^ 1);
-#pragma unroll
+#pragma unroll 1
             for (int key = start; key < start + tile_keys; key += score_keys) {
                 const int row = stage * tile_keys + key - start;
                 Sum scores[row_tiles][score_keys / 8] = {};

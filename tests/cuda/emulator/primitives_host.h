@@ -161,6 +161,11 @@ struct ShuffleLane {
 };
 void shuffle_xor(void* const* lanes);
 
+struct VoteLane {
+    bool condition, result;
+};
+void any_lane(void* const* lanes);
+
 float to_float(Half x);
 float to_float(Bfloat16 x);
 uint16_t round_to(float x, Half);
@@ -201,6 +206,12 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 inline float shuffle_xor(float value, int mask) {
     emulator::ShuffleLane lane{value, 0, mask};
     emulator::machine->collective("shuffle_xor", emulator::shuffle_xor, &lane);
+    return lane.result;
+}
+
+inline bool any_lane(bool condition) {
+    emulator::VoteLane lane{condition, false};
+    emulator::machine->collective("any_lane", emulator::any_lane, &lane);
     return lane.result;
 }
 
