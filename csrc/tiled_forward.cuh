@@ -5,8 +5,8 @@
 //
 // 64 keys (32 with dropout) and their values are in shared memory while the next are copied; a warp has 16 query rows,
 // their largest scores and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the
-// image once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where wanted,
-// written once.
+// (batch, head) once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where
+// wanted, written once.
 //
 // With attention dropout the positional branch is no product of two axes any more: its entries are formed beside those
 // of the content, one exponential each, and `out` is only written.
@@ -47,15 +47,15 @@ struct TiledForward {
         const Tile queries{memory.array<E>(block_rows * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
         const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
-        RowStream<E, channels, tile_keys> key_stream(call.k, at, keys, problem.head_dim);
-        RowStream<E, channels, tile_keys> value_stream(call.v, at, values, problem.head_dim);
+        RowStream<E, channels, tile_keys> key_stream(call.k, block, keys, problem.head_dim);
+        RowStream<E, channels, tile_keys> value_stream(call.v, block, values, problem.head_dim);
         const auto fetch = [&](int stage) {
             key_stream.fetch(stage);
             value_stream.fetch(stage);
             copy_commit();
         };
-        const Global<const E> q_rows = image_of<const E>(call.q, at.batch, at.head) + at.first * call.q.token;
-        copy_rows(queries, q_rows, call.q.token, at.tokens - at.first, block_rows, problem.head_dim);
+        const Global<const E> q_rows = rows_of<const E>(call.q, block.batch, block.head) + block.first * call.q.token;
+        copy_rows(queries, q_rows, call.q.token, block.tokens - block.first, block_rows, problem.head_dim);
         fetch(0);
         copy_wait<0>();
         sync_block();
@@ -73,13 +73,13 @@ struct TiledForward {
         }
 
         const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
-        const Mask mask(call, arguments.statistics, at);
+        const Mask mask(call, arguments.statistics, block);
         Softmax softmax[row_tiles];
         Sum content[row_tiles][channels / 8] = {}, position[row_tiles][channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
-        for (int start = 0; start < at.tokens; start += tile_keys, stage ^= 1) {
-            if (start + tile_keys < at.tokens) fetch(stage ^ 1);
+        for (int start = 0; start < block.tokens; start += tile_keys, stage ^= 1) {
+            if (start + tile_keys < block.tokens) fetch(stage ^ 1);
 #pragma unroll 1
             for (int key = start; key < start + tile_keys; key += score_keys) {
                 const int row = stage * tile_keys + key - start;
@@ -89,7 +89,7 @@ struct TiledForward {
                 bool must_shift = false;
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) {
-                    Softmax::find_largest(largest[t], scores[t], at.tokens - key);
+                    Softmax::find_largest(largest[t], scores[t], block.tokens - key);
                     must_shift |= softmax[t].must_shift(largest[t], log2_scale);
                 }
                 if (any_lane(must_shift)) {
@@ -98,25 +98,25 @@ struct TiledForward {
                 }
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) softmax[t].exponentiate(scores[t], log2_scale);
-                weigh(content, position, scores, {values + row * channels}, mask, at.row, key);
+                weigh(content, position, scores, {values + row * channels}, mask, block.row, key);
             }
             copy_wait<0>();
             sync_block();
         }
 
         const float keep_scale = mask.keep_scale();
-        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
             const Place tile = at.tile(t);
             for (float& sum : softmax[t].sum) sum = row_sum(sum);
             if (call.logsumexp) {
-                const Global<float> to = Global<float>(call.logsumexp) + at.image * at.tokens;
-                store_logsumexp(to, tile.row, at.tokens, softmax[t].shift, softmax[t].sum);
+                const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;
+                store_logsumexp(to, tile.row, block.tokens, softmax[t].shift, softmax[t].sum);
             }
             float share[2];
-            for (int part = 0; part < 2; ++part) share[part] = keep_scale * reciprocal_approx(softmax[t].sum[part]);
+            for (int half = 0; half < 2; ++half) share[half] = keep_scale * reciprocal_approx(softmax[t].sum[half]);
             for (int n = 0; n < channels / 8; ++n) {
                 for (int i = 0; i < 4; ++i) content[t][n].values[i] *= share[i / 2];
             }
@@ -139,7 +139,7 @@ struct TiledForward {
 private:
     using Tile = Rows<E, channels>;
 
-    /// Of rows g and g + 8, in the exponent of 2: what is subtracted from scores, and this lane's sum of exponentials.
+    /// Of rows r and r + 8, in the exponent of 2: what is subtracted from scores, and this lane's sum of exponentials.
     /// What is subtracted is the row's largest score, or one that is up to 8 less: rescaling is rare, and the quotient
     /// of two sums is as exact.
     struct Softmax {
@@ -167,12 +167,12 @@ private:
                 }
             }
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                largest[part] = -INFINITY;
+            for (int half = 0; half < 2; ++half) {
+                largest[half] = -INFINITY;
 #pragma unroll
                 for (int n = 0; n < score_keys / 8; ++n) {
-                    const float* pair = &scores[n].values[2 * part];
-                    largest[part] = maximum(largest[part], maximum(pair[0], pair[1]));
+                    const float* pair = &scores[n].values[2 * half];
+                    largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
                 }
             }
         }
@@ -183,15 +183,15 @@ private:
 
         GPSA_DEVICE void follow(const float (&largest)[2], Sum* content, float log2_scale) {
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int half = 0; half < 2; ++half) {
                 // at least the old one, which is finite: -inf - -inf is not 0
-                const float next = maximum(shift[part], row_maximum(largest[part]) * log2_scale);
-                const float rescale = exp2_approx(shift[part] - next);
-                shift[part] = next;
-                sum[part] *= rescale;
+                const float next = maximum(shift[half], row_maximum(largest[half]) * log2_scale);
+                const float rescale = exp2_approx(shift[half] - next);
+                shift[half] = next;
+                sum[half] *= rescale;
 #pragma unroll
                 for (int n = 0; n < channels / 8; ++n) {
-                    for (int i = 0; i < 2; ++i) content[n].values[2 * part + i] *= rescale;
+                    for (int i = 0; i < 2; ++i) content[n].values[2 * half + i] *= rescale;
                 }
             }
         }
@@ -201,10 +201,10 @@ private:
 #pragma unroll
             for (int n = 0; n < score_keys / 8; ++n) {
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    float* pair = &scores[n].values[2 * part];
-                    for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[part]);
-                    sum[part] += pair[0] + pair[1];
+                for (int half = 0; half < 2; ++half) {
+                    float* pair = &scores[n].values[2 * half];
+                    for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
+                    sum[half] += pair[0] + pair[1];
                 }
             }
         }
@@ -212,15 +212,15 @@ private:
 
     /// What attention dropout needs beside the content; nothing without it.
     struct NoMask {
-        GPSA_DEVICE NoMask(const Forward&, const float*, const Place&) {}
+        GPSA_DEVICE NoMask(const Forward&, const float*, const Block&) {}
         GPSA_DEVICE float keep_scale() const { return 1; }
     };
     struct DropoutMask {
         const Dropout dropout;
         const DenseRows<GridAxis> dense;
-        GPSA_DEVICE DropoutMask(const Forward& call, const float* statistics, const Place& at)
-            : dropout(call.problem, at.image),
-              dense(dense_position(call.problem, call.pos_weight, statistics, at.head), at.row) {}
+        GPSA_DEVICE DropoutMask(const Forward& call, const float* statistics, const Block& block)
+            : dropout(call.problem, block.batch_head),
+              dense(dense_position(call.problem, call.pos_weight, statistics, block.head), block.row) {}
         GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
@@ -278,7 +278,7 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     const char* error = launch(PositionStatistics{}, StatisticsCall{problem, call.pos_weight, statistics});
     const TiledForwardCall attention{call, statistics};
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
-    const Tensor mixed = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
+    const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
     const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};
