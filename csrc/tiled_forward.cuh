@@ -33,7 +33,7 @@ struct TiledForward {
     // Of a warp, 16 rows each: two share what is read of K and V, if there are registers for both.
     static constexpr int row_tiles = has_dropout || channels > 64 ? 1 : 2;
     static constexpr int block_rows = row_tiles * tile_tokens;
-    static constexpr int blocks_per_multiprocessor = 3;
+    static constexpr int blocks_per_multiprocessor = has_dropout ? (channels > 64 ? 1 : 2) : channels > 48 ? 2 : 3;
 
     static int shared_bytes() { return (block_rows + 4 * tile_keys) * channels * 2; }
     static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem, block_rows); }
@@ -41,7 +41,7 @@ struct TiledForward {
     GPSA_DEVICE static void run(const Call& arguments) {
         const Forward& call = arguments.forward;
         const Problem& problem = call.problem;
-        const Place at(problem, block_rows);
+        const Block block(problem, block_rows);
 
         SharedMemory memory;
         const Tile queries{memory.array<E>(block_rows * channels, "queries")};
@@ -69,7 +69,7 @@ struct TiledForward {
         if constexpr (!has_dropout) {
             sync_warp();
 #pragma unroll
-            for (int t = 0; t < row_tiles; ++t) fetch_own_rows(own(t), call.out, at.tile(t), problem.head_dim);
+            for (int t = 0; t < row_tiles; ++t) fetch_own_rows(own(t), call.out, block.tile(t), problem.head_dim);
         }
 
         const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
@@ -81,7 +81,7 @@ struct TiledForward {
         for (int start = 0; start < block.tokens; start += tile_keys, stage ^= 1) {
             if (start + tile_keys < block.tokens) fetch(stage ^ 1);
 #pragma unroll 1
-            for (int key = start; key < start + tile_keys; key += score_keys) {
+            for (int key = start; key < smaller(start + tile_keys, block.tokens); key += score_keys) {
                 const int row = stage * tile_keys + key - start;
                 Sum scores[row_tiles][score_keys / 8] = {};
                 score(scores, q, {keys + row * channels});
@@ -109,7 +109,7 @@ struct TiledForward {
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
-            const Place tile = at.tile(t);
+            const Block tile = block.tile(t);
             for (float& sum : softmax[t].sum) sum = row_sum(sum);
             if (call.logsumexp) {
                 const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;

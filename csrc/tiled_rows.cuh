@@ -23,10 +23,10 @@ struct Block {
     }
 
     /// The same, of the n-th 16 of this warp's rows.
-    GPSA_DEVICE Place tile(int n) const {
-        Place place(*this);
-        place.row += 16 * n;
-        return place;
+    GPSA_DEVICE Block tile(int n) const {
+        Block result(*this);
+        result.row += 16 * n;
+        return result;
     }
 };
 
