@@ -254,6 +254,12 @@ GPSA_DEVICE float maximum(float a, float b) {
     return y;
 }
 
+/// The same number, which the compiler keeps in a register instead of forming it anew where it is used.
+GPSA_DEVICE int kept(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
+
 /// Two floats rounded to nearest even and packed, `low` in the lower half of the word.
 template <typename T>
 GPSA_DEVICE uint32_t pack(float low, float high);

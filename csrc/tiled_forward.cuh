@@ -35,7 +35,7 @@ struct TiledForward {
     static constexpr int block_rows = row_tiles * tile_tokens;
     static constexpr int blocks_per_multiprocessor = has_dropout ? (channels > 64 ? 1 : 2) : channels > 48 ? 2 : 3;
 
-    static int shared_bytes() { return (block_rows + 4 * tile_keys) * channels * 2; }
+    static int shared_bytes() { return (block_rows + 5 * tile_keys) * channels * 2; }
     static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem, block_rows); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
@@ -46,74 +46,91 @@ struct TiledForward {
         SharedMemory memory;
         const Tile queries{memory.array<E>(block_rows * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
-        const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
-        RowStream<E, channels, tile_keys> key_stream(call.k, block, keys, problem.head_dim);
-        RowStream<E, channels, tile_keys> value_stream(call.v, block, values, problem.head_dim);
-        const auto fetch = [&](int stage) {
-            key_stream.fetch(stage);
-            value_stream.fetch(stage);
-            copy_commit();
-        };
-        const Global<const E> q_rows = rows_of<const E>(call.q, block.batch, block.head) + block.first * call.q.token;
-        copy_rows(queries, q_rows, call.q.token, block.tokens - block.first, block_rows, problem.head_dim);
-        fetch(0);
+        const Shared<E> values = memory.array<E>(3 * tile_keys * channels, "values");
+        RowStream<E, channels, tile_keys> next_keys(call.k, block, 0, keys, problem.head_dim);
+        RowStream<E, channels, tile_keys> next_values(call.v, block, 0, values, problem.head_dim);
+        RowStream<E, channels, block_rows>(call.q, block, block.first, queries.base, problem.head_dim).fetch(0);
+        next_keys.fetch(0);
+        next_values.fetch(0);
+        copy_commit();
         copy_wait<0>();
         sync_block();
 
-        const auto own = [&](int t) {  // a tile of queries, then what the epilogue reads and writes
-            return Tile{queries.base, 16 * (row_tiles * warp() + t)};
-        };
+        const Tile own{queries.base, 16 * row_tiles * warp()};  // queries, then what the epilogue reads and writes
         Left q[row_tiles][channels / 16];
 #pragma unroll
-        for (int t = 0; t < row_tiles; ++t) load_rows(q[t], own(t));
+        for (int t = 0; t < row_tiles; ++t) load_rows(q[t], own.tile(t));
         if constexpr (!has_dropout) {
             sync_warp();
 #pragma unroll
-            for (int t = 0; t < row_tiles; ++t) fetch_own_rows(own(t), call.out, block.tile(t), problem.head_dim);
+            for (int t = 0; t < row_tiles; ++t) {
+                fetch_own_rows(own.tile(t), call.out, block, block.row + 16 * t, problem.head_dim);
+            }
         }
 
         const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
         const Mask mask(call, arguments.statistics, block);
+        const auto key_offsets = RightOffsets<channels>::over_channels();
+        const auto value_offsets = RightOffsets<channels>::over_tokens();
         Softmax softmax[row_tiles];
-        Sum content[row_tiles][channels / 8] = {}, position[row_tiles][channels / 8] = {};
-        int stage = 0;
-#pragma unroll 1
-        for (int start = 0; start < block.tokens; start += tile_keys, stage ^= 1) {
-            if (start + tile_keys < block.tokens) fetch(stage ^ 1);
-#pragma unroll 1
-            for (int key = start; key < smaller(start + tile_keys, block.tokens); key += score_keys) {
-                const int row = stage * tile_keys + key - start;
-                Sum scores[row_tiles][score_keys / 8] = {};
-                score(scores, q, {keys + row * channels});
-                float largest[row_tiles][2];
-                bool must_shift = false;
+        Sum scores[row_tiles][score_keys / 8], content[row_tiles][channels / 8] = {};
+        Sum position[row_tiles][channels / 8] = {};
+        Weights weights;
+        Shared<E> k = keys, v = values;
+        const auto follow = [&](int key) {
+            score(scores, q, k, key_offsets);
 #pragma unroll
-                for (int t = 0; t < row_tiles; ++t) {
-                    Softmax::find_largest(largest[t], scores[t], block.tokens - key);
-                    must_shift |= softmax[t].must_shift(largest[t], log2_scale);
-                }
-                if (any_lane(must_shift)) {
-#pragma unroll
-                    for (int t = 0; t < row_tiles; ++t) softmax[t].follow(largest[t], content[t], log2_scale);
-                }
-#pragma unroll
-                for (int t = 0; t < row_tiles; ++t) softmax[t].exponentiate(scores[t], log2_scale);
-                weigh(content, position, scores, {values + row * channels}, mask, block.row, key);
+            for (int t = 0; t < row_tiles; ++t) {
+                softmax[t].follow(scores[t], content[t], log2_scale, block.tokens - key);
+                softmax[t].exponentiate(scores[t], log2_scale);
             }
-            copy_wait<0>();
-            sync_block();
+        };
+        int key_stage = 0, value_stage = 0;
+        const auto fetch = [&](int key) {  // what follows on the tile of keys from `key` on
+            if (key + tile_keys >= block.tokens) return;
+            next_keys.fetch(key_stage ^ 1);
+            next_values.fetch(value_stage == 2 ? 0 : value_stage + 1);
+            copy_commit();
+        };
+        fetch(0);
+        follow(0);
+#pragma unroll 1
+        for (int key = score_keys;; key += score_keys) {
+            // The products with V wait until the next exponentials are under way: the two use different units.
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) softmax[t].add();
+            weights.set(scores, mask, block.row, key - score_keys);
+            const Shared<E> weighed = v;
+            if (key >= block.tokens) break;
+            k = k + score_keys * channels;
+            v = v + score_keys * channels;
+            if (key % tile_keys == 0) {
+                copy_wait<0>();
+                sync_block();
+                key_stage ^= 1;
+                value_stage = value_stage == 2 ? 0 : value_stage + 1;
+                if (key_stage == 0) k = keys;
+                if (value_stage == 0) v = values;
+                fetch(key);
+            }
+            score(scores, q, k, key_offsets);
+            weigh(content, position, weights, weighed, value_offsets);
+            bool too_large = block.tokens - key < score_keys;
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) too_large |= softmax[t].exponentiate(scores[t], log2_scale);
+            if (any_lane(too_large)) follow(key);
         }
-
-        const float keep_scale = mask.keep_scale();
         const float gate = load(Global<const float>(call.gate) + block.head);
+        weigh(content, position, weights, v, value_offsets);
+
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
+        const float keep_scale = mask.keep_scale();
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
-            const Block tile = block.tile(t);
             for (float& sum : softmax[t].sum) sum = row_sum(sum);
             if (call.logsumexp) {
                 const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;
-                store_logsumexp(to, tile.row, block.tokens, softmax[t].shift, softmax[t].sum);
+                store_logsumexp(to, block.row + 16 * t, block.tokens, softmax[t].shift, softmax[t].sum);
             }
             float share[2];
             for (int half = 0; half < 2; ++half) share[half] = keep_scale * reciprocal_approx(softmax[t].sum[half]);
@@ -123,7 +140,7 @@ struct TiledForward {
             if constexpr (has_dropout) {
                 scale_rows<channels>(position[t], keep_scale);
             } else {
-                unstage_rows<E, channels>(position[t], own(t));
+                unstage_rows<E, channels>(position[t], own.tile(t));
             }
             for (int n = 0; n < channels / 8; ++n) {
                 for (int i = 0; i < 4; ++i) {
@@ -131,8 +148,9 @@ struct TiledForward {
                     p = closed * content[t][n].values[i] + open * p;
                 }
             }
-            store_own_rows(position[t], own(t), call.out, tile, problem.head_dim);
-            if (call.content.data) store_own_rows(content[t], own(t), call.content, tile, problem.head_dim);
+            const int row = block.row + 16 * t;
+            store_own_rows(position[t], own.tile(t), call.out, block, row, problem.head_dim);
+            if (call.content.data) store_own_rows(content[t], own.tile(t), call.content, block, row, problem.head_dim);
         }
     }
 
@@ -140,10 +158,11 @@ private:
     using Tile = Rows<E, channels>;
 
     /// Of rows r and r + 8, in the exponent of 2: what is subtracted from scores, and this lane's sum of exponentials.
-    /// What is subtracted is the row's largest score, or one that is up to 8 less: rescaling is rare, and the quotient
-    /// of two sums is as exact.
+    /// What is subtracted is the row's largest score when it was last looked for, which is rare: only once exponentials
+    /// have become large. A quotient of two sums is as exact.
     struct Softmax {
-        float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0};
+        static constexpr float most = 1024;  // of the exponentials that a lane adds up at a time; float16 holds 65504
+        float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0}, next[2];
 
         /// |scale| in the exponent of 2, whose sign the queries get.
         GPSA_DEVICE static float log2_scale(float scale, Left* q, int count) {
@@ -155,8 +174,9 @@ private:
             return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
         }
 
-        /// This lane's largest scores; they are -inf for keys that do not exist.
-        GPSA_DEVICE static void find_largest(float (&largest)[2], Sum* scores, int keys) {
+        /// Subtracts the largest of these scores from now on, if it is larger; scores of keys that do not exist are
+        /// -inf.
+        GPSA_DEVICE void follow(Sum* scores, Sum* content, float log2_scale, int keys) {
             if (keys < score_keys) {
 #pragma unroll
                 for (int n = 0; n < score_keys / 8; ++n) {
@@ -168,26 +188,15 @@ private:
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                largest[half] = -INFINITY;
+                float largest = -INFINITY;
 #pragma unroll
                 for (int n = 0; n < score_keys / 8; ++n) {
                     const float* pair = &scores[n].values[2 * half];
-                    largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
+                    largest = maximum(largest, maximum(pair[0], pair[1]));
                 }
-            }
-        }
-
-        GPSA_DEVICE bool must_shift(const float (&largest)[2], float log2_scale) const {
-            return !(largest[0] * log2_scale - shift[0] <= 8 && largest[1] * log2_scale - shift[1] <= 8);
-        }
-
-        GPSA_DEVICE void follow(const float (&largest)[2], Sum* content, float log2_scale) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                // at least the old one, which is finite: -inf - -inf is not 0
-                const float next = maximum(shift[half], row_maximum(largest[half]) * log2_scale);
-                const float rescale = exp2_approx(shift[half] - next);
-                shift[half] = next;
+                const float before = shift[half];  // finite: -inf - -inf is not 0
+                shift[half] = maximum(before, row_maximum(largest) * log2_scale);
+                const float rescale = exp2_approx(before - shift[half]);
                 sum[half] *= rescale;
 #pragma unroll
                 for (int n = 0; n < channels / 8; ++n) {
@@ -196,17 +205,22 @@ private:
             }
         }
 
-        /// scores = exp(scale scores) relative to the shift.
-        GPSA_DEVICE void exponentiate(Sum* scores, float log2_scale) {
+        /// scores = exp(scale scores) relative to the shift. Whether any is too large, or not a number.
+        GPSA_DEVICE bool exponentiate(Sum* scores, float log2_scale) {
 #pragma unroll
-            for (int n = 0; n < score_keys / 8; ++n) {
+            for (int half = 0; half < 2; ++half) {
+                next[half] = 0;
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int n = 0; n < score_keys / 8; ++n) {
                     float* pair = &scores[n].values[2 * half];
                     for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
-                    sum[half] += pair[0] + pair[1];
+                    next[half] += pair[0] + pair[1];
                 }
             }
+            return !(next[0] <= most && next[1] <= most);
+        }
+        GPSA_DEVICE void add() {
+            for (int half = 0; half < 2; ++half) sum[half] += next[half];
         }
     };
 
@@ -225,45 +239,64 @@ private:
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
 
+    /// The weights of a tile of keys, rounded to 16 bits: those of the content and, with dropout, of the position, and
+    /// of both only what is kept.
+    struct Weights {
+        Left content[row_tiles][score_keys / 16], position[score_keys / 16];
+
+        GPSA_DEVICE void set(Sum (&scores)[row_tiles][score_keys / 8], const Mask& mask, int row, int key) {
+#pragma unroll
+            for (int n = 0; n < score_keys / 16; ++n) {
+                if constexpr (has_dropout) {
+                    Sum entries[2];
+                    const uint32_t keep = mask.dropout.keep(row, key + 16 * n);
+                    mask.dense.entries(key + 16 * n, [&](int m, int i, float entry, int, float, float) {
+                        const bool kept = keep >> (4 * m + i) & 1;
+                        entries[m].values[i] = kept ? entry : 0;
+                        if (!kept) scores[0][2 * n + m].values[i] = 0;
+                    });
+                    position[n] = as_left<E>(entries);
+                }
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) content[t][n] = as_left<E>(&scores[t][2 * n]);
+            }
+        }
+    };
+
     /// scores = Q K^T for a warp's rows of Q and a tile of keys.
     GPSA_DEVICE static void score(
-        Sum (&scores)[row_tiles][score_keys / 8], const Left (&q)[row_tiles][channels / 16], const Tile& k) {
+        Sum (&scores)[row_tiles][score_keys / 8], const Left (&q)[row_tiles][channels / 16], Shared<E> k,
+        const RightOffsets<channels>& offsets) {
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) {
+#pragma unroll
+            for (int n = 0; n < score_keys / 8; ++n) scores[t][n] = {};
+        }
 #pragma unroll
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_over_channels<E>(s, [&](int j, int chunk) { return k.chunk(j, chunk, n); });
+                Right b;
+                ldmatrix_x4<E>(b.words, k + 16 * n * channels + offsets(s));
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
         }
     }
 
-    /// content += P V, P rounded to 16 bits; with dropout position += R V, too, and of both only what is kept.
+    /// content += P V; with dropout position += R V, too.
     GPSA_DEVICE static void weigh(
-        Sum (&content)[row_tiles][channels / 8], Sum (&position)[row_tiles][channels / 8],
-        Sum (&weights)[row_tiles][score_keys / 8], const Tile& v, const Mask& mask, int row, int start) {
+        Sum (&content)[row_tiles][channels / 8], Sum (&position)[row_tiles][channels / 8], const Weights& weights,
+        Shared<E> v, const RightOffsets<channels>& offsets) {
 #pragma unroll
         for (int n = 0; n < score_keys / 16; ++n) {
-            Left dense{}, a[row_tiles];
-            if constexpr (has_dropout) {
-                Sum entries[2];
-                const uint32_t keep = mask.dropout.keep(row, start + 16 * n);
-                mask.dense.entries(start + 16 * n, [&](int m, int i, float entry, int, float, float) {
-                    const bool kept = keep >> (4 * m + i) & 1;
-                    entries[m].values[i] = kept ? entry : 0;
-                    if (!kept) weights[0][2 * n + m].values[i] = 0;
-                });
-                dense = as_left<E>(entries);
-            }
-#pragma unroll
-            for (int t = 0; t < row_tiles; ++t) a[t] = as_left<E>(&weights[t][2 * n]);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, n); });
+                Right b;
+                ldmatrix_x4_trans<E>(b.words, v + 16 * n * channels + offsets(s));
 #pragma unroll
-                for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], a[t], b);
-                if constexpr (has_dropout) multiply<E>(&position[0][2 * s], dense, b);
+                for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], weights.content[t][n], b);
+                if constexpr (has_dropout) multiply<E>(&position[0][2 * s], weights.position[n], b);
             }
         }
     }

@@ -21,13 +21,6 @@ struct Block {
         batch = index / problem.heads;
         head = index % problem.heads;
     }
-
-    /// The same, of the n-th 16 of this warp's rows.
-    GPSA_DEVICE Block tile(int n) const {
-        Block result(*this);
-        result.row += 16 * n;
-        return result;
-    }
 };
 
 /// The tokens of a (batch, head), `count` at a time, on their way into one of two stages of shared memory. A thread's
@@ -35,11 +28,11 @@ struct Block {
 template <typename E, int channels, int count>
 class RowStream {
 public:
-    GPSA_DEVICE RowStream(const Tensor& tensor, const Block& block, Shared<E> stages, int head_dim)
-        : from(rows_of<const E>(tensor, block.batch, block.head) + row() * tensor.token),
+    GPSA_DEVICE RowStream(const Tensor& tensor, const Block& block, int first, Shared<E> stages, int head_dim)
+        : from(rows_of<const E>(tensor, block.batch, block.head) + (first + row()) * tensor.token),
           to(Rows<E, channels>{stages}.chunk(row(), thread() % beside)),
           stride(tensor.token),
-          left(block.tokens - row()),
+          left(block.tokens - first - row()),
           head_dim(head_dim) {}
 
     /// Starts copying the next ones, zeros where there are none.
@@ -101,30 +94,31 @@ GPSA_DEVICE void unstage_rows(Sum* sums, const Rows<E, channels>& staged) {
     }
 }
 
-/// Starts copying a warp's tokens into rows of its own.
+/// Starts copying 16 tokens from `first` on into a warp's own rows.
 template <typename E, int channels>
-GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& tensor, const Block& block, int head_dim) {
+GPSA_DEVICE void fetch_own_rows(
+    const Rows<E, channels>& rows, const Tensor& tensor, const Block& block, int first, int head_dim) {
     const Global<const E> from = rows_of<const E>(tensor, block.batch, block.head);
     constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
 #pragma unroll
     for (int turn = 0; turn < ChunkShare<chunks>::turns; ++turn) {
-        const int row = (32 * turn + lane()) / beside, token = block.row + row;
+        const int row = (32 * turn + lane()) / beside, token = first + row;
         copy_chunks<chunks>(
             rows.chunk(row, lane() % beside), from + token * tensor.token, token < block.tokens, head_dim);
     }
     copy_commit();
 }
 
-/// Accumulated rows, rounded, by way of this warp's `staged` to global memory, 16 bytes a lane.
+/// 16 accumulated rows, rounded, by way of this warp's `staged` to the tokens from `first` on, 16 bytes a lane.
 template <typename E, int channels>
 GPSA_DEVICE void store_own_rows(
-    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Block& block, int head_dim) {
+    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Block& block, int first, int head_dim) {
     sync_warp();
     stage_rows<E, channels>(sums, staged);
     sync_warp();
     store_rows<channels / 8>(
-        rows_of<E>(to, block.batch, block.head), to.token, block.row, block.tokens, 0, head_dim,
-        [&](int token, int chunk) { return staged.chunk(token - block.row, chunk); });
+        rows_of<E>(to, block.batch, block.head), to.token, first, block.tokens, 0, head_dim,
+        [&](int token, int chunk) { return staged.chunk(token - first, chunk); });
 }
 
 /// Accumulated rows times a factor.

@@ -71,7 +71,7 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
         bits(exp2_approx(-140.0f)));
     record(
         out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)),
-        any_lane(own == 5) + 2 * any_lane(own < 0));
+        kept(any_lane(own == 5) + 2 * any_lane(own < 0)));
 
     store(numbers + thread(), static_cast<float>(thread()));
     sync_block();

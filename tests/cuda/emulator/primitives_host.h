@@ -229,6 +229,7 @@ inline float exp2_approx(float x) {
 inline float log2_approx(float x) { return std::log2(flush_to_zero(x)); }
 inline float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline int kept(int number) { return number; }
 
 template <typename T>
 uint32_t pack(float low, float high) {
