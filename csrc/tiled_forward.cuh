@@ -1,12 +1,12 @@
-// Forward for any number of tokens: the positional branch goes to `out` (tiled_position.cuh), and one block per 64
-// query rows of a (batch, head) adds the content branch.
+// Forward for any number of tokens: the positional branch goes to `out` (tiled_position.cuh), and one block per 128
+// query rows of a (batch, head), 64 with dropout or more than 64 channels, adds the content branch.
 //
 //   O = (1 - g) softmax(scale Q K^T) V + g O_pos,   g = sigmoid(gate)
 //
-// 64 keys (32 with dropout) and their values are in shared memory while the next are copied; a warp has 16 query rows,
-// their largest scores and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the
-// (batch, head) once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where
-// wanted, written once.
+// 64 keys and their values are in shared memory while the next are copied; a warp has 32 or 16 query rows, the scores
+// of 32 keys, and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the (batch, head)
+// once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where wanted, written
+// once.
 //
 // With attention dropout the positional branch is no product of two axes any more: its entries are formed beside those
 // of the content, one exponential each, and `out` is only written.
@@ -29,7 +29,7 @@ struct TiledForward {
     using E = typename Config::E;
     using Call = TiledForwardCall;
     static constexpr int channels = Config::channels;
-    static constexpr int tile_keys = 64, score_keys = 32;  // in a stage of shared memory; of which scores are held
+    static constexpr int tile_keys = 64, score_keys = 32;  // of a stage of shared memory; that have scores at a time
     // Of a warp, 16 rows each: two share what is read of K and V, if there are registers for both.
     static constexpr int row_tiles = has_dropout || channels > 64 ? 1 : 2;
     static constexpr int block_rows = row_tiles * tile_tokens;
@@ -77,7 +77,8 @@ struct TiledForward {
         Sum position[row_tiles][channels / 8] = {};
         Weights weights;
         Shared<E> k = keys, v = values;
-        const auto follow = [&](int key) {
+        // From the scores on: where exponentials have grown too large, or where not all keys exist.
+        const auto start_anew = [&](int key) {
             score(scores, q, k, key_offsets);
 #pragma unroll
             for (int t = 0; t < row_tiles; ++t) {
@@ -93,7 +94,7 @@ struct TiledForward {
             copy_commit();
         };
         fetch(0);
-        follow(0);
+        start_anew(0);
 #pragma unroll 1
         for (int key = score_keys;; key += score_keys) {
             // The products with V wait until the next exponentials are under way: the two use different units.
@@ -115,13 +116,15 @@ struct TiledForward {
             }
             score(scores, q, k, key_offsets);
             weigh(content, position, weights, weighed, value_offsets);
-            bool too_large = block.tokens - key < score_keys;
+            bool again = block.tokens - key < score_keys;
 #pragma unroll
-            for (int t = 0; t < row_tiles; ++t) too_large |= softmax[t].exponentiate(scores[t], log2_scale);
-            if (any_lane(too_large)) follow(key);
+            for (int t = 0; t < row_tiles; ++t) again |= softmax[t].exponentiate(scores[t], log2_scale);
+            if (any_lane(again)) start_anew(key);
         }
         const float gate = load(Global<const float>(call.gate) + block.head);
         weigh(content, position, weights, v, value_offsets);
+        copy_wait<0>();
+        sync_warp();
 
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
         const float keep_scale = mask.keep_scale();

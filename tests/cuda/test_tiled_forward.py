@@ -37,10 +37,10 @@ def large(request):
 
 
 def test_budgets_of_traffic(large):
-    tokens, row, tiles = 576, 48 * 2, 9
+    tokens, row, blocks = 576, 48 * 2, 5
     counts = large.counts
-    # attention: K and V by each of 9 blocks, Q once, the position's rows once; position: V and then T once
-    read = tokens * row * (2 * tiles + 2) + 2 * tokens * row
+    # attention: K and V by each of 5 blocks, Q once, the position's rows once; position: V and then T once
+    read = tokens * row * (2 * blocks + 2) + 2 * tokens * row
     written = tokens * row * (1 + 1 + 2) + 4 * tokens  # out, content; T and the position; logsumexp
     assert read <= counts["global_read"] <= 1.1 * read
     assert written <= counts["global_written"] <= 1.01 * written

@@ -16,24 +16,24 @@ NO_DROPOUT, DROPOUT = 0.0, 0.25
 
 # name: (file, text, what replaces it, what the message must match; None: nothing but a wrong result, dropout_p)
 BUGS = {
-    "missing barrier after a tile of keys": (
+    "missing barrier before the next tile of keys": (
         "tiled_forward.cuh",
-        "mask, block.row, start);\n            copy_wait<0>();\n            sync_block();",
-        "mask, block.row, start);\n            copy_wait<0>();",
+        "copy_wait<0>();\n                sync_block();\n                key_stage",
+        "copy_wait<0>();\n                key_stage",
         r"race|cp\.async into it is not waited for",
         NO_DROPOUT,
     ),
-    "missing wait for a tile of keys": (
+    "missing wait for the next tile of keys": (
         "tiled_forward.cuh",
-        "mask, block.row, start);\n            copy_wait<0>();",
-        "mask, block.row, start);",
+        "copy_wait<0>();\n                sync_block();\n                key_stage",
+        "sync_block();\n                key_stage",
         r"cp\.async into it is not waited for",
         NO_DROPOUT,
     ),
     "missing sync_warp before the queries are written over": (
         "tiled_forward.cuh",
-        "sync_warp();\n            fetch_own_rows(",
-        "fetch_own_rows(",
+        "if constexpr (!has_dropout) {\n            sync_warp();",
+        "if constexpr (!has_dropout) {",
         r"race: write to shared array queries",
         NO_DROPOUT,
     ),
@@ -74,15 +74,15 @@ BUGS = {
     ),
     "what was summed before not rescaled": (
         "tiled_forward.cuh",
-        "content[n].values[i] *= rescale[i / 2];",
-        "content[n].values[i] *= 1;",
+        "content[n].values[2 * half + i] *= rescale;",
+        "content[n].values[2 * half + i] *= 1;",
         None,
         NO_DROPOUT,
     ),
     "position without its gate": (
         "tiled_forward.cuh",
-        "+ open * position[n].values[i];",
-        "+ position[n].values[i];",
+        "+ open * p;",
+        "+ p;",
         None,
         NO_DROPOUT,
     ),
