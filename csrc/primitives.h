@@ -223,6 +223,9 @@ GPSA_DEVICE void mma<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b
 
 GPSA_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+/// Whether any lane's condition holds.
+GPSA_DEVICE bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
 /// This thread's warp. Shuffled, so that the compiler knows it to be the same in all lanes.
 GPSA_DEVICE int warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
@@ -251,6 +254,12 @@ GPSA_DEVICE float maximum(float a, float b) {
     float y;
     asm("max.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;
+}
+
+/// The same number, which the compiler keeps in a register instead of forming it anew where it is used.
+GPSA_DEVICE int kept(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
 }
 
 /// Two floats rounded to nearest even and packed, `low` in the lower half of the word.

@@ -40,11 +40,11 @@ namespace tiled {
 inline Lines along_x(const Problem& p) { return {p.columns, p.rows, 1, p.columns, true}; }
 inline Lines along_y(const Problem& p) { return {p.rows, p.columns, p.columns, 1, false}; }
 
-/// Tiles of the tokens of a (batch, head).
-GPSA_HOST_DEVICE int tiles(const Problem& p) { return (p.rows * p.columns + tile_tokens - 1) / tile_tokens; }
+/// Tiles of `rows` tokens of a (batch, head).
+GPSA_HOST_DEVICE int tiles(const Problem& p, int rows = tile_tokens) { return (p.rows * p.columns + rows - 1) / rows; }
 
 /// Blocks of an attention kernel, one per tile of tokens.
-inline int64_t blocks(const Problem& p) { return p.batch * p.heads * tiles(p); }
+inline int64_t blocks(const Problem& p, int rows = tile_tokens) { return p.batch * p.heads * tiles(p, rows); }
 
 /// A (B, H, N, D) array without gaps.
 inline Tensor contiguous_tensor(const Problem& p, void* data) {

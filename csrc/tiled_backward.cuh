@@ -114,7 +114,7 @@ struct TiledQueryGradient {
         const float gate = load(call.gate, block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale_rows<channels>(sums, closed * problem.scale);
-        store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, block, head_dim);
+        store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, block, block.row, head_dim);
         float of_block[4];
         position.sums[3] -= row.sum_of_deltas();
         add_up(of_block, position.sums, partial);
@@ -329,7 +329,7 @@ struct TiledKeyGradient {
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         if constexpr (!has_dropout) {
             const float late = open / early_share(open, block.tokens);
-            fetch_own_rows(own_values, call.grad_v, block, head_dim);
+            fetch_own_rows(own_values, call.grad_v, block, block.row, head_dim);
             copy_wait<0>();
             sync_warp();
             Sum positional[channels / 8];
@@ -344,8 +344,8 @@ struct TiledKeyGradient {
         }
         scale_rows<channels>(grad_v, position.keep_scale());
         scale_rows<channels>(grad_k, closed * problem.scale);
-        store_own_rows(grad_v, own_values, call.grad_v, block, head_dim);
-        store_own_rows(grad_k, own_keys, call.grad_k, block, head_dim);
+        store_own_rows(grad_v, own_values, call.grad_v, block, block.row, head_dim);
+        store_own_rows(grad_k, own_keys, call.grad_k, block, block.row, head_dim);
     }
 
 private:

@@ -1,16 +1,18 @@
-// Forward for any number of tokens: the positional branch goes to `out` (tiled_position.cuh), and one block per 64
-// query rows of a (batch, head) adds the content branch.
+// Forward for any number of tokens: the positional branch goes to `out` (tiled_position.cuh), and one block per 128
+// query rows of a (batch, head), 64 with dropout or more than 64 channels, adds the content branch.
 //
 //   O = (1 - g) softmax(scale Q K^T) V + g O_pos,   g = sigmoid(gate)
 //
-// 64 keys (32 with dropout) and their values are in shared memory while the next are copied; a warp has 16 query rows,
-// their largest scores and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the
-// (batch, head) once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where
-// wanted, written once.
+// 64 keys and their values are in shared memory while the next are copied; a warp has 32 or 16 query rows, the scores
+// of 32 keys, and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the (batch, head)
+// once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where wanted, written
+// once.
 //
 // With attention dropout the positional branch is no product of two axes any more: its entries are formed beside those
 // of the content, one exponential each, and `out` is only written.
 #pragma once
+
+#include <cfloat>
 
 #include "dropout.cuh"
 #include "tiled_position.cuh"
@@ -27,134 +29,201 @@ struct TiledForward {
     using E = typename Config::E;
     using Call = TiledForwardCall;
     static constexpr int channels = Config::channels;
-    static constexpr int tile_keys = has_dropout ? 32 : 64;  // there are more registers for the scores of 64 without
+    static constexpr int tile_keys = 64, score_keys = 32;  // of a stage of shared memory; that have scores at a time
+    // Of a warp, 16 rows each: two share what is read of K and V, if there are registers for both.
+    static constexpr int row_tiles = has_dropout || channels > 64 ? 1 : 2;
+    static constexpr int block_rows = row_tiles * tile_tokens;
     static constexpr int blocks_per_multiprocessor = has_dropout ? (channels > 64 ? 1 : 2) : channels > 48 ? 2 : 3;
 
-    static int shared_bytes() { return (tile_tokens + 4 * tile_keys) * channels * 2; }
-    static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem); }
+    static int shared_bytes() { return (block_rows + 5 * tile_keys) * channels * 2; }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.forward.problem, block_rows); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Forward& call = arguments.forward;
         const Problem& problem = call.problem;
-        const Block block(problem);
+        const Block block(problem, block_rows);
 
         SharedMemory memory;
-        const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
+        const Tile queries{memory.array<E>(block_rows * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
-        const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
-        const auto copy = [&](const Tile& to, Global<const E> from, int64_t stride, int start, int count) {
-            copy_rows(to, from + start * stride, stride, block.tokens - start, count, problem.head_dim);
-        };
-        const Global<const E> k = rows_of<const E>(call.k, block.batch, block.head);
-        const Global<const E> v = rows_of<const E>(call.v, block.batch, block.head);
-        const auto fetch = [&](int start, int stage) {
-            copy({keys, stage * tile_keys}, k, call.k.token, start, tile_keys);
-            copy({values, stage * tile_keys}, v, call.v.token, start, tile_keys);
-            copy_commit();
-        };
-        copy(queries, rows_of<const E>(call.q, block.batch, block.head), call.q.token, block.first, tile_tokens);
-        fetch(0, 0);
+        const Shared<E> values = memory.array<E>(3 * tile_keys * channels, "values");
+        RowStream<E, channels, tile_keys> next_keys(call.k, block, 0, keys, problem.head_dim);
+        RowStream<E, channels, tile_keys> next_values(call.v, block, 0, values, problem.head_dim);
+        RowStream<E, channels, block_rows>(call.q, block, block.first, queries.base, problem.head_dim).fetch(0);
+        next_keys.fetch(0);
+        next_values.fetch(0);
+        copy_commit();
         copy_wait<0>();
         sync_block();
 
-        const Tile own{queries.base, 16 * warp()};  // queries, then what the epilogue reads and writes
-        Left q[channels / 16];
-        load_rows(q, own);
+        const Tile own{queries.base, 16 * row_tiles * warp()};  // queries, then what the epilogue reads and writes
+        Left q[row_tiles][channels / 16];
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) load_rows(q[t], own.tile(t));
         if constexpr (!has_dropout) {
             sync_warp();
-            fetch_own_rows(own, call.out, block, problem.head_dim);
-        }
-
-        const Mask mask(call, arguments.statistics, block);
-        Softmax softmax;
-        Sum content[channels / 8] = {}, position[channels / 8] = {};
-        int stage = 0;
-#pragma unroll 1
-        for (int start = 0; start < block.tokens; start += tile_keys, stage ^= 1) {
-            if (start + tile_keys < block.tokens) fetch(start + tile_keys, stage ^ 1);
-            Sum scores[tile_keys / 8] = {};
-            score(scores, q, {keys, stage * tile_keys});
-            softmax.exponentiate(scores, content, problem.scale, block.tokens - start);
-            weigh(content, position, scores, {values, stage * tile_keys}, mask, block.row, start);
-            copy_wait<0>();
-            sync_block();
-        }
-        for (float& sum : softmax.sum) sum = row_sum(sum);
-        if (call.logsumexp) {
-            const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;
-            store_logsumexp(to, block.row, block.tokens, softmax.shift, softmax.sum);
-        }
-
-        const float keep_scale = mask.keep_scale();
-        float share[2];
-        for (int half = 0; half < 2; ++half) share[half] = keep_scale * reciprocal_approx(softmax.sum[half]);
-        for (int n = 0; n < channels / 8; ++n) {
-            for (int i = 0; i < 4; ++i) content[n].values[i] *= share[i / 2];
-        }
-        const float gate = load(call.gate, block.head);
-        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-        if constexpr (has_dropout) {
-            scale_rows<channels>(position, keep_scale);
-        } else {
-            unstage_rows<E, channels>(position, own);
-        }
-        for (int n = 0; n < channels / 8; ++n) {
-            for (int i = 0; i < 4; ++i) {
-                position[n].values[i] = closed * content[n].values[i] + open * position[n].values[i];
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) {
+                fetch_own_rows(own.tile(t), call.out, block, block.row + 16 * t, problem.head_dim);
             }
         }
-        store_own_rows(position, own, call.out, block, problem.head_dim);
-        if (call.content.data) store_own_rows(content, own, call.content, block, problem.head_dim);
+
+        const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
+        const Mask mask(call, arguments.statistics, block);
+        const auto key_offsets = RightOffsets<channels>::over_channels();
+        const auto value_offsets = RightOffsets<channels>::over_tokens();
+        Softmax softmax[row_tiles];
+        Sum scores[row_tiles][score_keys / 8], content[row_tiles][channels / 8] = {};
+        Sum position[row_tiles][channels / 8] = {};
+        Weights weights;
+        Shared<E> k = keys, v = values;
+        // From the scores on: where exponentials have grown too large, or where not all keys exist.
+        const auto start_anew = [&](int key) {
+            score(scores, q, k, key_offsets);
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) {
+                softmax[t].follow(scores[t], content[t], log2_scale, block.tokens - key);
+                softmax[t].exponentiate(scores[t], log2_scale);
+            }
+        };
+        int key_stage = 0, value_stage = 0;
+        const auto fetch = [&](int key) {  // what follows on the tile of keys from `key` on
+            if (key + tile_keys >= block.tokens) return;
+            next_keys.fetch(key_stage ^ 1);
+            next_values.fetch(value_stage == 2 ? 0 : value_stage + 1);
+            copy_commit();
+        };
+        fetch(0);
+        start_anew(0);
+#pragma unroll 1
+        for (int key = score_keys;; key += score_keys) {
+            // The products with V wait until the next exponentials are under way: the two use different units.
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) softmax[t].add();
+            weights.set(scores, mask, block.row, key - score_keys);
+            const Shared<E> weighed = v;
+            if (key >= block.tokens) break;
+            k = k + score_keys * channels;
+            v = v + score_keys * channels;
+            if (key % tile_keys == 0) {
+                copy_wait<0>();
+                sync_block();
+                key_stage ^= 1;
+                value_stage = value_stage == 2 ? 0 : value_stage + 1;
+                if (key_stage == 0) k = keys;
+                if (value_stage == 0) v = values;
+                fetch(key);
+            }
+            score(scores, q, k, key_offsets);
+            weigh(content, position, weights, weighed, value_offsets);
+            bool again = block.tokens - key < score_keys;
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) again |= softmax[t].exponentiate(scores[t], log2_scale);
+            if (any_lane(again)) start_anew(key);
+        }
+        const float gate = load(call.gate, block.head);
+        weigh(content, position, weights, v, value_offsets);
+        copy_wait<0>();
+        sync_warp();
+
+        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
+        const float keep_scale = mask.keep_scale();
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) {
+            for (float& sum : softmax[t].sum) sum = row_sum(sum);
+            if (call.logsumexp) {
+                const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;
+                store_logsumexp(to, block.row + 16 * t, block.tokens, softmax[t].shift, softmax[t].sum);
+            }
+            float share[2];
+            for (int half = 0; half < 2; ++half) share[half] = keep_scale * reciprocal_approx(softmax[t].sum[half]);
+            for (int n = 0; n < channels / 8; ++n) {
+                for (int i = 0; i < 4; ++i) content[t][n].values[i] *= share[i / 2];
+            }
+            if constexpr (has_dropout) {
+                scale_rows<channels>(position[t], keep_scale);
+            } else {
+                unstage_rows<E, channels>(position[t], own.tile(t));
+            }
+            for (int n = 0; n < channels / 8; ++n) {
+                for (int i = 0; i < 4; ++i) {
+                    float& p = position[t][n].values[i];
+                    p = closed * content[t][n].values[i] + open * p;
+                }
+            }
+            const int row = block.row + 16 * t;
+            store_own_rows(position[t], own.tile(t), call.out, block, row, problem.head_dim);
+            if (call.content.data) store_own_rows(content[t], own.tile(t), call.content, block, row, problem.head_dim);
+        }
     }
 
 private:
     using Tile = Rows<E, channels>;
 
-    /// Of rows r and r + 8: the largest score so far, and this lane's sum of exponentials relative to it.
+    /// Of rows r and r + 8, in the exponent of 2: what is subtracted from scores, and this lane's sum of exponentials.
+    /// What is subtracted is the row's largest score when it was last looked for, which is rare: only once exponentials
+    /// have become large. A quotient of two sums is as exact.
     struct Softmax {
-        float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shift[2] = {0, 0};
+        static constexpr float most = 1024;  // of the exponentials that a lane adds up at a time; float16 holds 65504
+        float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0}, next[2];
 
-        /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist; what was summed
-        /// before is made relative to the same.
-        GPSA_DEVICE void exponentiate(Sum* scores, Sum* content, float scale, int keys) {
-            const float log2_scale = log2_scale_of<tile_keys / 8>(scale, scores);
-            if (keys < tile_keys) {
+        /// |scale| in the exponent of 2, whose sign the queries get.
+        GPSA_DEVICE static float log2_scale(float scale, Left* q, int count) {
 #pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
+            for (int n = 0; n < count; ++n) {
+                for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
+            }
+            // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
+            return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
+        }
+
+        /// Subtracts the largest of these scores from now on, if it is larger; scores of keys that do not exist are
+        /// -inf.
+        GPSA_DEVICE void follow(Sum* scores, Sum* content, float log2_scale, int keys) {
+            if (keys < score_keys) {
+#pragma unroll
+                for (int n = 0; n < score_keys / 8; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         if (8 * n + fragment_column() + i % 2 >= keys) scores[n].values[i] = -INFINITY;
                     }
                 }
             }
-            float rescale[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float most = largest[half];
+                float largest = -INFINITY;
 #pragma unroll
-                for (int n = 0; n < tile_keys / 8; ++n) {
-                    most = maximum(most, maximum(scores[n].values[2 * half], scores[n].values[2 * half + 1]));
+                for (int n = 0; n < score_keys / 8; ++n) {
+                    const float* pair = &scores[n].values[2 * half];
+                    largest = maximum(largest, maximum(pair[0], pair[1]));
                 }
-                most = row_maximum(most);
-                shift[half] = most == -INFINITY ? 0 : most * log2_scale;  // -inf - -inf is not 0
-                rescale[half] = exp2_approx(largest[half] * log2_scale - shift[half]);
-                largest[half] = most;
-                sum[half] *= rescale[half];
+                const float before = shift[half];  // finite: -inf - -inf is not 0
+                shift[half] = maximum(before, row_maximum(largest) * log2_scale);
+                const float rescale = exp2_approx(before - shift[half]);
+                sum[half] *= rescale;
+#pragma unroll
+                for (int n = 0; n < channels / 8; ++n) {
+                    for (int i = 0; i < 2; ++i) content[n].values[2 * half + i] *= rescale;
+                }
             }
+        }
+
+        /// scores = exp(scale scores) relative to the shift. Whether any is too large, or not a number.
+        GPSA_DEVICE bool exponentiate(Sum* scores, float log2_scale) {
 #pragma unroll
-            for (int n = 0; n < channels / 8; ++n) {
+            for (int half = 0; half < 2; ++half) {
+                next[half] = 0;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) content[n].values[i] *= rescale[i / 2];
-            }
-#pragma unroll
-            for (int n = 0; n < tile_keys / 8; ++n) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int n = 0; n < score_keys / 8; ++n) {
                     float* pair = &scores[n].values[2 * half];
                     for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
-                    sum[half] += pair[0] + pair[1];
+                    next[half] += pair[0] + pair[1];
                 }
             }
+            return !(next[0] <= most && next[1] <= most);
+        }
+        GPSA_DEVICE void add() {
+            for (int half = 0; half < 2; ++half) sum[half] += next[half];
         }
     };
 
@@ -173,40 +242,64 @@ private:
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
 
-    /// scores = Q K^T for 16 rows of Q and a tile of keys.
-    GPSA_DEVICE static void score(Sum* scores, const Left* q, const Tile& k) {
+    /// The weights of a tile of keys, rounded to 16 bits: those of the content and, with dropout, of the position, and
+    /// of both only what is kept.
+    struct Weights {
+        Left content[row_tiles][score_keys / 16], position[score_keys / 16];
+
+        GPSA_DEVICE void set(Sum (&scores)[row_tiles][score_keys / 8], const Mask& mask, int row, int key) {
 #pragma unroll
-        for (int n = 0; n < tile_keys / 16; ++n) {
+            for (int n = 0; n < score_keys / 16; ++n) {
+                if constexpr (has_dropout) {
+                    Sum entries[2];
+                    const uint32_t keep = mask.dropout.keep(row, key + 16 * n);
+                    mask.dense.entries(key + 16 * n, [&](int m, int i, float entry, int, float, float) {
+                        const bool kept = keep >> (4 * m + i) & 1;
+                        entries[m].values[i] = kept ? entry : 0;
+                        if (!kept) scores[0][2 * n + m].values[i] = 0;
+                    });
+                    position[n] = as_left<E>(entries);
+                }
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) content[t][n] = as_left<E>(&scores[t][2 * n]);
+            }
+        }
+    };
+
+    /// scores = Q K^T for a warp's rows of Q and a tile of keys.
+    GPSA_DEVICE static void score(
+        Sum (&scores)[row_tiles][score_keys / 8], const Left (&q)[row_tiles][channels / 16], Shared<E> k,
+        const RightOffsets<channels>& offsets) {
+#pragma unroll
+        for (int t = 0; t < row_tiles; ++t) {
+#pragma unroll
+            for (int n = 0; n < score_keys / 8; ++n) scores[t][n] = {};
+        }
+#pragma unroll
+        for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_over_channels<E>(s, [&](int j, int chunk) { return k.chunk(j, chunk, n); });
-                multiply<E>(&scores[2 * n], q[s], b);
+                Right b;
+                ldmatrix_x4<E>(b.words, k + 16 * n * channels + offsets(s));
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
         }
     }
 
-    /// content += P V, P rounded to 16 bits; with dropout position += R V, too, and of both only what is kept.
+    /// content += P V; with dropout position += R V, too.
     GPSA_DEVICE static void weigh(
-        Sum* content, Sum* position, Sum* weights, const Tile& v, const Mask& mask, int row, int start) {
+        Sum (&content)[row_tiles][channels / 8], Sum (&position)[row_tiles][channels / 8], const Weights& weights,
+        Shared<E> v, const RightOffsets<channels>& offsets) {
 #pragma unroll
-        for (int n = 0; n < tile_keys / 16; ++n) {
-            Left dense{};
-            if constexpr (has_dropout) {
-                Sum entries[2];
-                const uint32_t keep = mask.dropout.keep(row, start + 16 * n);
-                mask.dense.entries(start + 16 * n, [&](int m, int i, float entry, int, float, float) {
-                    const bool kept = keep >> (4 * m + i) & 1;
-                    entries[m].values[i] = kept ? entry : 0;
-                    if (!kept) weights[2 * n + m].values[i] = 0;
-                });
-                dense = as_left<E>(entries);
-            }
-            const Left a = as_left<E>(&weights[2 * n]);
+        for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, n); });
-                multiply<E>(&content[2 * s], a, b);
-                if constexpr (has_dropout) multiply<E>(&position[2 * s], dense, b);
+                Right b;
+                ldmatrix_x4_trans<E>(b.words, v + 16 * n * channels + offsets(s));
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], weights.content[t][n], b);
+                if constexpr (has_dropout) multiply<E>(&position[0][2 * s], weights.position[n], b);
             }
         }
     }
@@ -223,8 +316,8 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
     const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
-    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
-    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, {}, nullptr, 0, 0};
+    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
+    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};
     if (!error) error = launch(MixLines<Config, false>{}, mix_x);
     if (!error) error = launch(MixLines<Config, false>{}, mix_y);
     return error ? error : launch(TiledForward<Config, false>{}, attention);

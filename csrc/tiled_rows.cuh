@@ -7,20 +7,55 @@
 
 namespace gpsa {
 
-/// A block of an attention kernel: which 64 tokens of which (batch, head).
+/// The place of a block of an attention kernel: which `rows` tokens of which (batch, head).
 struct Block {
-    int tokens, head, first, row;  // row: the first of this warp's 16
+    int tokens, head, first, row;  // row: the first of this warp's
     int64_t batch_head, batch;
 
-    GPSA_DEVICE explicit Block(const Problem& problem)
+    GPSA_DEVICE explicit Block(const Problem& problem, int rows = tile_tokens)
         : tokens(problem.rows * problem.columns),
-          first(block_x() % tiled::tiles(problem) * tile_tokens),
-          row(first + 16 * warp()),
-          batch_head(block_x() / tiled::tiles(problem)) {
+          first(block_x() % tiled::tiles(problem, rows) * rows),
+          row(first + rows / (tiled_threads / 32) * warp()),
+          batch_head(block_x() / tiled::tiles(problem, rows)) {
         const int index = static_cast<int>(batch_head);  // a division of 32 bits is the faster one
         batch = index / problem.heads;
         head = index % problem.heads;
     }
+};
+
+/// The tokens of a (batch, head), `count` at a time, on their way into one of two stages of shared memory. A thread's
+/// addresses advance by constants: rows of all its turns and tiles are a multiple of 8 apart, and swizzled alike.
+template <typename E, int channels, int count>
+class RowStream {
+public:
+    GPSA_DEVICE RowStream(const Tensor& tensor, const Block& block, int first, Shared<E> stages, int head_dim)
+        : from(rows_of<const E>(tensor, block.batch, block.head) + (first + row()) * tensor.token),
+          to(Rows<E, channels>{stages}.chunk(row(), thread() % beside)),
+          stride(tensor.token),
+          left(block.tokens - first - row()),
+          head_dim(head_dim) {}
+
+    /// Starts copying the next ones, zeros where there are none.
+    GPSA_DEVICE void fetch(int stage) {
+#pragma unroll
+        for (int first = 0; first < count; first += turn) {
+            if (count < turn && row() >= count) break;  // not all threads have one
+            copy_chunks<chunks>(to + (stage * count + first) * channels, from, first < left, head_dim);
+            from = from + (count < turn ? count : turn) * stride;
+        }
+        left -= count;
+    }
+
+private:
+    static constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside, turn = tiled_threads / beside;
+    static_assert(turn % 8 == 0 && (count % turn == 0 || turn % count == 0), "all rows of a thread are swizzled alike");
+    Global<const E> from;
+    const Shared<E> to;
+    const int64_t stride;
+    int left;
+    const int head_dim;
+
+    GPSA_DEVICE static int row() { return thread() / beside; }
 };
 
 /// The 16 rows of a warp as left operands.
@@ -59,30 +94,31 @@ GPSA_DEVICE void unstage_rows(Sum* sums, const Rows<E, channels>& staged) {
     }
 }
 
-/// Starts copying a warp's tokens into rows of its own.
+/// Starts copying 16 tokens from `first` on into a warp's own rows.
 template <typename E, int channels>
-GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& tensor, const Block& block, int head_dim) {
+GPSA_DEVICE void fetch_own_rows(
+    const Rows<E, channels>& rows, const Tensor& tensor, const Block& block, int first, int head_dim) {
     const Global<const E> from = rows_of<const E>(tensor, block.batch, block.head);
     constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
 #pragma unroll
     for (int turn = 0; turn < ChunkShare<chunks>::turns; ++turn) {
-        const int row = (32 * turn + lane()) / beside, token = block.row + row;
+        const int row = (32 * turn + lane()) / beside, token = first + row;
         copy_chunks<chunks>(
             rows.chunk(row, lane() % beside), from + token * tensor.token, token < block.tokens, head_dim);
     }
     copy_commit();
 }
 
-/// Accumulated rows, rounded, by way of this warp's `staged` to global memory, 16 bytes a lane.
+/// 16 accumulated rows, rounded, by way of this warp's `staged` to the tokens from `first` on, 16 bytes a lane.
 template <typename E, int channels>
 GPSA_DEVICE void store_own_rows(
-    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Block& block, int head_dim) {
+    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Block& block, int first, int head_dim) {
     sync_warp();
     stage_rows<E, channels>(sums, staged);
     sync_warp();
     store_rows<channels / 8>(
-        rows_of<E>(to, block.batch, block.head), to.token, block.row, block.tokens, 0, head_dim,
-        [&](int token, int chunk) { return staged.chunk(token - block.row, chunk); });
+        rows_of<E>(to, block.batch, block.head), to.token, first, block.tokens, 0, head_dim,
+        [&](int token, int chunk) { return staged.chunk(token - first, chunk); });
 }
 
 /// Accumulated rows times a factor.

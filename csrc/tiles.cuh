@@ -40,6 +40,9 @@ struct Rows {
     Shared<E> base;
     int first = 0;  // row of the array that is row 0 here
 
+    /// Those from row 16 n on.
+    GPSA_DEVICE Rows tile(int n) const { return {base, first + 16 * n}; }
+
     GPSA_DEVICE Shared<E> chunk(int row, int chunk) const {
         return chunk_of_row<chunks>(base, (first + row) * channels, first + row, chunk);
     }
@@ -166,6 +169,27 @@ GPSA_DEVICE Right load_right_over_tokens(int s, At at) {
     ldmatrix_x4_trans<E>(b.words, at(lane() % 16, 2 * s + lane() / 16));
     return b;
 }
+
+/// Where a lane's part of a right operand is, in elements after its first row: formed once for all operands in rows
+/// whose number is a multiple of 16.
+template <int channels>
+class RightOffsets {
+public:
+    GPSA_DEVICE static RightOffsets over_channels() { return {lane() / 16 * 8 + lane() % 8, lane() / 8 % 2}; }
+    GPSA_DEVICE static RightOffsets over_tokens() { return {lane() % 16, lane() / 16}; }
+
+    GPSA_DEVICE int operator()(int s) const { return offsets[s % steps] + s / steps * (16 * steps); }
+
+private:
+    static constexpr int chunks = channels / 8, steps = chunk_group<chunks> / 2;
+    int offsets[steps];
+
+    GPSA_DEVICE RightOffsets(int row, int chunk) {
+#pragma unroll
+        for (int s = 0; s < steps; ++s)
+            offsets[s] = kept(row * channels + ((2 * s + chunk) ^ swizzle<chunks>(row)) * 8);
+    }
+};
 
 /// The largest value, or the sum, of the four lanes that hold a row of an accumulator.
 GPSA_DEVICE float row_maximum(float x) {

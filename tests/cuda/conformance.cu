@@ -69,7 +69,9 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     record(
         out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
         bits(exp2_approx(-140.0f)));
-    record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)), 0);
+    record(
+        out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)),
+        kept(any_lane(own == 5) + 2 * any_lane(own < 0)));
 
     store(numbers + thread(), static_cast<float>(thread()));
     sync_block();

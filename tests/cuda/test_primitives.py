@@ -105,6 +105,7 @@ def test_primitives_do_what_is_documented(program, dtype):
     assert (logs[:, 0].double() - x[:, 0].double().square().log2()).abs().max() <= 2**-20, "log2"
     assert is_close(logs[:, 1], (1 + LANE.double()).log2(), 2**-21), "log2"
     assert logs[:, 2].eq(-math.inf).all(), "log2 of 0"
+    assert out[8, :, 3].eq(1).all(), "any_lane, kept"
 
     threads = torch.arange(WARPS * 32)
     assert every[:, :, 9, :, 0].flatten(1).view(torch.float32).eq(threads.flip(0)).all(), "sync_block"

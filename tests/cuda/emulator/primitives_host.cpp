@@ -96,4 +96,10 @@ void shuffle_xor(void* const* lanes) {
     }
 }
 
+void any_lane(void* const* lanes) {
+    bool any = false;
+    for (int lane = 0; lane < 32; ++lane) any |= static_cast<const VoteLane*>(lanes[lane])->condition;
+    for (int lane = 0; lane < 32; ++lane) static_cast<VoteLane*>(lanes[lane])->result = any;
+}
+
 }  // namespace gpsa::emulator

@@ -163,6 +163,11 @@ struct ShuffleLane {
 };
 void shuffle_xor(void* const* lanes);
 
+struct VoteLane {
+    bool condition, result;
+};
+void any_lane(void* const* lanes);
+
 float to_float(Half x);
 float to_float(Bfloat16 x);
 uint16_t round_to(float x, Half);
@@ -206,6 +211,12 @@ inline float shuffle_xor(float value, int mask) {
     return lane.result;
 }
 
+inline bool any_lane(bool condition) {
+    emulator::VoteLane lane{condition, false};
+    emulator::machine->collective("any_lane", emulator::any_lane, &lane);
+    return lane.result;
+}
+
 inline int warp() {
     emulator::machine->rendezvous("warp()", nullptr);
     return thread() / 32;
@@ -220,6 +231,7 @@ inline float exp2_approx(float x) {
 inline float log2_approx(float x) { return std::log2(flush_to_zero(x)); }
 inline float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline int kept(int number) { return number; }
 
 template <typename T>
 uint32_t pack(float low, float high) {
