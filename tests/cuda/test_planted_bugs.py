@@ -158,10 +158,10 @@ BUGS = {
          "load(means_x + (2 * from.x + 1)) + load(means_y + (2 * from.y + 1))", "load(means_x + (2 * from.x + 1))"),
     ],
     "tiled": [
-        ("missing barrier before the next tile of keys", "tiled_forward.cuh", r"race|cp\.async into it is not waited for",
+        ("missing barrier before the next keys", "tiled_forward.cuh", r"race|cp\.async into it is not waited for",
          "copy_wait<0>();\n                sync_block();\n                key_stage",
          "copy_wait<0>();\n                key_stage"),
-        ("missing wait for the next tile of keys", "tiled_forward.cuh", r"cp\.async into it is not waited for",
+        ("missing wait for the next keys", "tiled_forward.cuh", r"cp\.async into it is not waited for",
          "copy_wait<0>();\n                sync_block();\n                key_stage",
          "sync_block();\n                key_stage"),
         ("missing sync_warp before the queries are written over", "tiled_forward.cuh",
