@@ -37,7 +37,7 @@ def assert_rounded(actual: Tensor, expected: Tensor, model: nn.Module, name: str
 def gradients(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """The gradient of a loss that weighs every output of ``model`` (or ``forward``) differently, by parameter name."""
     model.zero_grad(set_to_none=True)
-    out = (forward or model)(images)
+    out = (model if forward is None else forward)(images)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
