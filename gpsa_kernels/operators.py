@@ -180,12 +180,12 @@ class _Attention(torch.autograd.Function):
             return None, *(None,) * _DIFFERENTIABLE, *constant
         *tensors, content, logsumexp = ctx.saved_tensors
         *settings, backend = ctx.settings
-        arguments = grad_out, *tensors, *settings, content, logsumexp, backend
         if torch.is_grad_enabled() or _is_observed(grad_out, *tensors[:_DIFFERENTIABLE]):
-            grads = torch.ops.gpsa.attention_backward(*arguments)
+            content = grad_out.new_empty(0) if content is None else content
+            grads = torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _run_backward(*arguments)
+                grads = _run_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
         needed = zip(grads, ctx.needs_input_grad[1:], strict=False)
         return None, *(grad if need else None for grad, need in needed), *constant
 

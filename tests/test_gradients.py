@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from gpsa_kernels import BACKENDS, ConViT, FusedGPSA, SelfAttention, gpsa_attention
+from gpsa_kernels.backends.base import Forward, Gradients
 from gpsa_kernels.demo import saved_for_backward
 
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -273,6 +274,19 @@ def test_second_derivatives_are_refused(build, backend):
             (out.sum() + penalty).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=REFUSED):
         torch.autograd.functional.jvp(function, tuple(tensors), tuple(tensors))
+
+
+def test_second_derivatives_of_a_backend_that_saves_no_content_are_refused(monkeypatch):
+    kernels = dataclasses.replace(
+        BACKENDS["sdpa"],
+        forward=lambda call, save: Forward(call.q.clone(), None, call.q[..., 0].clone()),
+        backward=lambda grad_out, call, saved: Gradients(*(torch.zeros_like(t) for t in call[:5])),
+    )
+    monkeypatch.setitem(BACKENDS, "sdpa", kernels)
+    function, tensors = _attention("sdpa")
+    (gradient,) = torch.autograd.grad(function(*tensors).sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        gradient.sum().backward()
 
 
 def test_a_tangent_that_comes_with_the_gradient_of_the_output_is_refused():
