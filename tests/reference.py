@@ -154,6 +154,7 @@ def assert_as_exact_as_eager(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
     gradients: bool = True,
+    grad_out: Tensor | None = None,
     **kwargs: object,
 ) -> None:
     """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
@@ -169,8 +170,9 @@ def assert_as_exact_as_eager(
     """
     q = tensors[0]
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grad_out = (loss_scale * grad_out).to(q.dtype)
+    if grad_out is None:
+        grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        grad_out = (loss_scale * grad_out).to(q.dtype)
     dropout = {} if mask is None else {"mask": mask, "dropout_p": dropout_p}
     truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale, **dropout)
     low_precision = with_gradients(eager, tensors, grad_out, grid_size, scale, **dropout)
