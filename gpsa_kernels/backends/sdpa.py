@@ -4,9 +4,9 @@ Runs on any device and compiles nothing. On the CPU in eager mode :func:`forward
 flash attention directly and write the gradients in closed form, which saves the passes over memory that autograd would
 spend on the blend. Everywhere else, and under a compiler, it is plain PyTorch (:func:`compose`).
 
-Both rows of the map sum to one, so the mean of v over the tokens comes out as it went in, and no other gradient depends
-on it. It is taken off first and put back last: where all tokens are alike, differences of large products would be
-left with their rounding, the same for every token, and now they are differences of zeros.
+The rows of both maps sum to one: what all tokens of v have in common comes out as it went in, and no gradient depends on
+it. It is taken off first and put back last, as of differences of large products only their rounding would be left,
+and that would be the same one for every token.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def _factors_and_gate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return ax, ay, torch.sigmoid(call.gate.to(dtype))
 
 
-def _centred(v: Tensor) -> tuple[Tensor, Tensor]:
-    mean = v.detach().mean(2, keepdim=True)
-    return v - mean, mean
+def _in_common(v: Tensor) -> Tensor:
+    """(B, H, 1, D): the least v of a channel if all are within a factor of two, so that v less it is exact; else 0."""
+    low, high = v.detach().amin(2, keepdim=True), v.detach().amax(2, keepdim=True)
+    return torch.where((high <= 2 * low) | (low >= 2 * high), low, 0)
 
 
 def _content_map(call: Call) -> Tensor:
@@ -43,13 +44,14 @@ def _content_map(call: Call) -> Tensor:
 
 def compose(call: Call) -> Tensor:
     ax, ay, g = _factors_and_gate(call)
-    v, mean = _centred(call.v)
+    common = _in_common(call.v)
+    v = call.v - common
     if call.q.size(2) <= _FEW_TOKENS:
         content = _content_map(call) @ v.to(g.dtype)
     else:
         content = F.scaled_dot_product_attention(call.q, call.k, v, scale=call.scale).to(g.dtype)
     position = separable_product(ax, ay, v.to(g.dtype), call.grid_size)
-    return as_output((torch.lerp(content, position, g.view(-1, 1, 1)) + mean).to(call.q.dtype))
+    return as_output((torch.lerp(content, position, g.view(-1, 1, 1)) + common).to(call.q.dtype))
 
 
 def _content(call: Call, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,19 +116,20 @@ class _Workspace:
         return views
 
 
-def _blend(content: Tensor, position: Tensor, share: Tensor, mean: Tensor | None, out: Tensor) -> None:
-    """out = content + share * (position - content) + mean, in position's dtype; ``out`` may be ``content``."""
+def _blend(content: Tensor, position: Tensor, share: Tensor, common: Tensor | None, out: Tensor) -> None:
+    """out = content + share * (position - content) + common, in position's dtype; ``out`` may be ``content``."""
     same = content.dtype == position.dtype
     blended = torch.lerp(content.to(position.dtype), position, share, out=out if same else None)
-    if mean is not None:
-        blended += mean
+    if common is not None:
+        blended += common
     if not same:
         out.copy_(blended)
 
 
 def forward(call: Call, save: bool) -> Forward:
     ax, ay, g = _factors_and_gate(call)
-    v, mean = _centred(call.v)
+    common = _in_common(call.v)
+    v = call.v - common
     content, logsumexp = _content(call, v)
     content = as_output(content)
     out = empty_output(call.q) if save else content  # with no backward pass to come, blend in place
@@ -138,7 +141,7 @@ def forward(call: Call, save: bool) -> Forward:
         x.tokens.copy_(v[part])
         torch.bmm(ay, x.rows, out=y.rows)
         torch.bmm(ax, y.columns, out=x.columns)
-        _blend(content[part], x.tokens, share, mean[part], out=out[part])
+        _blend(content[part], x.tokens, share, common[part], out=out[part])
     if not save:
         return Forward(out, out.new_empty(0), logsumexp.new_empty(0))
     return Forward(out, content, logsumexp.contiguous())
@@ -150,7 +153,7 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
-    v, _ = _centred(call.v)
+    v = call.v - _in_common(call.v)
     grad_q, grad_k, grad_v = map(as_output, _content_backward(grad_out, call, v, saved))
     grad_q.mul_((1 - share).to(grad_q.dtype))
     grad_k.mul_((1 - share).to(grad_k.dtype))
