@@ -21,8 +21,9 @@ GPSA_DEVICE Words philox(Words counter, uint32_t key_low, uint32_t key_high) {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t{0xd2511f53} * counter.w[0], b = uint64_t{0xcd9e8d57} * counter.w[2];
-        counter = {{static_cast<uint32_t>(b >> 32) ^ counter.w[1] ^ key_low, static_cast<uint32_t>(b),
-                    static_cast<uint32_t>(a >> 32) ^ counter.w[3] ^ key_high, static_cast<uint32_t>(a)}};
+        counter = {
+            {static_cast<uint32_t>(b >> 32) ^ counter.w[1] ^ key_low, static_cast<uint32_t>(b),
+             static_cast<uint32_t>(a >> 32) ^ counter.w[3] ^ key_high, static_cast<uint32_t>(a)}};
         key_low += 0x9e3779b9;
         key_high += 0xbb67ae85;
     }
@@ -34,12 +35,12 @@ class Dropout {
 public:
     const float keep_scale;  // 1 / (1 - p); 0 where nothing is kept
 
-    GPSA_DEVICE Dropout(const Problem& problem, int64_t image)
+    GPSA_DEVICE Dropout(const Problem& problem, int64_t batch_head)
         : keep_scale(problem.dropout_p < 1 ? 1 / (1 - problem.dropout_p) : 0),
           // a power of two times a float is exact, and so is its whole part for p >= 2^-8; below, p is off by 2^-31
           threshold(static_cast<uint32_t>(problem.dropout_p * 0x1p31f)),
           seed(static_cast<uint64_t>(load(Global<const int64_t>(problem.seed)))),
-          image(static_cast<uint64_t>(image)) {}
+          batch_head(static_cast<uint64_t>(batch_head)) {}
 
     /// Of the (16, 16) tile of scores that begins at (query, key), multiples of 16: whether this lane's elements are
     /// kept, bit 4 n + i for values[i] of the n-th of its two accumulators.
@@ -68,13 +69,13 @@ public:
 
 private:
     const uint32_t threshold;  // 2^31 p
-    const uint64_t seed, image;
+    const uint64_t seed, batch_head;
 
     /// Words for (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8).
     GPSA_DEVICE Words draw(int query, int key) const {
         return philox(
-            {{static_cast<uint32_t>(query), static_cast<uint32_t>(key), static_cast<uint32_t>(image),
-              static_cast<uint32_t>(image >> 32)}},
+            {{static_cast<uint32_t>(query), static_cast<uint32_t>(key), static_cast<uint32_t>(batch_head),
+              static_cast<uint32_t>(batch_head >> 32)}},
             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     }
     GPSA_DEVICE uint32_t kept(uint32_t word) const { return (word >> 1) >= threshold; }

@@ -15,9 +15,7 @@ const char* unsupported(const Problem& problem) {
     return nullptr;
 }
 
-bool is_empty(const Problem& problem) {
-    return problem.batch * problem.heads * problem.rows * problem.columns == 0;
-}
+bool is_empty(const Problem& problem) { return problem.batch * problem.heads * problem.rows * problem.columns == 0; }
 
 }  // namespace
 
@@ -25,11 +23,11 @@ bool is_empty(const Problem& problem) {
 // backward kernels read the content branch's own output, which of the forward kernels only the tiled ones write.
 
 Sizes sizes(const Problem& problem, int index) {
-    Device device{132, 227 * 1024};  // an H100's, where there is none
+    Device device{132, 227 * 1024};              // an H100's, where there is none
     if (index >= 0) find_device(index, device);  // a failure is left to the launch to tell
     const bool content = !whole_image_backward_fits(problem, device);
     const int64_t tiled = tiled::ForwardWorkspace(problem).bytes;
-    const int64_t inference = whole_image_forward_parts(problem, device) > 0 ? 0 : tiled;
+    const int64_t inference = whole_image_forward_row_blocks(problem, device) > 0 ? 0 : tiled;
     return {
         content ? tiled::slots(problem) : 1, inference, content ? tiled : inference,
         content ? tiled::BackwardWorkspace(problem).bytes : 0, content};
@@ -40,8 +38,8 @@ const char* launch_forward(const Forward& call, cudaStream_t stream) {
     if (is_empty(call.problem)) return nullptr;
     const Launcher launch(stream);
     if (launch.error) return launch.error;
-    const int parts = call.content.data ? 0 : whole_image_forward_parts(call.problem, launch.device);
-    return parts > 0 ? launch_whole_image_forward(call, parts, launch) : launch_tiled_forward(call, launch);
+    const int row_blocks = call.content.data ? 0 : whole_image_forward_row_blocks(call.problem, launch.device);
+    return row_blocks > 0 ? launch_whole_image_forward(call, row_blocks, launch) : launch_tiled_forward(call, launch);
 }
 
 const char* launch_backward(const Backward& call, cudaStream_t stream) {

@@ -123,12 +123,12 @@ namespace gpsa {
 
 /// Into how many blocks the whole-image forward kernels split the query rows of a (batch, head); 0: a block would need
 /// more shared memory than the device has, or the kernels do not serve the problem at all.
-int whole_image_forward_parts(const Problem& problem, const Device& device);
+int whole_image_forward_row_blocks(const Problem& problem, const Device& device);
 
 /// Whether the whole-image backward kernels serve a problem on this device.
 bool whole_image_backward_fits(const Problem& problem, const Device& device);
 
-const char* launch_whole_image_forward(const Forward& call, int parts, const Launcher& launch);
+const char* launch_whole_image_forward(const Forward& call, int row_blocks, const Launcher& launch);
 const char* launch_whole_image_backward(const Backward& call, const Launcher& launch);
 const char* launch_tiled_forward(const Forward& call, const Launcher& launch);
 const char* launch_tiled_backward(const Backward& call, const Launcher& launch);

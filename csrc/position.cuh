@@ -67,12 +67,12 @@ public:
     template <typename E>
     GPSA_DEVICE Left tile(int row, int column) const {
         Left a;
-        for (int part = 0; part < 2; ++part) {
-            const int i = row + fragment_row() + 8 * part;
+        for (int half = 0; half < 2; ++half) {
+            const int i = row + fragment_row() + 8 * half;
             const float shift = log2_normaliser(i);
-            for (int half = 0; half < 2; ++half) {
-                const int j = column + fragment_column() + 8 * half;
-                a.words[part + 2 * half] = pack<E>(entry(i, j, shift), entry(i, j + 1, shift));
+            for (int side = 0; side < 2; ++side) {
+                const int j = column + fragment_column() + 8 * side;
+                a.words[half + 2 * side] = pack<E>(entry(i, j, shift), entry(i, j + 1, shift));
             }
         }
         return a;
@@ -82,12 +82,12 @@ public:
     template <typename E>
     GPSA_DEVICE Left transposed_tile(int row, int column) const {
         Left a;
-        for (int half = 0; half < 2; ++half) {
-            const int i = column + fragment_column() + 8 * half;
+        for (int side = 0; side < 2; ++side) {
+            const int i = column + fragment_column() + 8 * side;
             const float low = log2_normaliser(i), high = log2_normaliser(i + 1);
-            for (int part = 0; part < 2; ++part) {
-                const int j = row + fragment_row() + 8 * part;
-                a.words[part + 2 * half] = pack<E>(entry(i, j, low), entry(i + 1, j, high));
+            for (int half = 0; half < 2; ++half) {
+                const int j = row + fragment_row() + 8 * half;
+                a.words[half + 2 * side] = pack<E>(entry(i, j, low), entry(i + 1, j, high));
             }
         }
         return a;
@@ -106,15 +106,15 @@ public:
     GPSA_DEVICE void add_gradient(
         WeightGradient& sums, const Sum& grad, int row, int column, Shared<float> means) const {
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int i = row + fragment_row() + 8 * part;
+        for (int half = 0; half < 2; ++half) {
+            const int i = row + fragment_row() + 8 * half;
             if (i >= size) continue;
             const float shift = load(normaliser + i);
             const float mean = load(means + 2 * i), mean_square = load(means + (2 * i + 1));
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const int j = column + fragment_column() + k;
-                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * grad.values[2 * part + k];
+                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * grad.values[2 * half + k];
                 sums.linear += share * (d - mean);
                 sums.square += share * (d * d - mean_square);
                 sums.total += share;
@@ -183,9 +183,9 @@ public:
     };
 
     GPSA_DEVICE DenseRows(const DensePosition<AnyAxis>& position, int first_row) : position(position) {
-        for (int part = 0; part < 2; ++part) {
-            row[part] = position.place(first_row + fragment_row() + 8 * part);
-            normaliser[part] = position.log2_normaliser(row[part]);
+        for (int half = 0; half < 2; ++half) {
+            row[half] = position.place(first_row + fragment_row() + 8 * half);
+            normaliser[half] = position.log2_normaliser(row[half]);
         }
     }
 
@@ -193,8 +193,8 @@ public:
         return {static_cast<float>(place.x), static_cast<float>(place.y)};
     }
 
-    /// Of two accumulators of the keys from `key` on: visit(n, i, entry, part, dx, dy) for values[i] of the n-th, an
-    /// element of row g + 8 part; the entry is 0 where there is no key.
+    /// Of two accumulators of the keys from `key` on: visit(n, i, entry, half, dx, dy) for values[i] of the n-th, an
+    /// element of row r + 8 half; the entry is 0 where there is no key.
     template <typename Visit>
     GPSA_DEVICE void entries(int key, Visit visit) const {
         entries_at([&](int i) { return coordinates(position.place(key + i)); }, visit);
@@ -209,12 +209,12 @@ public:
             for (int c = 0; c < 2; ++c) {
                 const Coordinates to = at(8 * n + fragment_column() + c);
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    const Coordinates from = coordinates(row[part]);
+                for (int half = 0; half < 2; ++half) {
+                    const Coordinates from = coordinates(row[half]);
                     const float dx = to.x - from.x, dy = to.y - from.y;
-                    const float score = position.along_x.score(dx) + position.along_y.score(dy) - normaliser[part];
+                    const float score = position.along_x.score(dx) + position.along_y.score(dy) - normaliser[half];
                     const bool exists = to.y < static_cast<float>(position.along_y.size);
-                    visit(n, 2 * part + c, exists ? exp2_approx(score) : 0.0f, part, dx, dy);
+                    visit(n, 2 * half + c, exists ? exp2_approx(score) : 0.0f, half, dx, dy);
                 }
             }
         }
@@ -230,27 +230,27 @@ protected:
 template <typename E, int channels, typename At>
 GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        const int i = row + fragment_row() + 8 * part;
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + fragment_row() + 8 * half;
         if (i >= size) continue;
 #pragma unroll
         for (int n = 0; n < channels / 8; ++n) {
-            const float* pair = &sums[n].values[2 * part];
+            const float* pair = &sums[n].values[2 * half];
             store_pair<E>(at(i, n) + fragment_column(), pack<E>(pair[0], pair[1]));
         }
     }
 }
 
-/// The part of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits. All of it, so that what can
-/// overflow in float16 is of the size of dV, not of dV / g; but at least 1 / N, with which nothing overflows, so that
-/// small gradients do not underflow. What is left of g, open / early_share, follows in float32.
+/// The share of g that dO carries when, mixed by a transposed table, it is rounded to 16 bits. All of it, so that what
+/// can overflow in float16 is of the size of dV, not of dV / g; but at least 1 / N, with which nothing overflows, so
+/// that small gradients do not underflow. What is left of g, open / early_share, follows in float32.
 GPSA_DEVICE float early_share(float open, int tokens) { return maximum(open, 1.0f / static_cast<float>(tokens)); }
 
 /// Values mixed along one axis of at most 16: for each line of the grid along it, A (or A^T) times the line's tokens,
 /// times `factor`.
 ///
-/// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token. They may be the same: a warp
-/// has read a line when it writes it.
+/// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token. They may be the same: a
+/// warp has read a line when it writes it.
 template <typename E, int channels, bool transposed = false, typename From, typename To>
 GPSA_DEVICE void mix_short(const Axis& axis, int lines, From from, To to, float factor = 1) {
     if (warp() >= lines) return;
@@ -285,9 +285,8 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float 
             const Left a = axis.tile<E, transposed>(row, column);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_over_tokens<E>(s, [&](int i, int chunk) {
-                    return from(smaller(column + i, axis.size - 1), line, chunk);
-                });
+                const Right b = load_right_over_tokens<E>(
+                    s, [&](int i, int chunk) { return from(smaller(column + i, axis.size - 1), line, chunk); });
                 multiply<E>(&sums[2 * s], a, b);
             }
         }
@@ -298,8 +297,9 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float 
     }
 }
 
-/// position = (Ay (x) Ax) V for all tokens of an image, 16-bit like V. The longer axis goes first, so that the one done
-/// in place has at most 16 coordinates (N <= 256). Ends with what each thread wrote; a barrier makes it everybody's.
+/// position = (Ay (x) Ax) V for all tokens of a (batch, head), 16-bit like V. The longer axis goes first, so that the
+/// one done in place has at most 16 coordinates (N <= 256). Ends with what each thread wrote; a barrier makes it
+/// everybody's.
 template <typename E, int channels>
 GPSA_DEVICE void mix_position(
     const Axis& along_x, const Axis& along_y, const Rows<E, channels>& v, const GridRows<E, channels>& position) {
@@ -326,10 +326,10 @@ GPSA_DEVICE void blend(
     const GridRows<E, channels>& position, int first, int tokens, float open, const Sum* content, float share0,
     float share1) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        const int token = first + fragment_row() + 8 * part;
+    for (int half = 0; half < 2; ++half) {
+        const int token = first + fragment_row() + 8 * half;
         if (token >= tokens) continue;
-        const float share = part == 0 ? share0 : share1;
+        const float share = half == 0 ? share0 : share1;
         const auto at = [&](int n) { return position.chunk(token, n) + fragment_column(); };
         uint32_t words[channels / 8];  // all are loaded before the first is stored: the waits overlap
 #pragma unroll
@@ -337,7 +337,7 @@ GPSA_DEVICE void blend(
 #pragma unroll
         for (int n = 0; n < channels / 8; ++n) {
             const Pair p = unpack<E>(words[n]);
-            const float* c = &content[n].values[2 * part];
+            const float* c = &content[n].values[2 * half];
             store_pair<E>(at(n), pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
         }
     }
@@ -368,11 +368,10 @@ GPSA_DEVICE void add_weight_gradient(
     }
 }
 
-/// Backward: mixed = early (Ay (x) Ax)^T dO, 16-bit, and this thread's part of the sums over the weights' gradients;
+/// Backward: mixed = early (Ay (x) Ax)^T dO, 16-bit, and this thread's partial sums for the weights' gradients;
 /// `early`, of which grad_shorter is a multiple as well, is early_share(). On the way `mixed` holds V mixed along the
-/// shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is never the one mixed in place, is that
-/// of the columns.
-/// Starts and ends with what each thread wrote; a barrier makes it everybody's.
+/// shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is never the one mixed in place, is
+/// that of the columns. Starts and ends with what each thread wrote; a barrier makes it everybody's.
 template <typename E, int channels>
 GPSA_DEVICE void differentiate_position(
     WeightGradient& grad_longer, WeightGradient& grad_shorter, bool wide, const Axis& longer, const Axis& shorter,
@@ -394,8 +393,7 @@ GPSA_DEVICE void differentiate_position(
     sync_block();
     mix_along<E, channels, true>(longer, shorter.size, in_grad_out, in_mixed, early);
     sync_block();
-    add_weight_gradient<E, channels>(
-        grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);
+    add_weight_gradient<E, channels>(grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);
     sync_block();
     mix_short<E, channels, true>(shorter, longer.size, in_mixed_swapped, in_mixed_swapped);
 }

@@ -1,8 +1,8 @@
 // The operators of namespace gpsa_cuda: tensors in, the structs of gpsa.h out, one launcher called.
 //
-// Only libtorch's stable ABI is used, so that one library serves every torch from 2.10 on. What comes in was allocated by
-// gpsa_kernels/backends/cuda.py; checked here is what would make a kernel read or write where it must not. The device is
-// checked last, so that all other checks can be tested where there is no GPU.
+// Only libtorch's stable ABI is used, so that one library serves every torch from 2.10 on. What comes in was allocated
+// by gpsa_kernels/backends/cuda.py; checked here is what would make a kernel read or write where it must not. The
+// device is checked last, so that all other checks can be tested where there is no GPU.
 
 #include <cstdint>
 #include <optional>
@@ -33,8 +33,8 @@ gpsa::Problem problem_of(
     const ScalarType dtype = q.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "q must be float16 or bfloat16");
     STD_TORCH_CHECK(
-        rows > 0 && columns > 0 && rows * columns == q.size(2),
-        "rows * columns must be the ", q.size(2), " tokens of q, got ", rows, " * ", columns);
+        rows > 0 && columns > 0 && rows * columns == q.size(2), "rows * columns must be the ", q.size(2),
+        " tokens of q, got ", rows, " * ", columns);
     gpsa::Problem problem{};
     problem.batch = q.size(0);
     problem.heads = static_cast<int>(q.size(1));
@@ -113,20 +113,10 @@ void launch_on(const Tensor& q, const char* (*launch)(const Arguments&, cudaStre
 }
 
 void forward(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& pos_weight,
-    const Tensor& gate,
-    const std::optional<Tensor>& seed,
-    const Tensor& out,
-    const std::optional<Tensor>& content,
-    const std::optional<Tensor>& logsumexp,
-    const std::optional<Tensor>& workspace,
-    int64_t rows,
-    int64_t columns,
-    double scale,
-    double dropout_p) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight, const Tensor& gate,
+    const std::optional<Tensor>& seed, const Tensor& out, const std::optional<Tensor>& content,
+    const std::optional<Tensor>& logsumexp, const std::optional<Tensor>& workspace, int64_t rows, int64_t columns,
+    double scale, double dropout_p) {
     gpsa::Forward call{};
     call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
     call.q = tokens_of("q", q, q);
@@ -145,24 +135,10 @@ void forward(
 }
 
 void backward(
-    const Tensor& grad_out,
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const Tensor& pos_weight,
-    const Tensor& gate,
-    const std::optional<Tensor>& seed,
-    const std::optional<Tensor>& content,
-    const Tensor& logsumexp,
-    const Tensor& grad_q,
-    const Tensor& grad_k,
-    const Tensor& grad_v,
-    const Tensor& sums,
-    const std::optional<Tensor>& workspace,
-    int64_t rows,
-    int64_t columns,
-    double scale,
-    double dropout_p) {
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight,
+    const Tensor& gate, const std::optional<Tensor>& seed, const std::optional<Tensor>& content,
+    const Tensor& logsumexp, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& sums,
+    const std::optional<Tensor>& workspace, int64_t rows, int64_t columns, double scale, double dropout_p) {
     gpsa::Backward call{};
     call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
     call.grad_out = tokens_of("grad_out", grad_out, q);
@@ -195,8 +171,7 @@ std::tuple<int64_t, int64_t, int64_t, int64_t, bool> sizes(
     problem.dropout_p = static_cast<float>(dropout_p);
     problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
     const gpsa::Sizes sizes = gpsa::sizes(problem, static_cast<int>(device));
-    return {
-        sizes.slots, sizes.inference_workspace, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
+    return {sizes.slots, sizes.inference_workspace, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
 }
 
 }  // namespace

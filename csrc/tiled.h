@@ -30,8 +30,8 @@ struct Lines {
     /// log2 of how many of a block's 4 tiles a line takes: shifts are faster than divisions.
     GPSA_HOST_DEVICE int log2_room() const { return tiles() < 3 ? tiles() - 1 : 2; }
     GPSA_HOST_DEVICE int together() const { return 4 >> log2_room(); }
-    GPSA_HOST_DEVICE int parts() const { return (all_tiles() + 3) / 4; }
-    GPSA_HOST_DEVICE int blocks() const { return ((count + together() - 1) >> (2 - log2_room())) * parts(); }
+    GPSA_HOST_DEVICE int blocks_per_line() const { return (all_tiles() + 3) / 4; }
+    GPSA_HOST_DEVICE int blocks() const { return ((count + together() - 1) >> (2 - log2_room())) * blocks_per_line(); }
     GPSA_HOST_DEVICE int token(int line, int i) const { return line * line_step + i * step; }
 };
 
@@ -55,14 +55,14 @@ const char* dispatch(const Problem& problem, Visit visit) {
 inline Lines along_x(const Problem& p) { return {p.columns, p.rows, 1, p.columns, true}; }
 inline Lines along_y(const Problem& p) { return {p.rows, p.columns, p.columns, 1, false}; }
 
-/// Tiles of the tokens of an image.
+/// Tiles of the tokens of a (batch, head).
 GPSA_HOST_DEVICE int tiles(const Problem& p) { return (p.rows * p.columns + tile_tokens - 1) / tile_tokens; }
 
 /// Blocks of an attention kernel, one per tile of tokens.
 inline int64_t blocks(const Problem& p) { return p.batch * p.heads * tiles(p); }
 
 /// A (B, H, N, D) array without gaps.
-inline Tensor image_tensor(const Problem& p, void* data) {
+inline Tensor contiguous_tensor(const Problem& p, void* data) {
     const int64_t head = int64_t{p.rows} * p.columns * p.head_dim;
     return {data, p.heads * head, head, p.head_dim};
 }

@@ -6,7 +6,7 @@
 //
 // The scores are computed by both, so that every element of a result is summed by one warp. 64 keys and values (queries
 // and gradients) are in shared memory while the next 64 are copied. Global traffic of a block: K and V (Q and dO) of
-// the image once, its own rows of all else that it reads or writes once.
+// the (batch, head) once, its own rows of all else that it reads or writes once.
 //
 // With attention dropout both branches have one mask M, O_content is what is left of the content, and
 //   dP = M * (dO V^T) / (1 - p),   dV = (M * ((1 - g) P + g R))^T dO / (1 - p);
@@ -25,7 +25,7 @@ struct TiledBackwardCall {
     int slots;
 };
 
-/// dQ, delta, and in the block's slot of `sums` the part of delta; with dropout those of the position, too.
+/// dQ, delta, and in the block's slot of `sums` minus the sum of delta; with dropout what the position adds, too.
 template <typename Config, bool has_dropout>
 struct TiledQueryGradient {
     using E = typename Config::E;
@@ -40,7 +40,7 @@ struct TiledQueryGradient {
         const Backward& call = arguments.backward;
         const Problem& problem = call.problem;
         const int head_dim = problem.head_dim;
-        const Place at(problem);
+        const Block block(problem);
 
         SharedMemory memory;
         const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
@@ -50,17 +50,18 @@ struct TiledQueryGradient {
         const Shared<float> partial = memory.array<float>(4 * 4, "sums");
         const Tile contents{values, tile_tokens};  // in the second stage's place, before it is used
         const auto copy = [&](const Tile& to, const Tensor& from, int start) {
-            copy_rows(to, image_of<const E>(from, at.batch, at.head) + start * from.token, from.token,
-                      at.tokens - start, tile_tokens, head_dim);
+            copy_rows(
+                to, rows_of<const E>(from, block.batch, block.head) + start * from.token, from.token,
+                block.tokens - start, tile_tokens, head_dim);
         };
         const auto fetch = [&](int start, int stage) {
             copy({keys, stage * tile_tokens}, call.k, start);
             copy({values, stage * tile_tokens}, call.v, start);
             copy_commit();
         };
-        copy(queries, call.q, at.first);
-        copy(grads, call.grad_out, at.first);
-        copy(contents, call.content, at.first);
+        copy(queries, call.q, block.first);
+        copy(grads, call.grad_out, block.first);
+        copy(contents, call.content, block.first);
         fetch(0, 0);
         copy_wait<0>();
         sync_block();
@@ -68,16 +69,16 @@ struct TiledQueryGradient {
         Left q[channels / 16], grad[channels / 16];
         load_rows(q, Tile{queries.base, 16 * warp()});
         load_rows(grad, Tile{grads.base, 16 * warp()});
-        Row row(call, arguments.delta, at, grad, Tile{values, tile_tokens + 16 * warp()});
+        Row row(call, arguments.delta, block, grad, Tile{values, tile_tokens + 16 * warp()});
         sync_block();  // all have read the content
 
-        Position position(call, arguments.statistics, at);
+        Position position(call, arguments.statistics, block);
         const float log2_scale = problem.scale * log2_e;
         Sum sums[channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
-        for (int start = 0; start < at.tokens; start += tile_tokens, stage ^= 1) {
-            if (start + tile_tokens < at.tokens) fetch(start + tile_tokens, stage ^ 1);
+        for (int start = 0; start < block.tokens; start += tile_tokens, stage ^= 1) {
+            if (start + tile_tokens < block.tokens) fetch(start + tile_tokens, stage ^ 1);
             const Tile k{keys, stage * tile_tokens}, v{values, stage * tile_tokens};
 #pragma unroll 1  // unrolled, its addresses would be kept in registers
             for (int tile = 0; tile < tile_tokens / 16; ++tile) {
@@ -89,13 +90,13 @@ struct TiledQueryGradient {
                     multiply<E>(scores, q[s], load_right_over_channels<E>(s, key));
                     multiply<E>(grad_weights, grad[s], load_right_over_channels<E>(s, value));
                 }
-                position.add(grad_weights, at.row, start + 16 * tile);
+                position.add(grad_weights, block.row, start + 16 * tile);
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         float& s = scores[n].values[i];
-                        const bool exists = start + 16 * tile + 8 * n + fragment_column() + i % 2 < at.tokens;
+                        const bool exists = start + 16 * tile + 8 * n + fragment_column() + i % 2 < block.tokens;
                         const float weight = exp2_approx(s * log2_scale - row.log2_sum[i / 2]);
                         s = exists ? weight * (grad_weights[n].values[i] - row.delta[i / 2]) : 0;
                     }
@@ -110,15 +111,15 @@ struct TiledQueryGradient {
             sync_block();
         }
 
-        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale_rows<channels>(sums, closed * problem.scale);
-        store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, at, head_dim);
+        store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, block, head_dim);
         float of_block[4];
         position.sums[3] -= row.sum_of_deltas();
         add_up(of_block, position.sums, partial);
         if (thread() == 0) {
-            const int64_t index = at.image * arguments.slots + at.first / tile_tokens;
+            const int64_t index = block.batch_head * arguments.slots + block.first / tile_tokens;
             const Global<float> slot = Global<float>(call.sums) + 4 * index;
             for (int n = 0; n < 4; ++n) store(slot + n, (n < 3 ? open : open * closed) * of_block[n]);
         }
@@ -127,71 +128,72 @@ struct TiledQueryGradient {
 private:
     using Tile = Rows<E, channels>;
 
-    /// Of rows g and g + 8: log2 of the sum of exponentials, and delta.
+    /// Of rows r and r + 8: log2 of the sum of exponentials, and delta.
     struct Row {
         float log2_sum[2], delta[2];
 
-        GPSA_DEVICE Row(const Backward& call, float* deltas, const Place& at, const Left* grad, const Tile& contents) {
+        GPSA_DEVICE Row(
+            const Backward& call, float* deltas, const Block& block, const Left* grad, const Tile& contents) {
             Left content[channels / 16];
             load_rows(content, contents);
-            const int64_t image = at.image * at.tokens;
+            const int64_t first_row = block.batch_head * block.tokens;
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
+            for (int half = 0; half < 2; ++half) {
                 float sum = 0;
 #pragma unroll
                 for (int s = 0; s < channels / 16; ++s) {
 #pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const Pair a = unpack<E>(grad[s].words[part + 2 * half]);
-                        const Pair b = unpack<E>(content[s].words[part + 2 * half]);
+                    for (int side = 0; side < 2; ++side) {
+                        const Pair a = unpack<E>(grad[s].words[half + 2 * side]);
+                        const Pair b = unpack<E>(content[s].words[half + 2 * side]);
                         sum += a.low * b.low + a.high * b.high;
                     }
                 }
-                delta[part] = row_sum(sum);
-                const int token = at.row + fragment_row() + 8 * part;
-                const bool exists = token < at.tokens;
-                log2_sum[part] =
-                    exists ? load(Global<const float>(call.logsumexp) + (image + token)) * log2_e : INFINITY;
-                if (exists && fragment_column() == 0) store(Global<float>(deltas) + (image + token), delta[part]);
+                delta[half] = row_sum(sum);
+                const int token = block.row + fragment_row() + 8 * half;
+                const bool exists = token < block.tokens;
+                log2_sum[half] =
+                    exists ? load(Global<const float>(call.logsumexp) + (first_row + token)) * log2_e : INFINITY;
+                if (exists && fragment_column() == 0) store(Global<float>(deltas) + (first_row + token), delta[half]);
             }
         }
         /// This lane's, each of them once in the warp; those of rows that do not exist are 0.
         GPSA_DEVICE float sum_of_deltas() const { return fragment_column() == 0 ? delta[0] + delta[1] : 0; }
     };
 
-    /// What the position adds under dropout: the mask, and this lane's part of the sums.
+    /// What the position adds under dropout: the mask, and this lane's partial sums.
     struct NoPosition {
         float sums[4] = {};
-        GPSA_DEVICE NoPosition(const Backward&, const float*, const Place&) {}
+        GPSA_DEVICE NoPosition(const Backward&, const float*, const Block&) {}
         GPSA_DEVICE void add(Sum*, int, int) {}
     };
     struct Masked : DenseRows<GridAxis> {
         const Dropout dropout;
         float sums[4] = {}, mean_x[2], mean_y[2], mean_square[2];
 
-        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Place& at)
-            : DenseRows(dense_position(call.problem, call.pos_weight, statistics, at.head), at.row),
-              dropout(call.problem, at.image) {
-            for (int part = 0; part < 2; ++part) {
+        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Block& block)
+            : DenseRows(dense_position(call.problem, call.pos_weight, statistics, block.head), block.row),
+              dropout(call.problem, block.batch_head) {
+            for (int half = 0; half < 2; ++half) {
                 const GridAxis &x = this->position.along_x, &y = this->position.along_y;
-                const auto place = this->row[part];
-                mean_x[part] = x.mean(place.x);
-                mean_y[part] = y.mean(place.y);
-                mean_square[part] = x.mean_square(place.x) + y.mean_square(place.y);
+                const auto place = this->row[half];
+                mean_x[half] = x.mean(place.x);
+                mean_y[half] = y.mean(place.y);
+                mean_square[half] = x.mean_square(place.x) + y.mean_square(place.y);
                 // no entry of a query that does not exist is infinite, whatever stands below the grid
-                if (at.row + fragment_row() + 8 * part >= at.tokens) this->normaliser[part] = INFINITY;
+                if (block.row + fragment_row() + 8 * half >= block.tokens) this->normaliser[half] = INFINITY;
             }
         }
         /// grad_weights = M * grad_weights / (1 - p); dR/dw = R * (offset - its mean under R).
         GPSA_DEVICE void add(Sum* grad_weights, int row, int key) {
             const uint32_t keep = dropout.keep(row, key);
-            this->entries(key, [&](int n, int i, float entry, int part, float dx, float dy) {
+            this->entries(key, [&](int n, int i, float entry, int half, float dx, float dy) {
                 float& grad = grad_weights[n].values[i];
                 grad = keep >> (4 * n + i) & 1 ? grad * dropout.keep_scale : 0;
                 const float share = entry * grad;
-                sums[0] += share * (dx - mean_x[part]);
-                sums[1] += share * (dy - mean_y[part]);
-                sums[2] += share * (dx * dx + dy * dy - mean_square[part]);
+                sums[0] += share * (dx - mean_x[half]);
+                sums[1] += share * (dy - mean_y[half]);
+                sums[2] += share * (dx * dx + dy * dy - mean_square[half]);
                 sums[3] += share;
             });
         }
@@ -199,7 +201,7 @@ private:
     using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
 };
 
-/// dK and dV. What `grad_v` holds, the position's part with early_share() of its gate, is read and written over.
+/// dK and dV. What `grad_v` holds, the positional branch with early_share() of its gate, is read and written over.
 template <typename Config, bool has_dropout>
 struct TiledKeyGradient {
     using E = typename Config::E;
@@ -215,7 +217,7 @@ struct TiledKeyGradient {
         const Backward& call = arguments.backward;
         const Problem& problem = call.problem;
         const int head_dim = problem.head_dim;
-        const Place at(problem);
+        const Block block(problem);
 
         SharedMemory memory;
         const Tile keys{memory.array<E>(tile_tokens * channels, "keys")};
@@ -225,8 +227,9 @@ struct TiledKeyGradient {
         const Shared<float> numbers = memory.array<float>(2 * row_numbers * tile_tokens, "numbers of queries");
         const Tile own_keys{keys.base, 16 * warp()}, own_values{values.base, 16 * warp()};
         const auto copy = [&](const Tile& to, const Tensor& from, int start) {
-            copy_rows(to, image_of<const E>(from, at.batch, at.head) + start * from.token, from.token,
-                      at.tokens - start, tile_tokens, head_dim);
+            copy_rows(
+                to, rows_of<const E>(from, block.batch, block.head) + start * from.token, from.token,
+                block.tokens - start, tile_tokens, head_dim);
         };
         const auto fetch = [&](int start, int stage) {
             copy({queries, stage * tile_tokens}, call.q, start);
@@ -237,17 +240,17 @@ struct TiledKeyGradient {
         const auto load_number = [&](int start) {
             const int query = start + thread() % tile_tokens;
             const bool is_delta = thread() >= tile_tokens;
-            if (query >= at.tokens) return is_delta ? 0 : INFINITY;
+            if (query >= block.tokens) return is_delta ? 0 : INFINITY;
             const Global<const float> from(is_delta ? arguments.delta : call.logsumexp);
-            return load(from + (at.image * at.tokens + query)) * (is_delta ? 1 : log2_e);
+            return load(from + (block.batch_head * block.tokens + query)) * (is_delta ? 1 : log2_e);
         };
         const auto store_number = [&](float number, int stage) {
             store(numbers + (stage * row_numbers * tile_tokens + thread()), number);
         };
-        const Position position(call, arguments.statistics, at);
+        const Position position(call, arguments.statistics, block);
 
-        copy(keys, call.k, at.first);
-        copy(values, call.v, at.first);
+        copy(keys, call.k, block.first);
+        copy(values, call.v, block.first);
         fetch(0, 0);
         store_number(load_number(0), 0);
         position.store_places(numbers + 2 * tile_tokens, 0);
@@ -263,8 +266,8 @@ struct TiledKeyGradient {
         Sum grad_k[channels / 8] = {}, grad_v[channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
-        for (int start = 0; start < at.tokens; start += tile_tokens, stage ^= 1) {
-            const bool more = start + tile_tokens < at.tokens;
+        for (int start = 0; start < block.tokens; start += tile_tokens, stage ^= 1) {
+            const bool more = start + tile_tokens < block.tokens;
             float number = 0;
             if (more) {
                 fetch(start + tile_tokens, stage ^ 1);
@@ -297,7 +300,7 @@ struct TiledKeyGradient {
                         weights[n].values[i] = exp2_approx(weights[n].values[i] * log2_scale - number_of(0, n, i));
                     }
                 }
-                position.add(mixed, grad_weights, weights, start + 16 * tile, at.row, number_of);
+                position.add(mixed, grad_weights, weights, start + 16 * tile, block.row, number_of);
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -320,27 +323,27 @@ struct TiledKeyGradient {
             sync_block();
         }
 
-        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         if constexpr (!has_dropout) {
-            const float late = open / early_share(open, at.tokens);
-            fetch_own_rows(own_values, call.grad_v, at, head_dim);
+            const float late = open / early_share(open, block.tokens);
+            fetch_own_rows(own_values, call.grad_v, block, head_dim);
             copy_wait<0>();
             sync_warp();
-            Sum place[channels / 8];
-            unstage_rows<E, channels>(place, own_values);
+            Sum positional[channels / 8];
+            unstage_rows<E, channels>(positional, own_values);
 #pragma unroll
             for (int n = 0; n < channels / 8; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    grad_v[n].values[i] = closed * grad_v[n].values[i] + late * place[n].values[i];
+                    grad_v[n].values[i] = closed * grad_v[n].values[i] + late * positional[n].values[i];
                 }
             }
         }
         scale_rows<channels>(grad_v, position.keep_scale());
         scale_rows<channels>(grad_k, closed * problem.scale);
-        store_own_rows(grad_v, own_values, call.grad_v, at, head_dim);
-        store_own_rows(grad_k, own_keys, call.grad_k, at, head_dim);
+        store_own_rows(grad_v, own_values, call.grad_v, block, head_dim);
+        store_own_rows(grad_k, own_keys, call.grad_k, block, head_dim);
     }
 
 private:
@@ -348,7 +351,7 @@ private:
     static constexpr bool resident = channels <= 64;  // whether a warp keeps its keys and values in registers
 
     struct NoPosition {
-        GPSA_DEVICE NoPosition(const Backward&, const float*, const Place&) {}
+        GPSA_DEVICE NoPosition(const Backward&, const float*, const Block&) {}
         GPSA_DEVICE float keep_scale() const { return 1; }
         GPSA_DEVICE void store_places(Shared<float>, int) const {}
 
@@ -365,17 +368,17 @@ private:
         const Dropout dropout;
         float open, closed, key_x[2], key_y[2];
 
-        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Place& at)
-            : x(call.problem, call.pos_weight, statistics, at.head, true),
-              y(call.problem, call.pos_weight, statistics, at.head, false),
-              dropout(call.problem, at.image) {
-            const float gate = load(Global<const float>(call.gate) + at.head);
+        GPSA_DEVICE Masked(const Backward& call, const float* statistics, const Block& block)
+            : x(call.problem, call.pos_weight, statistics, block.head, true),
+              y(call.problem, call.pos_weight, statistics, block.head, false),
+              dropout(call.problem, block.batch_head) {
+            const float gate = load(Global<const float>(call.gate) + block.head);
             open = sigmoid(gate);
             closed = sigmoid(-gate);
-            for (int part = 0; part < 2; ++part) {
-                const int key = at.row + fragment_row() + 8 * part;
-                key_x[part] = static_cast<float>(key % x.size);
-                key_y[part] = static_cast<float>(key / x.size);
+            for (int half = 0; half < 2; ++half) {
+                const int key = block.row + fragment_row() + 8 * half;
+                key_x[half] = static_cast<float>(key % x.size);
+                key_y[half] = static_cast<float>(key / x.size);
             }
         }
         GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
@@ -386,8 +389,9 @@ private:
             const bool exists = query_y < y.size;
             store(to + thread(), static_cast<float>(query_x));
             store(to + (tile_tokens + thread()), static_cast<float>(query_y));
-            store(to + (2 * tile_tokens + thread()),
-                  exists ? x.log2_normaliser(query_x) + y.log2_normaliser(query_y) : INFINITY);
+            store(
+                to + (2 * tile_tokens + thread()),
+                exists ? x.log2_normaliser(query_x) + y.log2_normaliser(query_y) : INFINITY);
         }
 
         /// mixed = M * ((1 - g) P + g R), grad_weights = M * grad_weights / (1 - p).
@@ -418,24 +422,22 @@ const char* tiled_backward(const Backward& call, Launch launch) {
     const tiled::BackwardWorkspace workspace(problem);
     auto* const statistics = workspace.array<float>(call.workspace, workspace.statistics);
     const int slots = tiled::slots(problem);
-    const TiledBackwardCall attention{
-        call, statistics, workspace.array<float>(call.workspace, workspace.delta), slots};
+    const TiledBackwardCall attention{call, statistics, workspace.array<float>(call.workspace, workspace.delta), slots};
     const char* error = launch(PositionStatistics{}, StatisticsCall{problem, call.pos_weight, statistics});
     if (problem.dropout_p > 0) {
         if (!error) error = launch(TiledQueryGradient<Config, true>{}, attention);
         return error ? error : launch(TiledKeyGradient<Config, true>{}, attention);
     }
-    const Tensor mixed = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
-    const Tensor mixed_grad = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
+    const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
+    const Tensor mixed_grad =
+        tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const int slot_y = tiled::tiles(problem), slot_x = slot_y + along_y.blocks();
     const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
-    const MixCall grad_y{
-        problem, along_y,   call.pos_weight, statistics, call.grad_out, mixed_grad,
-        mixed,   call.gate, call.sums,       slots,      slot_y};
-    const MixCall grad_x{
-        problem, along_x,   call.pos_weight, statistics, mixed_grad, call.grad_v,
-        call.v,  call.gate, call.sums,       slots,      slot_x};
+    const MixCall grad_y{problem, along_y,   call.pos_weight, statistics, call.grad_out, mixed_grad,
+                         mixed,   call.gate, call.sums,       slots,      slot_y};
+    const MixCall grad_x{problem, along_x,   call.pos_weight, statistics, mixed_grad, call.grad_v,
+                         call.v,  call.gate, call.sums,       slots,      slot_x};
     if (!error) error = launch(MixLines<Config, false>{}, values);
     if (!error) error = launch(MixLines<Config, true>{}, grad_y);
     if (!error) error = launch(MixLines<Config, true>{}, grad_x);

@@ -5,8 +5,8 @@
 //
 // 64 keys (32 with dropout) and their values are in shared memory while the next are copied; a warp has 16 query rows,
 // their largest scores and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the
-// image once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where wanted,
-// written once.
+// (batch, head) once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where
+// wanted, written once.
 //
 // With attention dropout the positional branch is no product of two axes any more: its entries are formed beside those
 // of the content, one exponential each, and `out` is only written.
@@ -38,23 +38,23 @@ struct TiledForward {
     GPSA_DEVICE static void run(const Call& arguments) {
         const Forward& call = arguments.forward;
         const Problem& problem = call.problem;
-        const Place at(problem);
+        const Block block(problem);
 
         SharedMemory memory;
         const Tile queries{memory.array<E>(tile_tokens * channels, "queries")};
         const Shared<E> keys = memory.array<E>(2 * tile_keys * channels, "keys");
         const Shared<E> values = memory.array<E>(2 * tile_keys * channels, "values");
         const auto copy = [&](const Tile& to, Global<const E> from, int64_t stride, int start, int count) {
-            copy_rows(to, from + start * stride, stride, at.tokens - start, count, problem.head_dim);
+            copy_rows(to, from + start * stride, stride, block.tokens - start, count, problem.head_dim);
         };
-        const Global<const E> k = image_of<const E>(call.k, at.batch, at.head);
-        const Global<const E> v = image_of<const E>(call.v, at.batch, at.head);
+        const Global<const E> k = rows_of<const E>(call.k, block.batch, block.head);
+        const Global<const E> v = rows_of<const E>(call.v, block.batch, block.head);
         const auto fetch = [&](int start, int stage) {
             copy({keys, stage * tile_keys}, k, call.k.token, start, tile_keys);
             copy({values, stage * tile_keys}, v, call.v.token, start, tile_keys);
             copy_commit();
         };
-        copy(queries, image_of<const E>(call.q, at.batch, at.head), call.q.token, at.first, tile_tokens);
+        copy(queries, rows_of<const E>(call.q, block.batch, block.head), call.q.token, block.first, tile_tokens);
         fetch(0, 0);
         copy_wait<0>();
         sync_block();
@@ -64,36 +64,36 @@ struct TiledForward {
         load_rows(q, own);
         if constexpr (!has_dropout) {
             sync_warp();
-            fetch_own_rows(own, call.out, at, problem.head_dim);
+            fetch_own_rows(own, call.out, block, problem.head_dim);
         }
 
-        const Mask mask(call, arguments.statistics, at);
+        const Mask mask(call, arguments.statistics, block);
         Softmax softmax;
         Sum content[channels / 8] = {}, position[channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
-        for (int start = 0; start < at.tokens; start += tile_keys, stage ^= 1) {
-            if (start + tile_keys < at.tokens) fetch(start + tile_keys, stage ^ 1);
+        for (int start = 0; start < block.tokens; start += tile_keys, stage ^= 1) {
+            if (start + tile_keys < block.tokens) fetch(start + tile_keys, stage ^ 1);
             Sum scores[tile_keys / 8] = {};
             score(scores, q, {keys, stage * tile_keys});
-            softmax.exponentiate(scores, content, problem.scale, at.tokens - start);
-            weigh(content, position, scores, {values, stage * tile_keys}, mask, at.row, start);
+            softmax.exponentiate(scores, content, problem.scale, block.tokens - start);
+            weigh(content, position, scores, {values, stage * tile_keys}, mask, block.row, start);
             copy_wait<0>();
             sync_block();
         }
         for (float& sum : softmax.sum) sum = row_sum(sum);
         if (call.logsumexp) {
-            const Global<float> to = Global<float>(call.logsumexp) + at.image * at.tokens;
-            store_logsumexp(to, at.row, at.tokens, softmax.shift, softmax.sum);
+            const Global<float> to = Global<float>(call.logsumexp) + block.batch_head * block.tokens;
+            store_logsumexp(to, block.row, block.tokens, softmax.shift, softmax.sum);
         }
 
         const float keep_scale = mask.keep_scale();
         float share[2];
-        for (int part = 0; part < 2; ++part) share[part] = keep_scale * reciprocal_approx(softmax.sum[part]);
+        for (int half = 0; half < 2; ++half) share[half] = keep_scale * reciprocal_approx(softmax.sum[half]);
         for (int n = 0; n < channels / 8; ++n) {
             for (int i = 0; i < 4; ++i) content[n].values[i] *= share[i / 2];
         }
-        const float gate = load(Global<const float>(call.gate) + at.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
         if constexpr (has_dropout) {
             scale_rows<channels>(position, keep_scale);
@@ -105,14 +105,14 @@ struct TiledForward {
                 position[n].values[i] = closed * content[n].values[i] + open * position[n].values[i];
             }
         }
-        store_own_rows(position, own, call.out, at, problem.head_dim);
-        if (call.content.data) store_own_rows(content, own, call.content, at, problem.head_dim);
+        store_own_rows(position, own, call.out, block, problem.head_dim);
+        if (call.content.data) store_own_rows(content, own, call.content, block, problem.head_dim);
     }
 
 private:
     using Tile = Rows<E, channels>;
 
-    /// Of rows g and g + 8: the largest score so far, and this lane's sum of exponentials relative to it.
+    /// Of rows r and r + 8: the largest score so far, and this lane's sum of exponentials relative to it.
     struct Softmax {
         float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, shift[2] = {0, 0};
 
@@ -139,17 +139,17 @@ private:
             }
             float rescale[2];
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                float most = largest[part];
+            for (int half = 0; half < 2; ++half) {
+                float most = largest[half];
 #pragma unroll
                 for (int n = 0; n < tile_keys / 8; ++n) {
-                    most = maximum(most, maximum(scores[n].values[2 * part], scores[n].values[2 * part + 1]));
+                    most = maximum(most, maximum(scores[n].values[2 * half], scores[n].values[2 * half + 1]));
                 }
                 most = row_maximum(most);
-                shift[part] = most == -INFINITY ? 0 : most * log2_scale;  // -inf - -inf is not 0
-                rescale[part] = exp2_approx(largest[part] * log2_scale - shift[part]);
-                largest[part] = most;
-                sum[part] *= rescale[part];
+                shift[half] = most == -INFINITY ? 0 : most * log2_scale;  // -inf - -inf is not 0
+                rescale[half] = exp2_approx(largest[half] * log2_scale - shift[half]);
+                largest[half] = most;
+                sum[half] *= rescale[half];
             }
 #pragma unroll
             for (int n = 0; n < channels / 8; ++n) {
@@ -159,10 +159,10 @@ private:
 #pragma unroll
             for (int n = 0; n < tile_keys / 8; ++n) {
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    float* pair = &scores[n].values[2 * part];
-                    for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[part]);
-                    sum[part] += pair[0] + pair[1];
+                for (int half = 0; half < 2; ++half) {
+                    float* pair = &scores[n].values[2 * half];
+                    for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
+                    sum[half] += pair[0] + pair[1];
                 }
             }
         }
@@ -170,15 +170,15 @@ private:
 
     /// What attention dropout needs beside the content; nothing without it.
     struct NoMask {
-        GPSA_DEVICE NoMask(const Forward&, const float*, const Place&) {}
+        GPSA_DEVICE NoMask(const Forward&, const float*, const Block&) {}
         GPSA_DEVICE float keep_scale() const { return 1; }
     };
     struct DropoutMask {
         const Dropout dropout;
         const DenseRows<GridAxis> dense;
-        GPSA_DEVICE DropoutMask(const Forward& call, const float* statistics, const Place& at)
-            : dropout(call.problem, at.image),
-              dense(dense_position(call.problem, call.pos_weight, statistics, at.head), at.row) {}
+        GPSA_DEVICE DropoutMask(const Forward& call, const float* statistics, const Block& block)
+            : dropout(call.problem, block.batch_head),
+              dense(dense_position(call.problem, call.pos_weight, statistics, block.head), block.row) {}
         GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
     };
     using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
@@ -231,7 +231,7 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     const char* error = launch(PositionStatistics{}, StatisticsCall{problem, call.pos_weight, statistics});
     const TiledForwardCall attention{call, statistics};
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
-    const Tensor mixed = tiled::image_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
+    const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
     const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};

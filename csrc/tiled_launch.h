@@ -21,8 +21,7 @@ struct TiledLauncher {
         const int64_t blocks = Kernel::blocks(call);
         if (blocks > 0x7fffffff) return "the problem needs more than 2^31 blocks";
         const auto entry = [](auto k) { return tiled_kernel<decltype(k)>; };
-        return launch(
-            kernel, entry, dim3(static_cast<unsigned>(blocks)), tiled_threads, Kernel::shared_bytes(), call);
+        return launch(kernel, entry, dim3(static_cast<unsigned>(blocks)), tiled_threads, Kernel::shared_bytes(), call);
     }
 };
 

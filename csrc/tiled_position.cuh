@@ -151,7 +151,7 @@ struct MixLines {
     using E = typename Config::E;
     using Call = MixCall;
     static constexpr int channels = Config::channels;
-    static constexpr int blocks_per_multiprocessor = channels > 64 ? 2 : backward && channels > 48 ? 3 : 4;
+    static constexpr int blocks_per_multiprocessor = channels > 64 ? 2 : channels > 48 && backward ? 3 : 4;
 
     static int shared_bytes() { return (backward ? 3 : 2) * tile_tokens * channels * 2 + (backward ? 4 * 3 * 4 : 0); }
     static int64_t blocks(const Call& call) { return call.problem.batch * call.problem.heads * call.lines.blocks(); }
@@ -159,20 +159,20 @@ struct MixLines {
     GPSA_DEVICE static void run(const Call& call) {
         const Problem& problem = call.problem;
         const Lines& lines = call.lines;
-        const int image = block_x() / lines.blocks(), block = block_x() % lines.blocks();
-        const int batch = image / problem.heads, head = image % problem.heads;
-        const int first_line = block / lines.parts() * lines.together();
-        const int first = block % lines.parts() * lines.width();  // coordinate of the result
+        const int batch_head = block_x() / lines.blocks(), block = block_x() % lines.blocks();
+        const int batch = batch_head / problem.heads, head = batch_head % problem.heads;
+        const int first_line = block / lines.blocks_per_line() * lines.together();
+        const int first = block % lines.blocks_per_line() * lines.width();  // coordinate of the result
         const int own_line = warp() >> lines.log2_room(), own_tile = warp() - (own_line << lines.log2_room());
         const int own_row = first + 16 * own_tile;
         const bool idle = own_tile >= lines.tiles() || first_line + own_line >= lines.count;
 
         SharedMemory memory;
         const Shared<E> streamed = memory.array<E>(2 * tile_tokens * channels, "streamed");
-        const Global<const E> from = image_of<const E>(call.from, batch, head);
+        const Global<const E> from = rows_of<const E>(call.from, batch, head);
         const auto fetch = [&](int start, int stage) {
-            copy_lines<E, channels>({streamed, stage * tile_tokens}, from, call.from.token, lines, first_line, start,
-                                    problem.head_dim);
+            copy_lines<E, channels>(
+                {streamed, stage * tile_tokens}, from, call.from.token, lines, first_line, start, problem.head_dim);
             copy_commit();
         };
         const GridAxis axis(problem, call.pos_weight, call.statistics, head, lines.along_x);
@@ -204,10 +204,10 @@ struct MixLines {
         if (!idle) {
             factor.scale(call, sums);
             store_line_rows<E, channels>(
-                sums, {streamed, 16 * warp()}, image_of<E>(call.to, batch, head), call.to.token, lines,
+                sums, {streamed, 16 * warp()}, rows_of<E>(call.to, batch, head), call.to.token, lines,
                 first_line + own_line, own_row, problem.head_dim);
         }
-        factor.finish(call, image, block);
+        factor.finish(call, batch_head, block);
     }
 
 private:
@@ -215,10 +215,9 @@ private:
     struct Table {
         float normaliser[2];
 
-        GPSA_DEVICE Table(
-            const Call&, const GridAxis& axis, SharedMemory&, int64_t, int, int, int, int own_row) {
-            for (int part = 0; part < 2; ++part) {
-                normaliser[part] = axis.log2_normaliser(own_row + fragment_row() + 8 * part);
+        GPSA_DEVICE Table(const Call&, const GridAxis& axis, SharedMemory&, int64_t, int, int, int, int own_row) {
+            for (int half = 0; half < 2; ++half) {
+                normaliser[half] = axis.log2_normaliser(own_row + fragment_row() + 8 * half);
             }
         }
         GPSA_DEVICE void prepare() {}
@@ -253,8 +252,9 @@ private:
             : values{memory.array<E>(tile_tokens * channels, "values")},
               partial(memory.array<float>(12, "sums")),
               gate(load(Global<const float>(call.gate) + head)) {
-            copy_lines<E, channels>(values, image_of<const E>(call.values, batch, head), call.values.token, call.lines,
-                                    first_line, first, call.problem.head_dim);
+            copy_lines<E, channels>(
+                values, rows_of<const E>(call.values, batch, head), call.values.token, call.lines, first_line, first,
+                call.problem.head_dim);
         }
         GPSA_DEVICE void prepare() {
 #pragma unroll
@@ -276,14 +276,14 @@ private:
                     const float normaliser = axis.log2_normaliser(i);
                     const float mean = axis.mean(i), mean_square = axis.mean_square(i);
 #pragma unroll
-                    for (int part = 0; part < 2; ++part) {
-                        const int j = own_row + fragment_row() + 8 * part;
+                    for (int half = 0; half < 2; ++half) {
+                        const int j = own_row + fragment_row() + 8 * half;
                         const float d = static_cast<float>(j - i), entry = axis.entry(i, j, normaliser);
-                        const float share = entry * grads[n].values[2 * part + c];
+                        const float share = entry * grads[n].values[2 * half + c];
                         linear += share * (d - mean);
                         square += share * (d * d - mean_square);
                         total += share;
-                        entries[n].values[2 * part + c] = entry;
+                        entries[n].values[2 * half + c] = entry;
                     }
                 }
             }
@@ -297,10 +297,10 @@ private:
             if (!call.lines.along_x) scale_rows<channels>(sums, early(call));
         }
 
-        GPSA_DEVICE void finish(const Call& call, int64_t image, int block) {
+        GPSA_DEVICE void finish(const Call& call, int64_t batch_head, int block) {
             const float sums[3] = {linear, square, total};
             const Global<float> slot =
-                Global<float>(call.sums) + 4 * (image * call.slots + call.first_slot + block);
+                Global<float>(call.sums) + 4 * (batch_head * call.slots + call.first_slot + block);
             float of_block[3];
             add_up(of_block, sums, partial);
             if (thread() == 0) {

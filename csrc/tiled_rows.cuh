@@ -8,18 +8,18 @@
 namespace gpsa {
 
 /// The place of a block of an attention kernel: which 64 tokens of which (batch, head).
-struct Place {
+struct Block {
     int tokens, head, first, row;  // row: the first of this warp's 16
-    int64_t image, batch;
+    int64_t batch_head, batch;
 
-    GPSA_DEVICE explicit Place(const Problem& problem)
+    GPSA_DEVICE explicit Block(const Problem& problem)
         : tokens(problem.rows * problem.columns),
           first(block_x() % tiled::tiles(problem) * tile_tokens),
           row(first + 16 * warp()),
-          image(block_x() / tiled::tiles(problem)) {
-        const int block = static_cast<int>(image);  // a division of 32 bits is the faster one
-        batch = block / problem.heads;
-        head = block % problem.heads;
+          batch_head(block_x() / tiled::tiles(problem)) {
+        const int index = static_cast<int>(batch_head);  // a division of 32 bits is the faster one
+        batch = index / problem.heads;
+        head = index % problem.heads;
     }
 };
 
@@ -36,12 +36,11 @@ GPSA_DEVICE void load_rows(Left* rows, const Rows<E, channels>& from) {
 template <typename E, int channels>
 GPSA_DEVICE void stage_rows(const Sum* sums, const Rows<E, channels>& staged) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int n = 0; n < channels / 8; ++n) {
-            const float* pair = &sums[n].values[2 * part];
-            store_pair<E>(
-                staged.chunk(fragment_row() + 8 * part, n) + fragment_column(), pack<E>(pair[0], pair[1]));
+            const float* pair = &sums[n].values[2 * half];
+            store_pair<E>(staged.chunk(fragment_row() + 8 * half, n) + fragment_column(), pack<E>(pair[0], pair[1]));
         }
     }
 }
@@ -50,26 +49,26 @@ GPSA_DEVICE void stage_rows(const Sum* sums, const Rows<E, channels>& staged) {
 template <typename E, int channels>
 GPSA_DEVICE void unstage_rows(Sum* sums, const Rows<E, channels>& staged) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int n = 0; n < channels / 8; ++n) {
-            const Pair p = unpack<E>(load_pair<E>(staged.chunk(fragment_row() + 8 * part, n) + fragment_column()));
-            sums[n].values[2 * part] = p.low;
-            sums[n].values[2 * part + 1] = p.high;
+            const Pair p = unpack<E>(load_pair<E>(staged.chunk(fragment_row() + 8 * half, n) + fragment_column()));
+            sums[n].values[2 * half] = p.low;
+            sums[n].values[2 * half + 1] = p.high;
         }
     }
 }
 
 /// Starts copying a warp's tokens into rows of its own.
 template <typename E, int channels>
-GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& tensor, const Place& at, int head_dim) {
-    const Global<const E> from = image_of<const E>(tensor, at.batch, at.head);
+GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& tensor, const Block& block, int head_dim) {
+    const Global<const E> from = rows_of<const E>(tensor, block.batch, block.head);
     constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
 #pragma unroll
     for (int turn = 0; turn < ChunkShare<chunks>::turns; ++turn) {
-        const int row = (32 * turn + lane()) / beside, token = at.row + row;
+        const int row = (32 * turn + lane()) / beside, token = block.row + row;
         copy_chunks<chunks>(
-            rows.chunk(row, lane() % beside), from + token * tensor.token, token < at.tokens, head_dim);
+            rows.chunk(row, lane() % beside), from + token * tensor.token, token < block.tokens, head_dim);
     }
     copy_commit();
 }
@@ -77,13 +76,13 @@ GPSA_DEVICE void fetch_own_rows(const Rows<E, channels>& rows, const Tensor& ten
 /// Accumulated rows, rounded, by way of this warp's `staged` to global memory, 16 bytes a lane.
 template <typename E, int channels>
 GPSA_DEVICE void store_own_rows(
-    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Place& at, int head_dim) {
+    const Sum* sums, const Rows<E, channels>& staged, const Tensor& to, const Block& block, int head_dim) {
     sync_warp();
     stage_rows<E, channels>(sums, staged);
     sync_warp();
     store_rows<channels / 8>(
-        image_of<E>(to, at.batch, at.head), to.token, at.row, at.tokens, 0, head_dim,
-        [&](int token, int chunk) { return staged.chunk(token - at.row, chunk); });
+        rows_of<E>(to, block.batch, block.head), to.token, block.row, block.tokens, 0, head_dim,
+        [&](int token, int chunk) { return staged.chunk(token - block.row, chunk); });
 }
 
 /// Accumulated rows times a factor.

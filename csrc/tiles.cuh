@@ -12,7 +12,7 @@ constexpr float ln_2 = 0.6931471805599453f;
 
 /// Into groups of how many chunks a row is divided, within which they are swizzled.
 template <int chunks>
-constexpr int chunk_group = chunks % 8 == 0 ? 8 : chunks % 4 == 0 ? 4 : 2;
+constexpr int chunk_group = chunks % 8 == 0 ? 8 : (chunks % 4 == 0 ? 4 : 2);
 
 /// What to add to a row's chunks, by exclusive or, so that 8 consecutive rows' chunks of one column lie in 8 different
 /// groups of 4 banks. Without it a row advances by chunks % 8 groups, and comes round after `period` rows.
@@ -98,7 +98,7 @@ struct Left {
 struct Right {
     uint32_t words[4];
 };
-/// A (16, 8) accumulator. This lane holds columns 2t and 2t+1 of rows g and g+8, g = lane / 4, t = lane % 4.
+/// A (16, 8) accumulator. This lane holds columns t, t + 1 of rows r, r + 8; r = fragment_row(), t = fragment_column().
 struct Sum {
     float values[4];
 };
@@ -116,8 +116,9 @@ GPSA_DEVICE void multiply(Sum* sums, const Left& a, const Right& b) {
 /// Two neighbouring (16, 8) accumulators, rounded, as a (16, 16) left operand.
 template <typename E>
 GPSA_DEVICE Left as_left(const Sum* sums) {
-    return {{pack<E>(sums[0].values[0], sums[0].values[1]), pack<E>(sums[0].values[2], sums[0].values[3]),
-             pack<E>(sums[1].values[0], sums[1].values[1]), pack<E>(sums[1].values[2], sums[1].values[3])}};
+    return {
+        {pack<E>(sums[0].values[0], sums[0].values[1]), pack<E>(sums[0].values[2], sums[0].values[3]),
+         pack<E>(sums[1].values[0], sums[1].values[1]), pack<E>(sums[1].values[2], sums[1].values[3])}};
 }
 
 // An operand is 16 tokens x 16 channels, channels 16 s to 16 s + 15. `at(token, chunk)` says where a token's chunk is,
@@ -172,7 +173,7 @@ GPSA_DEVICE float warp_sum(float x) {
     return x + shuffle_xor(x, 16);
 }
 
-// Two accumulators side by side have 16 columns, of which a lane holds four: 8 n + 2 t + i in sums[n][i]. Where there
+// Two accumulators side by side have 16 columns, of which a lane holds four: 8 n + t + i in sums[n][i]. Where there
 // is one number for each column, a lane has column_of_lane()'s.
 
 GPSA_DEVICE int column_of_lane() { return lane() / 16 * 8 + lane() % 4 * 2 + lane() / 8 % 2; }
@@ -180,7 +181,7 @@ GPSA_DEVICE int column_of_lane() { return lane() / 16 * 8 + lane() % 4 * 2 + lan
 /// What the warp's lanes hold of a column, added up: the sum of column_of_lane().
 GPSA_DEVICE float column_sum(const float (&sums)[2][2]) {
     const bool right = lane() & 16, odd = lane() & 8;
-    float half[2];  // columns 2 t and 2 t + 1 of one accumulator
+    float half[2];  // columns t and t + 1 of one accumulator
     for (int i = 0; i < 2; ++i) {
         half[i] = (right ? sums[1][i] : sums[0][i]) + shuffle_xor(right ? sums[0][i] : sums[1][i], 16);
     }
@@ -227,7 +228,7 @@ GPSA_DEVICE void copy_chunks(Shared<E> to, Global<const E> row, bool valid, int 
 
 /// The first element of a (batch, head).
 template <typename T>
-GPSA_DEVICE Global<T> image_of(const Tensor& t, int64_t batch, int head) {
+GPSA_DEVICE Global<T> rows_of(const Tensor& t, int64_t batch, int head) {
     return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head);
 }
 
@@ -268,15 +269,15 @@ GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens,
     });
 }
 
-/// The logarithms of the sums of the 16 rows from `first` on. Of rows g and g + 8: log2 of the largest exponential, and
+/// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of the largest exponential, and
 /// the sum of exponentials relative to it.
 GPSA_DEVICE void store_logsumexp(
     Global<float> to, int first, int tokens, const float (&shift)[2], const float (&sum)[2]) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        const int token = first + fragment_row() + 8 * part;
+    for (int half = 0; half < 2; ++half) {
+        const int token = first + fragment_row() + 8 * half;
         if (fragment_column() == 0 && token < tokens) {
-            store(to + token, (shift[part] + log2_approx(sum[part])) * ln_2);
+            store(to + token, (shift[half] + log2_approx(sum[half])) * ln_2);
         }
     }
 }

@@ -52,17 +52,19 @@ inline bool forward_fits(const Problem& problem) {
 
 /// Into how many blocks the query rows of a (batch, head) are split: enough to give every multiprocessor one, and no
 /// more than there are tiles of 16 rows for all warps of a block.
-inline int parts(const Problem& problem, int multiprocessors) {
+inline int row_blocks(const Problem& problem, int multiprocessors) {
     const int tiles = (problem.rows * problem.columns + 15) / 16;
     const int most = (tiles + whole_image_threads / 32 - 1) / (whole_image_threads / 32);
-    const int64_t images = problem.batch * problem.heads;
-    const int64_t wanted = images > 0 ? (multiprocessors + images - 1) / images : 1;
-    const int64_t parts = wanted < most ? wanted : most;
-    return parts > 1 ? static_cast<int>(parts) : 1;
+    const int64_t batch_heads = problem.batch * problem.heads;
+    const int64_t wanted = batch_heads > 0 ? (multiprocessors + batch_heads - 1) / batch_heads : 1;
+    const int64_t row_blocks = wanted < most ? wanted : most;
+    return row_blocks > 1 ? static_cast<int>(row_blocks) : 1;
 }
 
-/// Query rows of a part, but for the last one's.
-GPSA_HOST_DEVICE int part_rows(int tokens, int parts) { return ((tokens + 15) / 16 + parts - 1) / parts * 16; }
+/// Query rows of a block, but for the last one's.
+GPSA_HOST_DEVICE int rows_per_block(int tokens, int row_blocks) {
+    return ((tokens + 15) / 16 + row_blocks - 1) / row_blocks * 16;
+}
 
 }  // namespace whole_image
 }  // namespace gpsa

@@ -23,8 +23,7 @@ const char* launch_whole_image_backward(const Backward& call, const Launcher& la
         using Kernel = decltype(kernel);
         const auto entry = [](auto k) { return whole_image_backward<decltype(k)>; };
         const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads));
-        return launch(
-            kernel, entry, grid, Kernel::threads_for(call.problem), Kernel::shared_bytes(call.problem), call);
+        return launch(kernel, entry, grid, Kernel::threads_for(call.problem), Kernel::shared_bytes(call.problem), call);
     });
 }
 

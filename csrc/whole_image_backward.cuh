@@ -8,8 +8,8 @@
 //
 // A warp owns 16 keys: it holds their rows of K, V, dK and dV in registers, and forms S^T and dP^T for 16 queries at a
 // time, so that both are left operands in registers of the products that follow. Two things go from warp to warp
-// through shared memory, behind the one barrier of a step: the warps' parts of delta, and dS^T, of which the last three
-// steps' are kept while dQ is formed for two steps at a time.
+// through shared memory, behind the one barrier of a step: the warps' partial sums of delta, and dS^T, of which the
+// last three steps' are kept while dQ is formed for two steps at a time.
 //
 // In shared memory, 16 bits: Q, K, V, dO (N, D), dS^T (3, N, 16). A row of Q gives way to dQ; afterwards, K to dK, and
 // all of Q to dO mixed along the axes of the grid, then to dV.
@@ -57,16 +57,16 @@ struct WholeImageBackward {
         const Rows<E, channels> grad_out{memory.array<E>(tokens * channels, "gradient of the output")};
         const Rows<E, 16> grad_scores{memory.array<E>(kept_steps * padded * 16, "gradient of the scores")};
         const Shared<float> logsumexp = memory.array<float>(padded, "logsumexp");
-        const Shared<float> delta_parts = memory.array<float>(2 * (threads() / 32) * 16, "parts of delta");
+        const Shared<float> delta_partials = memory.array<float>(2 * (threads() / 32) * 16, "partial sums of delta");
         const Shared<float> normalisers = memory.array<float>(coordinates, "normalisers");
         const Shared<float> means = memory.array<float>(2 * coordinates, "means");
         const Shared<float> warp_sums = memory.array<float>(4 * (threads() / 32), "sums of the warps");
 
-        copy_rows(q, image_of<const E>(call.q, batch, head), call.q.token, tokens, tokens, head_dim);
-        copy_rows(k, image_of<const E>(call.k, batch, head), call.k.token, tokens, padded, head_dim);
-        copy_rows(v, image_of<const E>(call.v, batch, head), call.v.token, tokens, tokens, head_dim);
+        copy_rows(q, rows_of<const E>(call.q, batch, head), call.q.token, tokens, tokens, head_dim);
+        copy_rows(k, rows_of<const E>(call.k, batch, head), call.k.token, tokens, padded, head_dim);
+        copy_rows(v, rows_of<const E>(call.v, batch, head), call.v.token, tokens, tokens, head_dim);
         copy_rows(
-            grad_out, image_of<const E>(call.grad_out, batch, head), call.grad_out.token, tokens, tokens, head_dim);
+            grad_out, rows_of<const E>(call.grad_out, batch, head), call.grad_out.token, tokens, tokens, head_dim);
         copy_commit();
 
         const Global<const float> row_logsumexp =
@@ -110,7 +110,7 @@ struct WholeImageBackward {
             exponentiate(p, problem.scale * log2_e, logsumexp + 16 * step, tokens - first_key);
             if constexpr (!keep_keys) load_keys(v_tile, v, first_key, tokens);
             multiply_keys(grad_p, v_tile, in_grad_out);
-            const Shared<float> parts = delta_parts + step % 2 * (threads() / 32) * 16;
+            const Shared<float> partials = delta_partials + step % 2 * (threads() / 32) * 16;
             if constexpr (has_dropout) {
                 const Dropout dropout(problem, block_x());
                 const DensePosition<Axis> position{longer, shorter};
@@ -118,14 +118,14 @@ struct WholeImageBackward {
                 drop(
                     weights, grad_p, grad_longer, grad_shorter, p, dropout, position, means, shorter_means, 16 * step,
                     first_key, tokens, closed, sigmoid(gate));
-                store_delta_part(parts + 16 * warp(), p, grad_p);
+                store_partial_delta(partials + 16 * warp(), p, grad_p);
                 add_products(grad_v, weights, in_grad_out);
             } else {
-                store_delta_part(parts + 16 * warp(), p, grad_p);
+                store_partial_delta(partials + 16 * warp(), p, grad_p);
                 add_products(grad_v, p, in_grad_out);
             }
             sync_block();
-            delta_sum += subtract_delta(parts, p, grad_p);
+            delta_sum += subtract_delta(partials, p, grad_p);
             add_products(grad_k, grad_p, in_q);
             const int row = step % kept_steps * padded + first_key;
             store_line<E, 16>(grad_p, row, row + 16, [&](int i, int chunk) { return grad_scores.chunk(i, chunk); });
@@ -135,7 +135,7 @@ struct WholeImageBackward {
         write_grad_q(call, grad_scores, k, q, (steps - 1) / 2 * 2, steps, score_share);
         sync_block();
 
-        const Global<E> to_k = image_of<E>(call.grad_k, batch, head), to_v = image_of<E>(call.grad_v, batch, head);
+        const Global<E> to_k = rows_of<E>(call.grad_k, batch, head), to_v = rows_of<E>(call.grad_v, batch, head);
         const auto row_of_k = [&](int i, int chunk) { return k.chunk(i, chunk); };
         for (Sum& sum : grad_k) {
             for (float& x : sum.values) x *= score_share;
@@ -181,8 +181,8 @@ private:
     GPSA_DEVICE static void load_keys(Left* tile, const Layout& rows, int first, int tokens) {
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
-            tile[s] = load_left<E>(
-                s, [&](int i, int chunk) { return rows.chunk(smaller(first + i, tokens - 1), chunk); });
+            tile[s] =
+                load_left<E>(s, [&](int i, int chunk) { return rows.chunk(smaller(first + i, tokens - 1), chunk); });
         }
     }
 
@@ -207,9 +207,9 @@ private:
         for (int n = 0; n < 2; ++n) {
             for (int column = 0; column < 2; ++column) {
                 const float shift = load(logsumexp + (8 * n + fragment_column() + column));
-                for (int part = 0; part < 2; ++part) {
-                    float& s = scores[n].values[2 * part + column];
-                    s = fragment_row() + 8 * part < keys ? exp2_approx(s * log2_scale - shift) : 0.0f;
+                for (int half = 0; half < 2; ++half) {
+                    float& s = scores[n].values[2 * half + column];
+                    s = fragment_row() + 8 * half < keys ? exp2_approx(s * log2_scale - shift) : 0.0f;
                 }
             }
         }
@@ -232,27 +232,27 @@ private:
                 const float mean_x = load(means_x + 2 * from.x), mean_y = load(means_y + 2 * from.y);
                 const float mean_square = load(means_x + (2 * from.x + 1)) + load(means_y + (2 * from.y + 1));
 #pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    const int key = first_key + fragment_row() + 8 * part, i = 2 * part + column;
+                for (int half = 0; half < 2; ++half) {
+                    const int key = first_key + fragment_row() + 8 * half, i = 2 * half + column;
                     const auto to = position.place(key);
                     const float factor = keep >> (4 * n + i) & 1 ? dropout.keep_scale : 0.0f;
-                    float& g = grad_p[n].values[i];
-                    g = factor * g;
+                    float& grad = grad_p[n].values[i];
+                    grad = factor * grad;
                     const bool exists = query < tokens && key < tokens;
                     const float r = exists ? position.weight(from, log2_normaliser, to) : 0.0f;
                     weights[n].values[i] = factor * (closed * p[n].values[i] + open * r);
                     const float dx = static_cast<float>(to.x - from.x), dy = static_cast<float>(to.y - from.y);
-                    grad_x.linear += r * g * (dx - mean_x);
-                    grad_y.linear += r * g * (dy - mean_y);
-                    grad_x.square += r * g * (dx * dx + dy * dy - mean_square);
-                    grad_x.total += r * g;
+                    grad_x.linear += r * grad * (dx - mean_x);
+                    grad_y.linear += r * grad * (dy - mean_y);
+                    grad_x.square += r * grad * (dx * dx + dy * dy - mean_square);
+                    grad_x.total += r * grad;
                 }
             }
         }
     }
 
-    /// This warp's keys' part of delta, the sum of P * dP, of 16 queries.
-    GPSA_DEVICE static void store_delta_part(Shared<float> to, const Sum* p, const Sum* grad_p) {
+    /// Of 16 queries the warp's partial sum of delta: P * dP over its keys.
+    GPSA_DEVICE static void store_partial_delta(Shared<float> to, const Sum* p, const Sum* grad_p) {
         float sums[2][2] = {};
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -264,19 +264,19 @@ private:
     }
 
     /// grad_p = P * (dP - delta). Returns what this lane of the first warp adds to the sum of delta over the queries.
-    GPSA_DEVICE static float subtract_delta(Shared<float> parts, const Sum* p, Sum* grad_p) {
+    GPSA_DEVICE static float subtract_delta(Shared<float> partials, const Sum* p, Sum* grad_p) {
         float own = 0, delta[2][2];
         const int half = lane() / 4 % 2;  // two lanes have the same column
 #pragma unroll 4
-        for (int w = half; w < threads() / 32; w += 2) own += load(parts + (16 * w + column_of_lane()));
+        for (int w = half; w < threads() / 32; w += 2) own += load(partials + (16 * w + column_of_lane()));
         own += shuffle_xor(own, 4);
         spread_columns(delta, own);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& g = grad_p[n].values[i];
-                g = p[n].values[i] * (g - delta[n][i % 2]);
+                float& grad = grad_p[n].values[i];
+                grad = p[n].values[i] * (grad - delta[n][i % 2]);
             }
         }
         return warp() == 0 && half == 0 ? own : 0.0f;
@@ -287,7 +287,7 @@ private:
         const Backward& call, const Rows<E, 16>& grad_scores, const Rows<E, channels>& k, const Rows<E, channels>& q,
         int first_step, int last_step, float share) {
         const int batch = block_x() / call.problem.heads, head = block_x() % call.problem.heads;
-        const Global<E> to = image_of<E>(call.grad_q, batch, head);
+        const Global<E> to = rows_of<E>(call.grad_q, batch, head);
         const int tokens = call.problem.rows * call.problem.columns, padded = 16 * tiles(call.problem);
         const auto row_of_q = [&](int i, int chunk) { return q.chunk(i, chunk); };
 #pragma unroll 1

@@ -14,37 +14,37 @@ constexpr int most_blocks = 2;
 
 template <typename Kernel>
 constexpr int blocks_per_multiprocessor =
-    Kernel::channels > 64                                                                   ? 1
-    : Kernel::key_tiles == 4                                                                ? 3
+    Kernel::channels > 64                                                       ? 1
+    : Kernel::key_tiles == 4                                                    ? 3
     : Kernel::channels == 48 && Kernel::key_tiles == 13 && !Kernel::has_dropout ? most_blocks
-                                                                                            : 2;
+                                                                                : 2;
 
 template <typename Kernel>
 __global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor<Kernel>)
-    whole_image_forward(const __grid_constant__ Forward call, int parts) {
-    Kernel::run(call, parts);
+    whole_image_forward(const __grid_constant__ Forward call, int row_blocks) {
+    Kernel::run(call, row_blocks);
 }
 
 }  // namespace
 
-int whole_image_forward_parts(const Problem& problem, const Device& device) {
+int whole_image_forward_row_blocks(const Problem& problem, const Device& device) {
     if (!whole_image::forward_fits(problem)) return 0;
-    const int parts = whole_image::parts(problem, device.multiprocessors);
+    const int row_blocks = whole_image::row_blocks(problem, device.multiprocessors);
     int bytes = 0;
     whole_image::dispatch_forward(problem, [&](auto kernel) {
-        bytes = decltype(kernel)::shared_bytes(problem, parts);
+        bytes = decltype(kernel)::shared_bytes(problem, row_blocks);
         return static_cast<const char*>(nullptr);
     });
-    return bytes <= device.shared_bytes ? parts : 0;
+    return bytes <= device.shared_bytes ? row_blocks : 0;
 }
 
-const char* launch_whole_image_forward(const Forward& call, int parts, const Launcher& launch) {
+const char* launch_whole_image_forward(const Forward& call, int row_blocks, const Launcher& launch) {
     return whole_image::dispatch_forward(call.problem, [&](auto kernel) {
         using Kernel = decltype(kernel);
         const auto entry = [](auto k) { return whole_image_forward<decltype(k)>; };
-        const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads), parts);
+        const dim3 grid(static_cast<unsigned>(call.problem.batch * call.problem.heads), row_blocks);
         return launch(
-            kernel, entry, grid, whole_image_threads, Kernel::shared_bytes(call.problem, parts), call, parts);
+            kernel, entry, grid, whole_image_threads, Kernel::shared_bytes(call.problem, row_blocks), call, row_blocks);
     });
 }
 

@@ -1,8 +1,8 @@
-// Forward, N <= 256 tokens: one block per (batch, head), or per part of its query rows.
+// Forward, N <= 256 tokens: one block per (batch, head), or several that share its query rows.
 //
 //   O = (1 - g) softmax(scale Q K^T) V + g (Ay (x) Ax) V,   g = sigmoid(gate)
 //
-// In shared memory, 16 bits: K, V (N, D), Q (rows of this part, D), and one buffer (N, D) that holds V mixed along one
+// In shared memory, 16 bits: K, V (N, D), Q (the block's rows, D), and one buffer (N, D) that holds V mixed along one
 // axis, then the positional branch, then the output. In registers: for 16 query rows of a warp, all their scores.
 // With attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P, there is one
 // product with V, and the rows of Q make way for those of the output.
@@ -30,27 +30,27 @@ struct WholeImageForward {
     GPSA_HOST_DEVICE static int key_value_rows(int tokens) { return tokens + keys; }
 
     /// Bytes of shared memory, in the order of run()'s arrays.
-    static int shared_bytes(const Problem& problem, int parts) {
-        const int tokens = problem.rows * problem.columns, query_rows = whole_image::part_rows(tokens, parts);
+    static int shared_bytes(const Problem& problem, int row_blocks) {
+        const int tokens = problem.rows * problem.columns, query_rows = whole_image::rows_per_block(tokens, row_blocks);
         const auto bytes = [](int elements, int size) { return (elements * size + 15) / 16 * 16; };
         return bytes(key_value_rows(tokens) * channels, 2) +
                bytes((query_rows < tokens ? query_rows : tokens) * channels, 2) + bytes(position_elements(problem), 2) +
                bytes(problem.rows + problem.columns + place_numbers, 4);
     }
 
-    GPSA_DEVICE static void run(const Forward& call, int parts) {
+    GPSA_DEVICE static void run(const Forward& call, int row_blocks) {
         const Problem& problem = call.problem;
         const int tokens = problem.rows * problem.columns, head_dim = problem.head_dim;
         const int batch = block_x() / problem.heads, head = block_x() % problem.heads;
-        const int part_rows = whole_image::part_rows(tokens, parts);
-        const int first_row = block_y() * part_rows;
-        const int row_count = smaller(part_rows, tokens - first_row);
+        const int rows_per_block = whole_image::rows_per_block(tokens, row_blocks);
+        const int first_row = block_y() * rows_per_block;
+        const int row_count = smaller(rows_per_block, tokens - first_row);
         if (row_count <= 0) return;
 
         SharedMemory memory;
         const Shared<E> keys_values = memory.array<E>(key_value_rows(tokens) * channels, "keys and values");
         const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
-        const Rows<E, channels> q{memory.array<E>(smaller(part_rows, tokens) * channels, "queries")};
+        const Rows<E, channels> q{memory.array<E>(smaller(rows_per_block, tokens) * channels, "queries")};
         const GridRows<E, channels> position(  // not used with dropout
             has_dropout ? q.base : memory.array<E>(position_elements(problem), "position"), problem.columns);
         const int coordinates = problem.rows + problem.columns;
@@ -64,10 +64,10 @@ struct WholeImageForward {
         const float gate = load(Global<const float>(call.gate) + head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 
-        copy_rows(v, image_of<const E>(call.v, batch, head), call.v.token, tokens, keys, head_dim);
+        copy_rows(v, rows_of<const E>(call.v, batch, head), call.v.token, tokens, keys, head_dim);
         copy_commit();
-        copy_rows(k, image_of<const E>(call.k, batch, head), call.k.token, tokens, tokens, head_dim);
-        const Global<const E> queries = image_of<const E>(call.q, batch, head) + first_row * call.q.token;
+        copy_rows(k, rows_of<const E>(call.k, batch, head), call.k.token, tokens, tokens, head_dim);
+        const Global<const E> queries = rows_of<const E>(call.q, batch, head) + first_row * call.q.token;
         copy_rows(q, queries, call.q.token, row_count, row_count, head_dim);
         copy_commit();
 
@@ -82,7 +82,7 @@ struct WholeImageForward {
         copy_wait<0>();
         sync_block();
 
-        const Global<E> out = image_of<E>(call.out, batch, head);
+        const Global<E> out = rows_of<E>(call.out, batch, head);
 #pragma unroll 1
         for (int row = 16 * rotated_warp(); row < row_count; row += 16 * (threads() / 32)) {
             Sum scores[2 * key_tiles] = {};
@@ -93,7 +93,7 @@ struct WholeImageForward {
                 const Global<float> to = Global<float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
                 store_logsumexp(to, token, tokens, softmax.shift, softmax.sum);
             }
-            const auto share = [&](int part) { return closed * reciprocal_approx(softmax.sum[part]); };
+            const auto share = [&](int half) { return closed * reciprocal_approx(softmax.sum[half]); };
             const auto store_out = [&](auto at) {
                 sync_warp();
                 store_rows<channels / 8>(out, call.out.token, token, tokens, 0, head_dim, at);
@@ -102,9 +102,8 @@ struct WholeImageForward {
             if constexpr (has_dropout) {
                 const Dropout dropout(problem, block_x());
                 const DenseRows<Axis> dense({along_x, along_y}, token);
-                const Mixture mixture{dropout, dense, places, token,
-                                      {share(0) * dropout.keep_scale, share(1) * dropout.keep_scale},
-                                      open * dropout.keep_scale};
+                const float up = dropout.keep_scale;
+                const Mixture mixture{dropout, dense, places, token, {share(0) * up, share(1) * up}, open * up};
                 weigh(content, scores, v, tokens, mixture);
                 sync_warp();
                 store_line<E, channels>(content, row, row_count, [&](int i, int chunk) { return q.chunk(i, chunk); });
@@ -124,13 +123,13 @@ private:
         return has_dropout ? 0 : GridRows<E, channels>::elements(problem.rows, problem.columns);
     }
 
-    /// Of 4 warps with 13 tiles of rows, one has a tile more: by a hash, in every block another one, as each scheduler of
-    /// a multiprocessor has the same warp of all its blocks.
+    /// Of 4 warps with 13 tiles of rows, one has a tile more: by a hash, in every block another one, as each scheduler
+    /// of a multiprocessor has the same warp of all its blocks.
     GPSA_DEVICE static int rotated_warp() {
         return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) % (whole_image_threads / 32);
     }
 
-    /// Of rows g and g + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
+    /// Of rows r and r + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
     struct Softmax {
         float shift[2], sum[2];
     };
@@ -141,8 +140,7 @@ private:
         Left a[channels / 16];
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
-            a[s] = load_left<E>(
-                s, [&](int i, int chunk) { return q.chunk(smaller(row + i, row_count - 1), chunk); });
+            a[s] = load_left<E>(s, [&](int i, int chunk) { return q.chunk(smaller(row + i, row_count - 1), chunk); });
         }
 #pragma unroll
         for (int tile = 0; tile < key_tiles; ++tile) {
@@ -172,24 +170,24 @@ private:
 #pragma unroll
         for (int n = 0; n < 2 * key_tiles; ++n) {
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {  // in pairs: half as long a chain of dependent instructions
-                const float* pair = &scores[n].values[2 * part];
-                largest[part] = maximum(largest[part], maximum(pair[0], pair[1]));
+            for (int half = 0; half < 2; ++half) {  // in pairs: half as long a chain of dependent instructions
+                const float* pair = &scores[n].values[2 * half];
+                largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
             }
         }
         Softmax result;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            result.shift[part] = row_maximum(largest[part]) * log2_scale;
-            result.sum[part] = 0;
+        for (int half = 0; half < 2; ++half) {
+            result.shift[half] = row_maximum(largest[half]) * log2_scale;
+            result.sum[half] = 0;
         }
 #pragma unroll
         for (int n = 0; n < 2 * key_tiles; ++n) {
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                float* pair = &scores[n].values[2 * part];
-                for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - result.shift[part]);
-                result.sum[part] += pair[0] + pair[1];
+            for (int half = 0; half < 2; ++half) {
+                float* pair = &scores[n].values[2 * half];
+                for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - result.shift[half]);
+                result.sum[half] += pair[0] + pair[1];
             }
         }
         for (float& sum : result.sum) sum = row_sum(sum);
@@ -231,17 +229,16 @@ private:
                 const Shared<float> at = places + (16 * tile + i);
                 return typename DenseRows<Axis>::Coordinates{load(at), load(at + keys)};
             };
-            dense.entries_at(place, [&](int n, int i, float entry, int part, float, float) {
+            dense.entries_at(place, [&](int n, int i, float entry, int half, float, float) {
                 float& weight = scores[n].values[i];
-                weight = keep >> (4 * n + i) & 1 ? share[part] * weight + open * entry : 0.0f;
+                weight = keep >> (4 * n + i) & 1 ? share[half] * weight + open * entry : 0.0f;
             });
         }
     };
 
     /// content = P V, P rounded to 16 bits, after `change(weights of 16 keys, tile)`.
     template <typename Change>
-    GPSA_DEVICE static void weigh(
-        Sum* content, Sum* weights, const Rows<E, channels>& v, int tokens, Change change) {
+    GPSA_DEVICE static void weigh(Sum* content, Sum* weights, const Rows<E, channels>& v, int tokens, Change change) {
 #pragma unroll
         for (int tile = 0; tile < key_tiles; ++tile) {
             // a branch that keeps the masks of later tiles, and their registers, from being drawn ahead
@@ -250,8 +247,7 @@ private:
             const Left a = as_left<E>(&weights[2 * tile]);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b =
-                    load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, tile); });
+                const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return v.chunk(j, chunk, tile); });
                 multiply<E>(&content[2 * s], a, b);
             }
         }

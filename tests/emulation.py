@@ -193,7 +193,7 @@ def forward(
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
     save: bool = False,
-    parts: int | None = 1,
+    row_blocks: int | None = 1,
     device: Device = H100,
     seed: int = 0,
     deferred_copies: bool = False,
@@ -204,7 +204,7 @@ def forward(
 
     Args:
         save: whether the logsumexp is wanted, and the content branch's own output from kernels that write it.
-        parts: blocks of the whole-image kernel that share the query rows of a (batch, head); 0: the tiled kernels;
+        row_blocks: blocks of the whole-image kernel that share the query rows of a (batch, head); 0: the tiled kernels;
             None: as launch_forward chooses for the device.
         seed: of the thread schedule; 0: threads in turn.
         deferred_copies: whether cp.async moves its bytes when they are waited for, or at once.
@@ -220,14 +220,14 @@ def forward(
     outputs = {"out": empty_like_output(q) if out is None else out}
     if save:
         outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
-    if save and (parts == 0 or (parts is None and sizes(q, grid_size, dropout_p, device).content)):
+    if save and (row_blocks == 0 or (row_blocks is None and sizes(q, grid_size, dropout_p, device).content)):
         outputs["content"] = empty_like_output(q)
     problem = _problem(q, grid_size, scale, dropout_p)
-    counts = module.forward(problem, _arguments(inputs, outputs), parts, device, seed, deferred_copies)
+    counts = module.forward(problem, _arguments(inputs, outputs), row_blocks, device, seed, deferred_copies)
     return Result(outputs["out"], outputs.get("content"), outputs.get("logsumexp"), counts)
 
 
-tiled_forward = partial(forward, parts=0)
+tiled_forward = partial(forward, row_blocks=0)
 
 
 @dataclass(frozen=True)
@@ -308,12 +308,12 @@ class Library:
     on an H100, or the tiled kernels whatever it would choose. They run in a workspace of the emulator's own."""
 
     def __init__(self, tiled: bool) -> None:
-        self.parts = 0 if tiled else None
+        self.row_blocks = 0 if tiled else None
 
     def sizes(self, *problem: int | float) -> Sizes:
         *shape, dropout_p, _ = problem
         settings = (*shape, 1.0, dropout_p)
-        if self.parts is None:
+        if self.row_blocks is None:
             return Sizes(*kernels().sizes(settings, H100))
         return Sizes(kernels().tiled_slots(settings), 0, 0, 0, True)
 
@@ -322,7 +322,7 @@ class Library:
         named = dict(zip(("q", "k", "v", "pos_weight", "gate", "seed"), inputs, strict=True))
         outputs = {"out": out, "content": content, "logsumexp": logsumexp}
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
-        kernels().forward(problem, _arguments(named, outputs), self.parts if out.numel() else None, H100, 0, False)
+        kernels().forward(problem, _arguments(named, outputs), self.row_blocks if out.numel() else None, H100, 0, False)
 
     def backward(self, *arguments: Tensor | float | None) -> None:
         *tensors, _, rows, columns, scale, dropout_p = arguments
@@ -333,10 +333,10 @@ class Library:
         kernels().backward(problem, _arguments(named, outputs), H100, 0, False)
 
 
-def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, image: int, transposed: bool) -> Tensor:
+def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_head: int, transposed: bool) -> Tensor:
     """(N, N), 1 where an entry of the attention map is kept."""
     tokens = grid_size[0] * grid_size[1]
     mask, device_seed = torch.full((1, 1, tokens, tokens), -1, dtype=torch.int16), torch.tensor([seed])
     tensors = {"seed": _argument(device_seed), "mask": _argument(mask, output=True)}
-    kernels().dropout_mask(*grid_size, dropout_p, tensors, image, transposed)
+    kernels().dropout_mask(*grid_size, dropout_p, tensors, batch_head, transposed)
     return mask[0, 0]

@@ -1,5 +1,6 @@
 // What every primitive does, lane by lane, as words on stdout, by every warp of several blocks. One program for both
-// sides of csrc/primitives.h: compiled by nvcc it runs on a GPU, by g++ on the emulator; test_primitives.py checks both.
+// sides of csrc/primitives.h: compiled by nvcc it runs on a GPU, by g++ on the emulator; test_primitives.py checks
+// both.
 //
 // Reads 256 elements of 16 bits from stdin: four 8x8 matrices. `conformance float16` or `conformance bfloat16`.
 #include <cstdio>
@@ -56,15 +57,18 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     record(out, 3, bits(c[0]), bits(c[1]), bits(c[2]), bits(c[3]));
 
     const float own = static_cast<float>(lane());
-    record(out, 4, bits(shuffle_xor(own, 1)), bits(shuffle_xor(own, 2)), bits(shuffle_xor(own, 8)),
-           bits(shuffle_xor(own, 16)));
+    record(
+        out, 4, bits(shuffle_xor(own, 1)), bits(shuffle_xor(own, 2)), bits(shuffle_xor(own, 8)),
+        bits(shuffle_xor(own, 16)));
 
     const Pair x = unpack<E>(load_pair<E>(tile + 2 * lane()));
     record(out, 5, load_pair<E>(tile + 2 * lane()), bits(x.low), bits(x.high), pack<E>(x.low, x.high));
-    record(out, 6, pack<E>(x.low / 3, x.high / 3), pack<E>(x.high * 1e30f, 1e-30f * x.low),
-           bits(maximum(x.low, x.high)), bits(maximum(x.low, __builtin_nanf(""))));
-    record(out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
-           bits(exp2_approx(-140.0f)));
+    record(
+        out, 6, pack<E>(x.low / 3, x.high / 3), pack<E>(x.high * 1e30f, 1e-30f * x.low), bits(maximum(x.low, x.high)),
+        bits(maximum(x.low, __builtin_nanf(""))));
+    record(
+        out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
+        bits(exp2_approx(-140.0f)));
     record(out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)), 0);
 
     store(numbers + thread(), static_cast<float>(thread()));
@@ -75,8 +79,9 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     } else {
         sync_named(2, lanes);
     }
-    record(out, 9, bits(load(numbers + (threads() - 1 - thread()))),
-           bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))), 0, 0);
+    record(
+        out, 9, bits(load(numbers + (threads() - 1 - thread()))),
+        bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))), 0, 0);
     copy_wait<0>();
     sync_warp();
     const Chunk half_copied = load_chunk<E>(copied + 8 * lane());
@@ -95,8 +100,9 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     store(to, load(Global<const float>(reinterpret_cast<const float*>(in)) + lane()));
     for (int n = 1; n < 4; ++n) store(to + n, own + n);
 
-    record(out, 15, bits(reciprocal_approx(x.low)), bits(reciprocal_approx(INFINITY)), bits(reciprocal_approx(3e38f)),
-           bits(reciprocal_approx(0.0f)));
+    record(
+        out, 15, bits(reciprocal_approx(x.low)), bits(reciprocal_approx(INFINITY)), bits(reciprocal_approx(3e38f)),
+        bits(reciprocal_approx(0.0f)));
 }
 
 constexpr int shared_bytes = warps * (2 * elements * 2 + 2 * lanes * 4);

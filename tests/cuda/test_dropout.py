@@ -66,11 +66,11 @@ def test_seed_and_image_change_the_mask():
         assert not any(torch.equal(mask, other) for other in masks[:i])
 
 
-@pytest.mark.parametrize("parts", [0, 1], ids=["tiled", "whole image"])
-def test_the_kernels_draw_this_mask(parts):
+@pytest.mark.parametrize("row_blocks", [0, 1], ids=["tiled", "whole image"])
+def test_the_kernels_draw_this_mask(row_blocks):
     """Read off maps whose entries are all 1 / N, with the last 64 columns of the identity for V."""
     grid_size, flat = (5, 14), torch.zeros(2, 2, 70, 64, dtype=torch.float16)
     columns = torch.eye(70, dtype=torch.float16)[:, 6:].contiguous().expand_as(flat)
     parameters, dropout = (torch.zeros(2, 3), torch.zeros(2)), {"dropout_p": 0.3, "dropout_seed": -7}
-    out = emulation.forward(flat, flat, columns, *parameters, grid_size, 1.0, parts=parts, **dropout).out
+    out = emulation.forward(flat, flat, columns, *parameters, grid_size, 1.0, row_blocks=row_blocks, **dropout).out
     assert torch.equal(out != 0, masks(flat, grid_size, 0.3, -7)[..., 6:] != 0)

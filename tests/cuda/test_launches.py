@@ -82,11 +82,11 @@ def test_which_family_serves_a_large_batch(shape):
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "side", "parts"), [(128, 9, 14, 1), (1, 9, 14, 4), (10, 9, 14, 2), (1, 1, 8, 1)]
+    ("batch", "heads", "side", "row_blocks"), [(128, 9, 14, 1), (1, 9, 14, 4), (10, 9, 14, 2), (1, 1, 8, 1)]
 )
-def test_query_rows_are_split_when_there_are_fewer_images_than_multiprocessors(batch, heads, side, parts):
+def test_query_rows_are_split_when_there_are_fewer_images_than_multiprocessors(batch, heads, side, row_blocks):
     ((launch,), *_) = emulation.launches(empty(batch, heads, 48), (side, side))
-    assert (launch.grid_x, launch.grid_y) == (batch * heads, parts)
+    assert (launch.grid_x, launch.grid_y) == (batch * heads, row_blocks)
 
 
 def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
@@ -97,8 +97,8 @@ def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
 @pytest.mark.parametrize("device", [H100, RTX_4090], ids=["whole image", "tiled"])
 def test_what_is_chosen_runs_in_the_workspace_that_was_asked_for(device):
     tensors = [t.detach() for t in inputs(1, 2, (9, 9), 128, torch.float16)]
-    got = emulation.forward(*tensors, (9, 9), 0.1, parts=None, device=device)
-    expected = emulation.forward(*tensors, (9, 9), 0.1, parts=2 if device is H100 else 0)
+    got = emulation.forward(*tensors, (9, 9), 0.1, row_blocks=None, device=device)
+    expected = emulation.forward(*tensors, (9, 9), 0.1, row_blocks=2 if device is H100 else 0)
     assert torch.equal(got.out, expected.out)
     assert got.counts == expected.counts
 

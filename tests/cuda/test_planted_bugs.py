@@ -14,7 +14,7 @@ from reference import inputs, literal, with_gradients
 from gpsa_kernels.tensors import parameter_gradients
 
 GRID_SIZE, HEAD_DIM, DROPOUT_P = (5, 9), 48, 0.3
-SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1, 2) for deferred in (False, True)]
+SETTINGS = [{"schedule": schedule, "deferred_copies": deferred} for schedule in (0, 1, 2) for deferred in (False, True)]
 
 # name: (file, text, what replaces it, what the message must match; None: nothing but a wrong result)
 FORWARD_BUGS = {
@@ -98,8 +98,8 @@ FORWARD_BUGS = {
     ),
     "two blocks write a row": (
         "whole_image_forward.cuh",
-        "const int first_row = block_y() * part_rows;",
-        "const int first_row = 0 * part_rows;",
+        "const int first_row = block_y() * rows_per_block;",
+        "const int first_row = 0 * rows_per_block;",
         r"out is written twice",
     ),
     "a shuffle that half a warp skips": (
@@ -209,9 +209,9 @@ BACKWARD_BUGS = {
     ),
     "parts of delta in one place for all steps": (
         "whole_image_backward.cuh",
-        "delta_parts + step % 2 * (threads() / 32) * 16",
-        "delta_parts",
-        r"race: .* shared array parts of delta",
+        "delta_partials + step % 2 * (threads() / 32) * 16",
+        "delta_partials",
+        r"race: .* shared array partial sums of delta",
     ),
     "wrong fragment index": (
         "tiles.cuh",
@@ -356,8 +356,8 @@ FORWARD_DROPOUT_BUGS = {
     ),
     "what is kept not scaled up": (
         "whole_image_forward.cuh",
-        "open * dropout.keep_scale",
-        "open",
+        "open * up};",
+        "open};",
         None,
     ),
     "the last keys left out": (
@@ -389,7 +389,7 @@ BACKWARD_DROPOUT_BUGS = {
     ),
     "dP without the mask": (
         "whole_image_backward.cuh",
-        "                g = factor * g;\n",
+        "                grad = factor * grad;\n",
         "",
         None,
     ),
@@ -422,7 +422,7 @@ def problem():
 
 def forward(module, **settings):
     tensors, _ = problem()
-    return [emulation.forward(*tensors, GRID_SIZE, SCALE, parts=2, module=module, **settings).out]
+    return [emulation.forward(*tensors, GRID_SIZE, SCALE, row_blocks=2, module=module, **settings).out]
 
 
 def backward(module, **settings):

@@ -29,7 +29,7 @@ def test_schedules_and_copies_change_no_bit(seed, deferred_copies, dropout_p):
     tensors = inputs(1, 1, (9, 21), 48, torch.float16)
     dropout = {"dropout_p": dropout_p}
     expected = gradients(tensors, (9, 21), forward=dropout, **dropout)
-    got = gradients(tensors, (9, 21), forward=dropout, **dropout, seed=seed, deferred_copies=deferred_copies)
+    got = gradients(tensors, (9, 21), forward=dropout, **dropout, schedule=schedule, deferred_copies=deferred_copies)
     assert_equal(got, expected)
 
 

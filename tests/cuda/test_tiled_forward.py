@@ -20,7 +20,7 @@ def run(tensors, grid_size, **kwargs):
 def test_schedules_and_copies_change_no_bit(seed, deferred_copies, dropout_p):
     tensors = inputs(1, 1, (9, 21), 48, torch.float16)
     expected = run(tensors, (9, 21), dropout_p=dropout_p).out
-    got = run(tensors, (9, 21), dropout_p=dropout_p, seed=seed, deferred_copies=deferred_copies)
+    got = run(tensors, (9, 21), dropout_p=dropout_p, schedule=schedule, deferred_copies=deferred_copies)
     assert torch.equal(got.out, expected)
 
 

@@ -11,22 +11,22 @@ from dropped import dropped_out, masks
 from reference import inputs, with_gradients
 
 GRID_SIZE, HEAD_DIM = (3, 23), 48  # two tiles of tokens, the last of them partial; two of coordinates along x
-SETTINGS = [{"seed": seed, "deferred_copies": deferred} for seed in (0, 1) for deferred in (False, True)]
+SETTINGS = [{"schedule": schedule, "deferred_copies": deferred} for schedule in (0, 1) for deferred in (False, True)]
 NO_DROPOUT, DROPOUT = 0.0, 0.25
 
 # name: (file, text, what replaces it, what the message must match; None: nothing but a wrong result, dropout_p)
 BUGS = {
     "missing barrier after a tile of keys": (
         "tiled_forward.cuh",
-        "mask, at.row, start);\n            copy_wait<0>();\n            sync_block();",
-        "mask, at.row, start);\n            copy_wait<0>();",
+        "mask, block.row, start);\n            copy_wait<0>();\n            sync_block();",
+        "mask, block.row, start);\n            copy_wait<0>();",
         r"race|cp\.async into it is not waited for",
         NO_DROPOUT,
     ),
     "missing wait for a tile of keys": (
         "tiled_forward.cuh",
-        "mask, at.row, start);\n            copy_wait<0>();",
-        "mask, at.row, start);",
+        "mask, block.row, start);\n            copy_wait<0>();",
+        "mask, block.row, start);",
         r"cp\.async into it is not waited for",
         NO_DROPOUT,
     ),
@@ -158,8 +158,8 @@ BUGS = {
     ),
     "g taken twice in dV": (
         "tiled_backward.cuh",
-        "+ late * place[n].values[i];",
-        "+ open * place[n].values[i];",
+        "+ late * positional[n].values[i];",
+        "+ open * positional[n].values[i];",
         None,
         NO_DROPOUT,
     ),

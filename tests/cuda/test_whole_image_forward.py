@@ -19,14 +19,14 @@ def run(tensors, grid_size, **kwargs):
 def test_schedules_and_copies_change_no_bit(seed, deferred_copies):
     tensors = inputs(1, 1, (9, 13), 48, torch.float16)
     expected = run(tensors, (9, 13)).out
-    assert torch.equal(run(tensors, (9, 13), seed=seed, deferred_copies=deferred_copies).out, expected)
+    assert torch.equal(run(tensors, (9, 13), schedule=schedule, deferred_copies=deferred_copies).out, expected)
 
 
 @pytest.mark.parametrize("grid_size", [(14, 14), (3, 5), (2, 33)], ids=str)
-@pytest.mark.parametrize("parts", [2, 3, 4])
-def test_parts_of_the_query_rows_change_no_bit(grid_size, parts):
+@pytest.mark.parametrize("row_blocks", [2, 3, 4])
+def test_parts_of_the_query_rows_change_no_bit(grid_size, row_blocks):
     tensors = inputs(2, 1, grid_size, 48, torch.bfloat16)
-    one, many = run(tensors, grid_size, save=True), run(tensors, grid_size, save=True, parts=parts)
+    one, many = run(tensors, grid_size, save=True), run(tensors, grid_size, save=True, row_blocks=row_blocks)
     assert torch.equal(one.out, many.out)
     assert torch.equal(one.logsumexp, many.logsumexp)
 

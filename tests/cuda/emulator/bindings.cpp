@@ -38,7 +38,10 @@ static void use(const PyDevice& device) { emulator::device = {std::get<0>(device
 
 static std::map<std::string, int64_t> counts_of(const emulator::Counters& c) {
     std::map<std::string, int64_t> counts = {
-        {"global_read", c.global_read}, {"global_written", c.global_written}, {"mma", c.mma}, {"exp2", c.exp2},
+        {"global_read", c.global_read},
+        {"global_written", c.global_written},
+        {"mma", c.mma},
+        {"exp2", c.exp2},
         {"barriers", c.barriers}};
     const std::pair<const char*, const emulator::Wavefronts&> kinds[] = {
         {"ldmatrix", c.ldmatrix}, {"copy", c.copy}, {"load", c.load}, {"store", c.store}};
@@ -65,19 +68,17 @@ static std::string name_of(const emulator::Launch& launch) {
 
 PYBIND11_MODULE(gpsa_emulated, m) {
     m.def(
-        "forward",
-        [](const PyProblem& problem, const PyTensors& tensors, std::optional<int> parts, const PyDevice& device,
-           uint64_t seed, bool deferred_copies) {
+        "forward", [](const PyProblem& problem, const PyTensors& tensors, std::optional<int> row_blocks,
+                      const PyDevice& device, uint64_t schedule, bool deferred_copies) {
             use(device);
-            const emulator::Options options{seed, deferred_copies, false};
-            return counts_of(emulator::forward(problem_of(problem), arguments_of(tensors), parts, options));
+            const emulator::Options options{schedule, deferred_copies, false};
+            return counts_of(emulator::forward(problem_of(problem), arguments_of(tensors), row_blocks, options));
         });
     m.def(
-        "backward",
-        [](const PyProblem& problem, const PyTensors& tensors, const PyDevice& device, uint64_t seed,
-           bool deferred_copies) {
+        "backward", [](const PyProblem& problem, const PyTensors& tensors, const PyDevice& device, uint64_t schedule,
+                       bool deferred_copies) {
             use(device);
-            const emulator::Options options{seed, deferred_copies, false};
+            const emulator::Options options{schedule, deferred_copies, false};
             return counts_of(emulator::backward(problem_of(problem), arguments_of(tensors), options));
         });
     m.def("launches", [](const PyProblem& problem, const PyDevice& device) {
@@ -98,12 +99,12 @@ PYBIND11_MODULE(gpsa_emulated, m) {
     m.def("tiled_slots", [](const PyProblem& problem) { return gpsa::tiled::slots(problem_of(problem)); });
     m.def(
         "dropout_mask",
-        [](int rows, int columns, float dropout_p, const PyTensors& tensors, int64_t image, bool transposed) {
+        [](int rows, int columns, float dropout_p, const PyTensors& tensors, int64_t batch_head, bool transposed) {
             gpsa::Problem problem{};
             problem.rows = rows;
             problem.columns = columns;
             problem.dropout_p = dropout_p;
-            emulator::dropout_mask(problem, arguments_of(tensors), image, transposed);
+            emulator::dropout_mask(problem, arguments_of(tensors), batch_head, transposed);
         });
     m.def("philox", &emulator::philox_words);
 }

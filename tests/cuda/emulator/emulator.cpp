@@ -36,8 +36,7 @@ Machine* machine = nullptr;
 
 // Global memory.
 
-void Region::add(
-    uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+void Region::add(uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
     int64_t last = 0, count = 1;
     for (size_t axis = 0; axis < sizes.size(); ++axis) {
         last += (sizes[axis] - 1) * strides[axis];
@@ -169,8 +168,9 @@ std::string Machine::where(int thread) const {
 }
 
 void Machine::fail(const std::string& what) const {
-    throw Error(what + ", by " + where(current) + " of block (" + std::to_string(block[0]) + ", " +
-                std::to_string(block[1]) + ")");
+    throw Error(
+        what + ", by " + where(current) + " of block (" + std::to_string(block[0]) + ", " + std::to_string(block[1]) +
+        ")");
 }
 
 std::string Machine::array_at(int64_t offset) const {
@@ -208,8 +208,9 @@ std::string Machine::stuck() const {
 int Machine::allocate_shared(int begin, int bytes, const char* name) {
     const int end = begin + bytes;
     if (end > static_cast<int>(cells.size()) * 2) {
-        fail("shared array " + std::string(name) + " ends at byte " + std::to_string(end) + " of " +
-             std::to_string(cells.size() * 2));
+        fail(
+            "shared array " + std::string(name) + " ends at byte " + std::to_string(end) + " of " +
+            std::to_string(cells.size() * 2));
     }
     for (const Array& array : arrays) {
         if (array.begin == begin) {
@@ -224,9 +225,10 @@ int Machine::allocate_shared(int begin, int bytes, const char* name) {
 void Machine::check_bounds(const char* verb, int64_t offset, int begin, int end, int bytes) const {
     if (offset < begin || offset + bytes > end || offset % bytes != 0) {
         std::string name = array_at(begin);
-        fail(std::string(verb) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset - begin) +
-             " is outside of (or not aligned in) the " + std::to_string(end - begin) + " bytes of " +
-             name.substr(0, name.rfind(" at byte")));
+        fail(
+            std::string(verb) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset - begin) +
+            " is outside of (or not aligned in) the " + std::to_string(end - begin) + " bytes of " +
+            name.substr(0, name.rfind(" at byte")));
     }
 }
 
@@ -243,8 +245,9 @@ char* Machine::shared_read(int64_t offset, int begin, int end, int bytes) {
         if (cell.copying >= 0) fail("read of " + array_at(2 * i) + " while a cp.async into it is not waited for");
         if (!cell.initialised) fail("read of uninitialised " + array_at(2 * i));
         if (cell.write.thread >= 0 && !ordered(cell.write)) {
-            fail("race: read of " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
-                 " with no barrier between");
+            fail(
+                "race: read of " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                " with no barrier between");
         }
         Access& seen = reads[i * warps.size() + warp];
         const bool same = seen.thread == current || seen.thread == -1 || seen.clock != now;
@@ -259,14 +262,16 @@ void Machine::mark_write(int64_t offset, int bytes) {
         Cell& cell = cells[i];
         if (cell.copying >= 0) fail("write to " + array_at(2 * i) + " while a cp.async into it is not waited for");
         if (cell.write.thread >= 0 && !ordered(cell.write)) {
-            fail("race: write to " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
-                 " with no barrier between");
+            fail(
+                "race: write to " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                " with no barrier between");
         }
         for (size_t w = 0; w < warps.size(); ++w) {
             Access& seen = reads[i * warps.size() + w];
             if (seen.thread != -1 && seen.thread != current && warps[warp].clock[w] <= seen.clock) {
-                fail("race: write to " + array_at(2 * i) + ", read by " +
-                     (seen.thread < 0 ? "warp " + std::to_string(w) : where(seen.thread)) + " with no barrier between");
+                fail(
+                    "race: write to " + array_at(2 * i) + ", read by " +
+                    (seen.thread < 0 ? "warp " + std::to_string(w) : where(seen.thread)) + " with no barrier between");
             }
             seen.thread = -1;
         }
@@ -449,7 +454,7 @@ void Machine::fiber_main() {
 int Machine::pick() {
     const auto runnable = [&](int t) { return !threads[t]->done && !threads[t]->waiting; };
     const int count = thread_count();
-    if (options.seed == 0) {
+    if (options.schedule == 0) {
         for (int step = 1; step <= count; ++step) {
             const int t = (current + step) % count;
             if (runnable(t)) return t;
@@ -502,8 +507,7 @@ void Machine::run_block(int x, int y) {
     for (Warp& warp : warps) met(warp);
 }
 
-void Machine::launch(
-    int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
+void Machine::launch(int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
     body = &kernel;
     threads.clear();
     for (int t = 0; t < thread_count; ++t) threads.push_back(std::make_unique<Thread>());
@@ -511,7 +515,7 @@ void Machine::launch(
     shared.assign(shared_bytes / sizeof(std::max_align_t) + 1, {});
     cells.assign(shared_bytes / 2, Cell{});
     reads.assign(cells.size() * warps.size(), Access{});
-    random.seed(options.seed);
+    random.seed(options.schedule);
     error.clear();
     blocks_x = grid_x;
     for (const auto& [address, region] : regions) region->next_launch();

@@ -28,7 +28,7 @@ struct Error : std::runtime_error {
 
 /// How one launch is run.
 struct Options {
-    uint64_t seed = 0;             // 0: warps and lanes in turn; else random priorities drawn from it
+    uint64_t schedule = 0;         // 0: warps and lanes in turn; else random priorities drawn from it
     bool deferred_copies = false;  // cp.async moves its bytes when they are waited for, else at once
     bool only_recorded = false;    // launches are written down and not carried out
 };

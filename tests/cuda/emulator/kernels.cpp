@@ -66,7 +66,7 @@ private:
 }  // namespace
 
 Counters forward(
-    const Problem& problem, const Arguments& arguments, std::optional<int> parts, const Options& options) {
+    const Problem& problem, const Arguments& arguments, std::optional<int> row_blocks, const Options& options) {
     Memory memory(arguments, options);
     Forward call{};
     call.problem = problem;
@@ -82,12 +82,12 @@ Counters forward(
     const tiled::ForwardWorkspace layout(problem);
     const Sizes asked = sizes(problem, 0);
     const int64_t bytes = call.content.data ? asked.forward_workspace : asked.inference_workspace;
-    call.workspace = memory.workspace(parts ? layout.bytes : bytes, layout);
+    call.workspace = memory.workspace(row_blocks ? layout.bytes : bytes, layout);
     const Launcher launch(memory.stream());
     return memory.finish(
-        !parts ? launch_forward(call, memory.stream())
-        : *parts > 0 ? launch_whole_image_forward(call, *parts, launch)
-                     : launch_tiled_forward(call, launch));
+        !row_blocks       ? launch_forward(call, memory.stream())
+        : *row_blocks > 0 ? launch_whole_image_forward(call, *row_blocks, launch)
+                          : launch_tiled_forward(call, launch));
 }
 
 Counters backward(const Problem& problem, const Arguments& arguments, const Options& options) {
@@ -134,14 +134,14 @@ std::vector<std::vector<Launch>> launches(const Problem& problem) {
     return recorded;
 }
 
-void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t image, bool transposed) {
+void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t batch_head, bool transposed) {
     Memory memory(arguments, {});
     Problem seeded = problem;
     seeded.seed = memory.find<int64_t>("seed");
     const Tensor mask = memory.tensor("mask");
     const int tokens = problem.rows * problem.columns;
     memory.machine.launch((tokens + 15) / 16, (tokens + 15) / 16, 32, 0, [&] {
-        const Dropout dropout(seeded, image);
+        const Dropout dropout(seeded, batch_head);
         const int query = 16 * block_y(), key = 16 * block_x();
         const uint32_t bits = transposed ? dropout.keep_transposed(query, key) : dropout.keep(query, key);
         for (int i = 0; i < 8; ++i) {

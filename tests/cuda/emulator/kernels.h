@@ -24,7 +24,7 @@ using Arguments = std::map<std::string, Argument>;
 /// kernel, 0 for the tiled kernels; none: launch_forward chooses. `content` and `logsumexp` may be missing from the
 /// arguments.
 Counters forward(
-    const Problem& problem, const Arguments& arguments, std::optional<int> parts, const Options& options);
+    const Problem& problem, const Arguments& arguments, std::optional<int> row_blocks, const Options& options);
 
 /// The same for a backward call: of the tiled kernels where there is `content`, else launch_backward chooses.
 Counters backward(const Problem& problem, const Arguments& arguments, const Options& options);
@@ -33,9 +33,9 @@ Counters backward(const Problem& problem, const Arguments& arguments, const Opti
 /// reads, and of a backward call.
 std::vector<std::vector<Launch>> launches(const Problem& problem);
 
-/// Writes the dropout mask of an image, `mask` (1, 1, N, N) of 16-bit 0 and 1, drawn by `seed`: a warp per (16, 16) tile
-/// of scores or of transposed scores.
-void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t image, bool transposed);
+/// Writes the dropout mask of an image, `mask` (1, 1, N, N) of 16-bit 0 and 1, drawn by `seed`: a warp per (16, 16)
+/// tile of scores or of transposed scores.
+void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t batch_head, bool transposed);
 
 /// Philox4x32-10 of a counter and a key.
 std::vector<uint32_t> philox_words(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key);

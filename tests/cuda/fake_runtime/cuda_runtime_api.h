@@ -1,4 +1,5 @@
-// As much of the CUDA runtime as csrc/launch.h calls, for two devices that are not there: every call is a line on stdout.
+// As much of the CUDA runtime as csrc/launch.h calls, for two devices that are not there: every call is a line on
+// stdout.
 #pragma once
 
 #include <cstddef>
