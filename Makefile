@@ -24,10 +24,12 @@ test-triton proof-triton:
 test-rest proof-rest:
 	$(PYTEST) $(TIER) --ignore tests/cuda --ignore tests/kernels
 
+CXX_SOURCES := $(wildcard $(addprefix csrc/*.,h cpp cu cuh) $(addprefix tests/cuda/*.,cpp cu) $(addprefix tests/cuda/*/*.,cpp h))
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 # the CUDA library, built in place: needs nvcc and a CUDA build of torch, and no GPU
 extension: $(VENV)/test-installed

@@ -197,9 +197,9 @@ GPSA_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<T> row) {
                  : "memory");
 }
 
-/// c += a b, (16, 16) times (16, 8), accumulated in fp32. With g = lane / 4 and t = lane % 4, a lane holds
-/// a: rows g, g+8 of columns 2t, 2t+1, then of columns 2t+8, 2t+9;  b: rows 2t, 2t+1, then 2t+8, 2t+9 of column g;
-/// c: columns 2t, 2t+1 of row g, then of row g+8.
+/// c += a b, (16, 16) times (16, 8), accumulated in fp32. With r = lane / 4 and t = lane % 4 * 2, a lane holds
+/// a: rows r, r+8 of columns t, t+1, then of columns t+8, t+9;  b: rows t, t+1, then t+8, t+9 of column r;
+/// c: columns t, t+1 of row r, then of row r+8.
 template <typename T>
 GPSA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 

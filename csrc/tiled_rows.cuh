@@ -7,7 +7,7 @@
 
 namespace gpsa {
 
-/// The place of a block of an attention kernel: which 64 tokens of which (batch, head).
+/// A block of an attention kernel: which 64 tokens of which (batch, head).
 struct Block {
     int tokens, head, first, row;  // row: the first of this warp's 16
     int64_t batch_head, batch;

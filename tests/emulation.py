@@ -195,7 +195,7 @@ def forward(
     save: bool = False,
     row_blocks: int | None = 1,
     device: Device = H100,
-    seed: int = 0,
+    schedule: int = 0,
     deferred_copies: bool = False,
     out: Tensor | None = None,
     module: ModuleType | None = None,
@@ -204,9 +204,9 @@ def forward(
 
     Args:
         save: whether the logsumexp is wanted, and the content branch's own output from kernels that write it.
-        row_blocks: blocks of the whole-image kernel that share the query rows of a (batch, head); 0: the tiled kernels;
+        row_blocks: of the whole-image kernel, which share the query rows of a (batch, head); 0: the tiled kernels;
             None: as launch_forward chooses for the device.
-        seed: of the thread schedule; 0: threads in turn.
+        schedule: its number, from which it is drawn; 0: threads in turn.
         deferred_copies: whether cp.async moves its bytes when they are waited for, or at once.
         out: where to write, if not into new memory.
         module: other kernels than this checkout's.
@@ -223,7 +223,7 @@ def forward(
     if save and (row_blocks == 0 or (row_blocks is None and sizes(q, grid_size, dropout_p, device).content)):
         outputs["content"] = empty_like_output(q)
     problem = _problem(q, grid_size, scale, dropout_p)
-    counts = module.forward(problem, _arguments(inputs, outputs), row_blocks, device, seed, deferred_copies)
+    counts = module.forward(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
     return Result(outputs["out"], outputs.get("content"), outputs.get("logsumexp"), counts)
 
 
@@ -253,7 +253,7 @@ def backward(
     content: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
-    seed: int = 0,
+    schedule: int = 0,
     deferred_copies: bool = False,
     outputs: Sequence[Tensor] | None = None,
     module: ModuleType | None = None,
@@ -269,7 +269,7 @@ def backward(
     inputs |= {"grad_out": grad_out, "logsumexp": logsumexp, "seed": torch.tensor([dropout_seed])}
     inputs["content"] = content
     results = dict(zip(("grad_q", "grad_k", "grad_v", "sums"), (*outputs, sums), strict=True))
-    counts = module.backward(problem, _arguments(inputs, results), H100, seed, deferred_copies)
+    counts = module.backward(problem, _arguments(inputs, results), H100, schedule, deferred_copies)
     return Gradients(*outputs, sums, counts)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 def masks(q: Tensor, grid_size: tuple[int, int], dropout_p: float, seed: int) -> Tensor:
     """(B, H, N, N), 1 where the kernels keep an entry: drawn by csrc/dropout.cuh, which test_dropout.py checks."""
     batch, heads = q.shape[:2]
-    drawn = [emulation.dropout_mask(grid_size, dropout_p, seed, image, False) for image in range(batch * heads)]
+    drawn = [emulation.dropout_mask(grid_size, dropout_p, seed, i, False) for i in range(batch * heads)]
     return torch.stack(drawn).view(batch, heads, *drawn[0].shape)
 
 

@@ -26,22 +26,22 @@ def test_known_answers(counter, key, words):
     assert emulation.kernels().philox(counter, key) == words
 
 
-def expected_mask(tokens, dropout_p, seed, image):
+def expected_mask(tokens, dropout_p, seed, batch_head):
     """One draw for (i, j), (i, j + 8), (i + 8, j), (i + 8, j + 8), by the definition."""
     mask = torch.zeros(tokens, tokens, dtype=torch.int16)
     for i in range(tokens):
         for j in range(tokens):
-            counter = [i - i % 16 + i % 8, j - j % 16 + j % 8, image & 0xFFFFFFFF, image >> 32]
+            counter = [i - i % 16 + i % 8, j - j % 16 + j % 8, batch_head & 0xFFFFFFFF, batch_head >> 32]
             words = emulation.kernels().philox(counter, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
             mask[i, j] = words[i // 8 % 2 * 2 + j // 8 % 2] >= dropout_p * 2**32
     return mask
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("seed", "image"), [(0, 0), (-5, 3), (2**40 + 1, 2**33 + 2)])
-def test_both_orientations_draw_the_same_mask(transposed, seed, image):
-    mask = emulation.dropout_mask((3, 7), 0.25, seed, image, transposed)
-    assert torch.equal(mask, expected_mask(21, 0.25, seed, image))
+@pytest.mark.parametrize(("seed", "batch_head"), [(0, 0), (-5, 3), (2**40 + 1, 2**33 + 2)])
+def test_both_orientations_draw_the_same_mask(transposed, seed, batch_head):
+    mask = emulation.dropout_mask((3, 7), 0.25, seed, batch_head, transposed)
+    assert torch.equal(mask, expected_mask(21, 0.25, seed, batch_head))
 
 
 @pytest.mark.parametrize("dropout_p", [0.01, 0.1, 0.5, 0.9])
@@ -61,7 +61,7 @@ def test_nothing_and_everything():
 
 
 def test_seed_and_image_change_the_mask():
-    masks = [emulation.dropout_mask((4, 8), 0.5, seed, image, False) for seed in (0, 1, 2**32) for image in (0, 1)]
+    masks = [emulation.dropout_mask((4, 8), 0.5, seed, i, False) for seed in (0, 1, 2**32) for i in (0, 1)]
     for i, mask in enumerate(masks):
         assert not any(torch.equal(mask, other) for other in masks[:i])
 

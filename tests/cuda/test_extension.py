@@ -114,7 +114,7 @@ print(json.dumps([gpsa_kernels.__file__, before, reason, schemas, sizes]))
 
 
 def test_it_says_what_backward_reads(site):
-    """The content branch's own output, where no block can hold an image backward: as on an H100, where no GPU is."""
+    """The content branch's own output, where no block can hold it all backward: as on an H100, where no GPU is."""
     script = """
 import json, torch
 from gpsa_kernels.backends import cuda

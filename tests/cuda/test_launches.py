@@ -12,7 +12,7 @@ A100, B200 = Device(108, 163 * 1024), Device(148, 227 * 1024)
 RTX_4090, RTX_5090 = Device(128, 99 * 1024), Device(170, 99 * 1024)
 DEVICES = {"A100": A100, "H100": H100, "B200": B200, "RTX 4090": RTX_4090, "RTX 5090": RTX_5090}
 
-# every grid of the numbers of tokens at which something changes: tiles of 16, rows of scores, blocks of an image
+# every grid of the numbers of tokens at which something changes: tiles of 16, rows of scores, blocks
 TOKENS = (1, 15, 16, 17, 63, 64, 65, 112, 113, 128, 129, 192, 196, 197, 208, 209, 240, 255, 256)
 GRIDS = [(rows, tokens // rows) for tokens in TOKENS for rows in range(1, tokens + 1) if tokens % rows == 0]
 LARGE_GRIDS = [(257, 1), (1, 257), (17, 16), (24, 24), (5, 1000), (128, 128), (1 << 10, 1 << 20)]
@@ -84,7 +84,7 @@ def test_which_family_serves_a_large_batch(shape):
 @pytest.mark.parametrize(
     ("batch", "heads", "side", "row_blocks"), [(128, 9, 14, 1), (1, 9, 14, 4), (10, 9, 14, 2), (1, 1, 8, 1)]
 )
-def test_query_rows_are_split_when_there_are_fewer_images_than_multiprocessors(batch, heads, side, row_blocks):
+def test_query_rows_are_split_when_there_are_fewer_batch_heads_than_multiprocessors(batch, heads, side, row_blocks):
     ((launch,), *_) = emulation.launches(empty(batch, heads, 48), (side, side))
     assert (launch.grid_x, launch.grid_y) == (batch * heads, row_blocks)
 

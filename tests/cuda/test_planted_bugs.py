@@ -207,7 +207,7 @@ BACKWARD_BUGS = {
         "kept_steps = 2",
         r"race: .* shared array gradient of the scores",
     ),
-    "parts of delta in one place for all steps": (
+    "partial sums of delta in one place for all steps": (
         "whole_image_backward.cuh",
         "delta_partials + step % 2 * (threads() / 32) * 16",
         "delta_partials",
@@ -221,8 +221,8 @@ BACKWARD_BUGS = {
     ),
     "mask of the keys off by one": (
         "whole_image_backward.cuh",
-        "8 * part < keys",
-        "8 * part <= keys",
+        "8 * half < keys",
+        "8 * half <= keys",
         None,
     ),
     "mask of the queries off by one": (
@@ -324,7 +324,7 @@ FORWARD_DROPOUT_BUGS = {
         "                store_line",
         r"race: write to shared array queries",
     ),
-    "the output in the place of another part's rows": (
+    "the output in the place of another block's rows": (
         "whole_image_forward.cuh",
         "store_line<E, channels>(content, row, row_count,",
         "store_line<E, channels>(content, token, tokens,",
@@ -336,19 +336,19 @@ FORWARD_DROPOUT_BUGS = {
         "dropout.keep_transposed(query, 16 * tile)",
         None,
     ),
-    "the mask of another image": (
+    "the mask of another (batch, head)": (
         "whole_image_forward.cuh",
         "const Dropout dropout(problem, block_x());",
         "const Dropout dropout(problem, block_x() + 1);",
         None,
     ),
-    "the mask of another part's queries": (
+    "the mask of another block's queries": (
         "whole_image_forward.cuh",
         "places, token,",
         "places, row,",
         None,
     ),
-    "the position of another part's queries": (
+    "the position of another block's queries": (
         "whole_image_forward.cuh",
         "dense({along_x, along_y}, token);",
         "dense({along_x, along_y}, row);",
@@ -368,7 +368,7 @@ FORWARD_DROPOUT_BUGS = {
     ),
     "the content not normalised": (
         "whole_image_forward.cuh",
-        "return closed * reciprocal_approx(softmax.sum[part]);",
+        "return closed * reciprocal_approx(softmax.sum[half]);",
         "return closed;",
         None,
     ),
@@ -381,7 +381,7 @@ BACKWARD_DROPOUT_BUGS = {
         "dropout.keep(first_query, first_key)",
         None,
     ),
-    "the mask of another image": (
+    "the mask of another (batch, head)": (
         "whole_image_backward.cuh",
         "const Dropout dropout(problem, block_x());",
         "const Dropout dropout(problem, block_x() + 1);",

@@ -22,10 +22,10 @@ def assert_equal(got, expected):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("deferred_copies", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_schedules_and_copies_change_no_bit(seed, deferred_copies, dropout_p):
+def test_schedules_and_copies_change_no_bit(schedule, deferred_copies, dropout_p):
     tensors = inputs(1, 1, (9, 21), 48, torch.float16)
     dropout = {"dropout_p": dropout_p}
     expected = gradients(tensors, (9, 21), forward=dropout, **dropout)

@@ -14,10 +14,10 @@ def run(tensors, grid_size, **kwargs):
     return emulation.tiled_forward(*(t.detach() for t in tensors), grid_size, tensors[0].size(-1) ** -0.5, **kwargs)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("deferred_copies", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_schedules_and_copies_change_no_bit(seed, deferred_copies, dropout_p):
+def test_schedules_and_copies_change_no_bit(schedule, deferred_copies, dropout_p):
     tensors = inputs(1, 1, (9, 21), 48, torch.float16)
     expected = run(tensors, (9, 21), dropout_p=dropout_p).out
     got = run(tensors, (9, 21), dropout_p=dropout_p, schedule=schedule, deferred_copies=deferred_copies)

@@ -35,16 +35,16 @@ content, logsumexp = tensor(0x7E00), numbers("f", [nan] * (heads * tokens), [1, 
 for dropout_p in (0.0, 0.5):
     problem = 1, heads, rows, columns, dim, False, 0.25, dropout_p
     slots = module.tiled_slots(problem)
-    for seed, deferred in ((0, False), (1, True)):
+    for schedule, deferred in ((0, False), (1, True)):
         saved = {"content": (*content[:4], True), "logsumexp": (*logsumexp[:4], True)}
         out = tensor(0x7E00, True)
-        module.forward(problem, inputs | {"out": out} | saved, 0, device, seed, deferred)
+        module.forward(problem, inputs | {"out": out} | saved, 0, device, schedule, deferred)
         if dropout_p == 0:
             assert set(memory[-1]) <= set(range(0x3FFC, 0x4005)), "a mean of equal values is that, but for rounding"
         grads = {name: tensor(0x7E00, True) for name in ("grad_q", "grad_k", "grad_v")}
         grads["sums"] = numbers("f", [nan] * (4 * heads * slots), [1, heads, slots, 4], True)
         saved = {"content": content, "logsumexp": logsumexp, "grad_out": inputs["q"]}
-        module.backward(problem, inputs | grads | saved, device, seed, deferred)
+        module.backward(problem, inputs | grads | saved, device, schedule, deferred)
         assert all(map(math.isfinite, memory[-1]))
 print("done")
 """

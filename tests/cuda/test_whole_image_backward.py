@@ -25,9 +25,9 @@ def assert_equal(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("schedule", range(4))
 @pytest.mark.parametrize("deferred_copies", [False, True])
-def test_schedules_and_copies_change_no_bit(seed, deferred_copies):
+def test_schedules_and_copies_change_no_bit(schedule, deferred_copies):
     tensors = inputs(1, 1, (7, 9), 48, torch.float16)
     assert_equal(run(tensors, (7, 9), schedule=schedule, deferred_copies=deferred_copies), run(tensors, (7, 9)))
 

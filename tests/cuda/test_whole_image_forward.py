@@ -1,4 +1,4 @@
-"""What only the emulator shows of the whole-image forward kernels: schedules, parts, traffic, bank conflicts."""
+"""What only the emulator shows of the whole-image forward kernels: schedules, row blocks, traffic, bank conflicts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def run(tensors, grid_size, **kwargs):
     return emulation.forward(*(t.detach() for t in tensors), grid_size, tensors[0].size(-1) ** -0.5, **kwargs)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("schedule", range(5))
 @pytest.mark.parametrize("deferred_copies", [False, True])
-def test_schedules_and_copies_change_no_bit(seed, deferred_copies):
+def test_schedules_and_copies_change_no_bit(schedule, deferred_copies):
     tensors = inputs(1, 1, (9, 13), 48, torch.float16)
     expected = run(tensors, (9, 13)).out
     assert torch.equal(run(tensors, (9, 13), schedule=schedule, deferred_copies=deferred_copies).out, expected)
@@ -24,7 +24,7 @@ def test_schedules_and_copies_change_no_bit(seed, deferred_copies):
 
 @pytest.mark.parametrize("grid_size", [(14, 14), (3, 5), (2, 33)], ids=str)
 @pytest.mark.parametrize("row_blocks", [2, 3, 4])
-def test_parts_of_the_query_rows_change_no_bit(grid_size, row_blocks):
+def test_row_blocks_change_no_bit(grid_size, row_blocks):
     tensors = inputs(2, 1, grid_size, 48, torch.bfloat16)
     one, many = run(tensors, grid_size, save=True), run(tensors, grid_size, save=True, row_blocks=row_blocks)
     assert torch.equal(one.out, many.out)

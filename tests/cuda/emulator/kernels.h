@@ -20,9 +20,9 @@ struct Argument {
 };
 using Arguments = std::map<std::string, Argument>;
 
-/// Runs a forward call and returns what it counted; throws Error for whatever is wrong. `parts`: of the whole-image
-/// kernel, 0 for the tiled kernels; none: launch_forward chooses. `content` and `logsumexp` may be missing from the
-/// arguments.
+/// Runs a forward call and returns what it counted; throws Error for whatever is wrong. `row_blocks`: of the
+/// whole-image kernel, 0 for the tiled kernels; none: launch_forward chooses. `content` and `logsumexp` may be missing
+/// from the arguments.
 Counters forward(
     const Problem& problem, const Arguments& arguments, std::optional<int> row_blocks, const Options& options);
 
@@ -33,8 +33,8 @@ Counters backward(const Problem& problem, const Arguments& arguments, const Opti
 /// reads, and of a backward call.
 std::vector<std::vector<Launch>> launches(const Problem& problem);
 
-/// Writes the dropout mask of an image, `mask` (1, 1, N, N) of 16-bit 0 and 1, drawn by `seed`: a warp per (16, 16)
-/// tile of scores or of transposed scores.
+/// Writes the dropout mask of a (batch, head), `mask` (1, 1, N, N) of 16-bit 0 and 1, drawn by `seed`: a warp per (16,
+/// 16) tile of scores or of transposed scores.
 void dropout_mask(const Problem& problem, const Arguments& arguments, int64_t batch_head, bool transposed);
 
 /// Philox4x32-10 of a counter and a key.

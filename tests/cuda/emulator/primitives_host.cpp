@@ -62,16 +62,14 @@ void ldmatrix(void* const* lanes) {
 template <typename T>
 void mma(void* const* lanes) {
     const auto at = [&](int lane) -> MmaLane& { return *static_cast<MmaLane*>(lanes[lane]); };
-    const auto half = [](uint32_t word, int i) { return to_float(T{static_cast<uint16_t>(word >> 16 * i)}); };
+    const auto element = [](uint32_t word, int i) { return to_float(T{static_cast<uint16_t>(word >> 16 * i)}); };
     float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4;
+        const int r = lane / 4, t = lane % 4 * 2;
         for (int i = 0; i < 2; ++i) {
-            for (int part = 0; part < 4; ++part) {
-                a[g + 8 * (part % 2)][2 * t + i + 8 * (part / 2)] = half(at(lane).a[part], i);
-            }
-            for (int part = 0; part < 2; ++part) b[2 * t + i + 8 * part][g] = half(at(lane).b[part], i);
-            for (int part = 0; part < 2; ++part) c[g + 8 * part][2 * t + i] = at(lane).c[2 * part + i];
+            for (int n = 0; n < 4; ++n) a[r + 8 * (n % 2)][t + i + 8 * (n / 2)] = element(at(lane).a[n], i);
+            for (int n = 0; n < 2; ++n) b[t + i + 8 * n][r] = element(at(lane).b[n], i);
+            for (int n = 0; n < 2; ++n) c[r + 8 * n][t + i] = at(lane).c[2 * n + i];
         }
     }
     for (int row = 0; row < 16; ++row) {
@@ -80,9 +78,9 @@ void mma(void* const* lanes) {
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
-        const int g = lane / 4, t = lane % 4;
-        for (int part = 0; part < 2; ++part) {
-            for (int i = 0; i < 2; ++i) at(lane).c[2 * part + i] = c[g + 8 * part][2 * t + i];
+        const int r = lane / 4, t = lane % 4 * 2;
+        for (int n = 0; n < 2; ++n) {
+            for (int i = 0; i < 2; ++i) at(lane).c[2 * n + i] = c[r + 8 * n][t + i];
         }
     }
     ++machine->counters.mma;
