@@ -241,6 +241,23 @@ def test_nan_stays_in_its_batch_element(backend):
 
 
 @backends
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 2, 6, 9, 15, 16, 17, 33])
+def test_no_nan_is_lost(backend, dtype, tokens):
+    """In one token of q, k or v; torch's flash attention on the CPU forgets it in rows shorter than a vector."""
+    tensors = inputs(1, 2, (1, tokens), 8, dtype)
+    for which in range(3):
+        poisoned = [t.detach().clone() for t in tensors]
+        poisoned[which][0, 0, tokens // 2] = torch.nan
+        grad_out = torch.ones_like(poisoned[0])
+        expected = with_gradients(literal, [t.double() for t in poisoned], grad_out.double(), (1, tokens), 8**-0.5)
+        got = with_gradients(gpsa_attention, poisoned, grad_out, (1, tokens), backend=backend)
+        compiled = torch.compile(gpsa_attention, backend="eager")(*poisoned, (1, tokens), backend=backend)
+        for name, a, b in [("compiled", expected[0], compiled), *zip(NAMES[:4], expected, got, strict=False)]:
+            assert b[a.isnan()].isnan().all(), name
+
+
+@backends
 def test_two_runs_are_bitwise_equal(backend):
     tensors = inputs(5, 3, (6, 7), 16, torch.float32)
     grad_out = torch.randn(5, 3, 42, 16)

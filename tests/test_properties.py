@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fuzz import STRUCTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import assert_as_exact_as_eager, inputs, literal
@@ -20,10 +21,21 @@ sizes = {
 
 
 @settings(deadline=None, max_examples=60)
-@given(**sizes, dtype=dtypes, backend=backends, seed=st.integers(0, 2**31))
-def test_as_exact_as_eager(batch, heads, grid_size, head_dim, dtype, backend, seed):
-    tensors = inputs(batch, heads, grid_size, head_dim, dtype, seed)
-    assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, backend=backend)
+@given(
+    **sizes,
+    dtype=dtypes,
+    backend=backends,
+    seed=st.integers(0, 2**31),
+    structures=st.lists(st.sampled_from(list(STRUCTURES)), min_size=4, max_size=4),
+    largest=st.sampled_from([1.0, 1.0, 10.0]),
+)
+def test_as_exact_as_eager(batch, heads, grid_size, head_dim, dtype, backend, seed, structures, largest):
+    """Whatever the tokens of q, k, v and the gradient have in common, with scores of one or of thousands."""
+    *tensors, pos_weight, gate = (t.detach() for t in inputs(batch, heads, grid_size, head_dim, dtype, seed))
+    tensors.append(tensors[0].flip(0, 1, 2, 3))
+    q, k, v, grad_out = (STRUCTURES[name](t.double()).to(dtype) for name, t in zip(structures, tensors, strict=True))
+    tensors, scale = [largest * q, largest * k, v, pos_weight, gate], None if largest == 1 else 5.0
+    assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, scale, grad_out=grad_out, backend=backend)
 
 
 @settings(deadline=None, max_examples=60)
