@@ -18,7 +18,9 @@ STRUCTURES = {
     "zero": lambda t: 0 * t,
     "constant": lambda t: t[:, :, :1].expand_as(t),
     "almost constant": lambda t: t[:, :, :1] + 1e-3 * t,
-    "two regions": lambda t: torch.where((torch.arange(t.size(2)) < t.size(2) // 2)[:, None], t[:, :, :1], t[:, :, -1:]),
+    "two regions": lambda t: torch.where(
+        (torch.arange(t.size(2)) < t.size(2) // 2)[:, None], t[:, :, :1], t[:, :, -1:]
+    ),
     "far from zero": lambda t: t + 8 * t[:, :, :1],
     "one outlier": lambda t: t * (1 + 99.0 * (torch.arange(t.size(2)) == t.size(2) // 2)[:, None]) / 10,
     "one channel": lambda t: t * (torch.arange(t.size(3)) == 0),
@@ -61,7 +63,9 @@ def draw(seed: int, backends: Sequence[str], dtypes: Sequence[torch.dtype], toke
         pick.choice([0.25, 0.25, 1.0, 5.0, -0.3, 0.0]),
         tuple(pick.choice([*STRUCTURES, "noise", "constant"]) for _ in range(4)),
         tuple(pick.choice([0.1, 1.0, 1.0, 3.0]) for _ in range(4)),
-        tuple((tuple(pick.sample(range(3), 3)), pick.choice([0, 0, 8, 3]), pick.choice([-1, -1, 0, 1])) for _ in range(4)),
+        tuple(
+            (tuple(pick.sample(range(3), 3)), pick.choice([0, 0, 8, 3]), pick.choice([-1, -1, 0, 1])) for _ in range(4)
+        ),
         10 ** pick.uniform(-3, 2),
         pick.choice([0.0, 1.0, 10.0, 100.0]),
         pick.choice([dtype, dtype, torch.float64 if dtype == torch.float64 else torch.float32]),

@@ -99,7 +99,9 @@ def rounding_walks(
     """For every result, how far one rounding of each term of each sum on the way moves it, in units of eps.
 
     To first order and in float64: the root sum of squares of the terms that the result sums, each of which carries
-    the rounding of its score, exp(s) moving by eps times the root sum of squares of the terms of s.
+    the rounding of its score, exp(s) moving by eps times the root sum of squares of the terms of s. Where differences
+    are summed (q, k, gate), tokens that are alike round alike, and the sum of what is rounded counts as well. And under
+    "logsumexp" the largest one of the content's scores.
     """
     q, k, v, pos_weight, gate = (t.detach().double() for t in tensors)
     tokens = q.size(2)
@@ -141,7 +143,7 @@ def _allowed_error(q: Tensor, name: str, expected: Tensor, low: Tensor, walks: d
     batch, _, tokens, head_dim = q.shape
     terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
     count, size, walk = terms.get(name, max(tokens, head_dim)), expected.abs().max().item(), walks[name]
-    partial_sums, row = math.sqrt(count * (size**2 / 3 + walk**2 / 2)), walks["logsumexp"] * (size + walk)
+    partial_sums, row = math.sqrt(count * (size**2 / 3 + walk**2 / 6)), walks["logsumexp"] * (size + walk)
     allowed = stored * (size + walk) + summed * math.hypot(partial_sums, row)
     if q.dtype == torch.float64:
         allowed *= 2  # what is called the truth has roundings of its own
@@ -165,13 +167,20 @@ def assert_as_exact_as_eager(
     """The rule of exactness: against the float64 formula, no worse than the formula run in the tensors' own dtype.
 
     ``function`` runs on ``device``, what it is compared with on the CPU. A stricter ``eager`` makes a stricter rule.
-    The upstream gradient is normal noise times ``loss_scale``; without ``gradients`` a call that has none is asked for
-    ``out``. ``mask`` says what ``function``, given ``dropout_p``, drops.
+    The upstream gradient is ``grad_out`` or normal noise times ``loss_scale``; without ``gradients`` a call that has
+    none is asked for ``out``. ``mask`` says what ``function``, given ``dropout_p``, drops.
 
     To eager's error is added what rounding alone explains, since eager is sometimes luckier than anybody has to be (a
-    softmax over one token has an exact gradient; float64 eager is the truth itself): one rounding of the result and of
-    each term summed on the way, in the tensors' dtype, and one of each of the n partial sums, in the dtype that sums,
-    which walk sqrt(n / 2) as far as one (Higham and Mary, A new approach to probabilistic rounding error analysis).
+    softmax over one token has an exact gradient; float64 eager is the truth itself):
+
+    - in the tensors' dtype one rounding of the result, and one of each term summed on the way (:func:`rounding_walks`);
+    - in the dtype that sums one of each of the n partial sums. In a random order of terms with the sum S and the sum of
+      squares Q, the mean square of a partial sum is S² / 3 + Q / 6, and n roundings walk sqrt(n) as far as one
+      (Higham and Mary, A new approach to probabilistic rounding error analysis);
+    - in that dtype one of each row's logsumexp, which moves the row by as much: with scores of thousands, thousands of
+      eps. It is what every flash attention pays that forms exp(score - logsumexp) instead of keeping the map.
+
+    In float64 the truth is rounded, too, so all of it counts twice. A result that the dtype cannot hold is not judged.
     """
     q = tensors[0]
     scale = q.size(-1) ** -0.5 if scale is None else scale

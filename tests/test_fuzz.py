@@ -1,4 +1,4 @@
-"""Ten thousand calls of the backends that need no GPU; those of the kernels are in tests/kernels/test_kernel_fuzz.py."""
+"""Ten thousand drawn calls of the backends that need no GPU; tests/kernels/test_kernel_fuzz.py has the kernels'."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Runs on any device and compiles nothing. On the CPU in eager mode :func:`forward
 flash attention directly and write the gradients in closed form, which saves the passes over memory that autograd would
 spend on the blend. Everywhere else, and under a compiler, it is plain PyTorch (:func:`compose`).
 
-The rows of both maps sum to one: what all tokens of v have in common comes out as it went in, and no gradient depends on
-it. It is taken off first and put back last, as of differences of large products only their rounding would be left,
-and that would be the same one for every token.
+The rows of both maps sum to one: what the tokens of v have in common comes out as it went in, and no gradient depends
+on it. It is taken off first and put back last. Left in, it would cancel in differences of sums, but for their
+rounding, which is much the same for tokens that are alike and so adds up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved,
 from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
 from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output
 
-_FEW_TOKENS = 16  # of a row that is no longer than a CPU's vector, torch's flash attention forgets that it is NaN
+_FEW_TOKENS = 16  # in a row shorter than a CPU's vector, torch's flash attention loses NaN
 _WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
 
 
@@ -32,7 +32,8 @@ def _factors_and_gate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _in_common(v: Tensor) -> Tensor:
-    """(B, H, 1, D): the least v of a channel if all are within a factor of two, so that v less it is exact; else 0."""
+    """(B, H, 1, D): the least v of each channel where all are within a factor of two, so that no difference from it is
+    rounded (Sterbenz's lemma); elsewhere 0."""
     low, high = v.detach().amin(2, keepdim=True), v.detach().amax(2, keepdim=True)
     return torch.where((high <= 2 * low) | (low >= 2 * high), low, 0)
 
@@ -55,14 +56,15 @@ def compose(call: Call) -> Tensor:
 
 
 def _content(call: Call, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The content branch's output and, where its backward pass reads one, the logsumexp."""
+    """The content branch's output, and the logsumexp where the backward pass reads one."""
     if call.q.size(2) <= _FEW_TOKENS:
         content_map = _content_map(call)
         return (content_map @ v.to(content_map.dtype)).to(v.dtype), content_map.new_zeros(call.q.shape[:3])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(call.q, call.k, v, scale=call.scale)
 
 
-def _content_backward(grad_out: Tensor, call: Call, v: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
+def _content_backward(grad_out: Tensor, call: Call, v: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v."""
     if call.q.size(2) > _FEW_TOKENS:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, call.q, call.k, v, *saved, 0.0, False, scale=call.scale
@@ -129,7 +131,7 @@ def _blend(content: Tensor, position: Tensor, share: Tensor, common: Tensor | No
 def forward(call: Call, save: bool) -> Forward:
     ax, ay, g = _factors_and_gate(call)
     common = _in_common(call.v)
-    v = call.v - common
+    v = call.v - common if common.any() else call.v
     content, logsumexp = _content(call, v)
     content = as_output(content)
     out = empty_output(call.q) if save else content  # with no backward pass to come, blend in place
@@ -153,7 +155,8 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
-    v = call.v - _in_common(call.v)
+    common = _in_common(call.v)
+    v = call.v - common if common.any() else call.v
     grad_q, grad_k, grad_v = map(as_output, _content_backward(grad_out, call, v, saved))
     grad_q.mul_((1 - share).to(grad_q.dtype))
     grad_k.mul_((1 - share).to(grad_k.dtype))
