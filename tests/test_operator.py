@@ -240,6 +240,19 @@ def test_nan_stays_in_its_batch_element(backend):
             assert torch.equal(a[1, 1], b[1, 1])
 
 
+@dtypes
+@pytest.mark.parametrize("grid_size", [(2, 3), (7, 9)])
+def test_of_tokens_alike_only_v_has_a_gradient(dtype, grid_size):
+    """A blank image: whatever the attention, v comes out of it, and what cancels in sdpa leaves no rounding."""
+    tensors = inputs(2, 3, grid_size, 16, dtype)
+    tensors[2] = tensors[2][:, :, :1].expand_as(tensors[2])
+    for attention in (gpsa_attention, torch.compile(gpsa_attention, backend="eager")):
+        results = with_gradients(attention, tensors, torch.ones_like(tensors[0]), grid_size, backend="sdpa")
+        found = dict(zip(NAMES, results, strict=True))
+        assert torch.equal(found["out"], tensors[2])
+        assert [name for name in NAMES if found[name].any()] == ["out", "v"]
+
+
 @backends
 @dtypes
 @pytest.mark.parametrize("tokens", [1, 2, 6, 9, 15, 16, 17, 33])
