@@ -41,8 +41,12 @@ def literal(
     scale: float,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    one_minus: bool = True,
 ) -> Tensor:
-    """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept."""
+    """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept.
+
+    Without ``one_minus`` the content's share is a sigmoid of its own: as g -> 1, 1 - g loses its digits in float64, too.
+    """
     rows, columns = grid_size
     index = torch.arange(rows * columns)
     y, x = index // columns, index % columns
@@ -51,7 +55,8 @@ def literal(
     content = ((q @ k.transpose(-2, -1)) * scale).softmax(-1)
     position = (offsets @ pos_weight.t()).permute(2, 0, 1).softmax(-1)
     g = torch.sigmoid(gate).view(-1, 1, 1)
-    mixed = (1 - g) * content + g * position
+    closed = 1 - g if one_minus else torch.sigmoid(-gate).view(-1, 1, 1)
+    mixed = closed * content + g * position
     attention = mixed / mixed.sum(-1, keepdim=True)
     return (attention if mask is None else attention * mask / (1 - dropout_p)) @ v
 
@@ -144,7 +149,7 @@ def _allowed_error(q: Tensor, name: str, expected: Tensor, low: Tensor, walks: d
     terms = {"pos_weight": batch * tokens * tokens, "gate": batch * tokens * head_dim}
     count, size, walk = terms.get(name, max(tokens, head_dim)), expected.abs().max().item(), walks[name]
     partial_sums, row = math.sqrt(count * (size**2 / 3 + walk**2 / 6)), walks["logsumexp"] * (size + walk)
-    allowed = stored * (size + walk) + summed * math.hypot(partial_sums, row)
+    allowed = stored * (size + walk + torch.finfo(q.dtype).tiny) + summed * math.hypot(partial_sums, row)
     if q.dtype == torch.float64:
         allowed *= 2  # what is called the truth has roundings of its own
     return allowed + (low.double() - expected).abs().nan_to_num(nan=math.inf).max().item()
@@ -188,7 +193,8 @@ def assert_as_exact_as_eager(
         grad_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         grad_out = (loss_scale * grad_out).to(q.dtype)
     dropout = {} if mask is None else {"mask": mask, "dropout_p": dropout_p}
-    truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, scale, **dropout)
+    doubles = [t.double() for t in tensors]
+    truth = with_gradients(literal, doubles, grad_out.double(), grid_size, scale, one_minus=False, **dropout)
     low_precision = with_gradients(eager, tensors, grad_out, grid_size, scale, **dropout)
     there = [t.detach().to(device) for t in tensors]
     kwargs |= {"scale": scale} if mask is None else {"scale": scale, "dropout_p": dropout_p}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from fuzz import fuzz
 
+from gpsa_kernels.backends.triton import INTERPRETED
+
 
 @pytest.mark.parametrize("seed", ["fixed", "fresh"])
 def test_whatever_is_drawn_is_as_exact_as_eager(target, seed):
-    fuzz(seed, 20, (target.backend,), target.dtypes, 20, 8)
+    fuzz(seed, 12 if INTERPRETED else 100, (target.backend,), target.dtypes, 20, 8)
