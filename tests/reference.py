@@ -45,7 +45,7 @@ def literal(
 ) -> Tensor:
     """The formula as models spell it out, every step in the inputs' dtype; ``mask``: (B, H, N, N), what is kept.
 
-    Without ``one_minus`` the content's share is a sigmoid of its own: as g -> 1, 1 - g loses its digits in float64, too.
+    Without ``one_minus`` the content has a sigmoid of its own: as g -> 1, 1 - g loses its digits in float64, too.
     """
     rows, columns = grid_size
     index = torch.arange(rows * columns)
