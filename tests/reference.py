@@ -118,8 +118,8 @@ def rounding_walks(
     dx, dy = (x[None, :] - x[:, None]).double(), (y[None, :] - y[:, None]).double()
     content_score = scale**2 * q**2 @ k.mT**2
     position_score = (torch.stack((dx, dy, dx**2 + dy**2), dim=-1) ** 2 @ pos_weight.t() ** 2).permute(2, 0, 1)
-    g = torch.sigmoid(gate).view(-1, 1, 1)
-    content = (1 - g) * maps[0] * (1 + content_score).sqrt()
+    g, closed = torch.sigmoid(gate).view(-1, 1, 1), torch.sigmoid(-gate).view(-1, 1, 1)
+    content = closed * maps[0] * (1 + content_score).sqrt()
     position = g * maps[1] * (1 + position_score).sqrt()
     kept = 1.0 if mask is None else mask.double() / (1 - dropout_p)
     along = kept * (grad_out.double() @ v.mT)
@@ -134,8 +134,8 @@ def rounding_walks(
         "k": scale**2 * (score.mT @ q**2 + (score.sqrt().mT @ q) ** 2),
         "v": (kept * (content + position)).mT ** 2 @ grad_out.double() ** 2,
         "pos_weight": torch.stack([(place * d**2).sum((0, 2, 3)) for d in (dx, dy, dx**2 + dy**2)]),
-        "gate": (((g * content) ** 2 + ((1 - g) * position) ** 2) * along**2).sum((0, 2, 3))
-        + (g * (1 - g)).flatten() ** 2 * sum(t.sum((0, 2, 3)) for t in own + alike),
+        "gate": (((g * content) ** 2 + (closed * position) ** 2) * along**2).sum((0, 2, 3))
+        + (g * closed).flatten() ** 2 * sum(t.sum((0, 2, 3)) for t in own + alike),
     }
     walks = {name: t.max().sqrt().item() if t.numel() else 0.0 for name, t in squares.items()}
     return walks | {"logsumexp": (scale * q @ k.mT).logsumexp(-1).abs().max().item() if q.numel() else 0.0}
