@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from fuzz import STRUCTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import NAMES, assert_as_exact_as_eager, inputs, literal, loops, with_gradients
@@ -59,6 +60,25 @@ sizes = {
 def test_any_size_is_as_exact_as_eager(batch, heads, grid_size, head_dim, dtype, backend, seed):
     tensors = inputs(batch, heads, grid_size, head_dim, dtype, seed)
     assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, backend=backend)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    **sizes,
+    dtype=st.sampled_from(DTYPES),
+    backend=any_backend,
+    seed=st.integers(0, 2**31),
+    structures=st.lists(st.sampled_from(list(STRUCTURES)), min_size=4, max_size=4),
+    largest=st.sampled_from([1.0, 1.0, 10.0]),
+)
+def test_structure_is_as_exact_as_eager(batch, heads, grid_size, head_dim, dtype, backend, seed, structures, largest):
+    """Whatever the tokens of q, k, v and the gradient have in common, with scores of one or of thousands."""
+    *tensors, pos_weight, gate = (t.detach() for t in inputs(batch, heads, grid_size, head_dim, dtype, seed))
+    tensors.append(tensors[0].flip(0, 1, 2, 3))
+    q, k, v, grad_out = (STRUCTURES[name](t.double()).to(dtype) for name, t in zip(structures, tensors, strict=True))
+    tensors, scale = [largest * q, largest * k, v, pos_weight, gate], None if largest == 1 else 5.0
+    settings = {"grad_out": grad_out, "structured": True, "backend": backend}
+    assert_as_exact_as_eager(gpsa_attention, tensors, grid_size, scale, **settings)
 
 
 def laid_out(t, order, padding):
@@ -212,6 +232,36 @@ def test_nan_stays_in_its_batch_element(backend):
         for a, b in zip(got[:4], clean[:4], strict=True):
             assert torch.equal(a[[0, 2]], b[[0, 2]])
             assert torch.equal(a[1, 1], b[1, 1])
+
+
+@dtypes
+@pytest.mark.parametrize("grid_size", [(2, 3), (7, 9)])
+def test_of_tokens_alike_only_v_has_a_gradient(dtype, grid_size):
+    """A blank image: whatever the attention, v comes out of it, and what cancels in sdpa leaves no rounding."""
+    tensors = inputs(2, 3, grid_size, 16, dtype)
+    tensors[2] = tensors[2][:, :, :1].expand_as(tensors[2])
+    for attention in (gpsa_attention, torch.compile(gpsa_attention, backend="eager")):
+        results = with_gradients(attention, tensors, torch.ones_like(tensors[0]), grid_size, backend="sdpa")
+        found = dict(zip(NAMES, results, strict=True))
+        assert torch.equal(found["out"], tensors[2])
+        assert [name for name in NAMES if found[name].any()] == ["out", "v"]
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 2, 6, 9, 15, 16, 17, 33])
+def test_no_nan_is_lost(backend, dtype, tokens):
+    """In one token of q, k or v; torch's flash attention on the CPU forgets it in rows shorter than a vector."""
+    tensors = inputs(1, 2, (1, tokens), 8, dtype)
+    for which in range(3):
+        poisoned = [t.detach().clone() for t in tensors]
+        poisoned[which][0, 0, tokens // 2] = torch.nan
+        grad_out = torch.ones_like(poisoned[0])
+        expected = with_gradients(literal, [t.double() for t in poisoned], grad_out.double(), (1, tokens), 8**-0.5)
+        got = with_gradients(gpsa_attention, poisoned, grad_out, (1, tokens), backend=backend)
+        compiled = torch.compile(gpsa_attention, backend="eager")(*poisoned, (1, tokens), backend=backend)
+        for name, a, b in [("compiled", expected[0], compiled), *zip(NAMES[:4], expected, got, strict=False)]:
+            assert b[a.isnan()].isnan().all(), name
 
 
 @backends

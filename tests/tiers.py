@@ -16,6 +16,7 @@ import pytest
 EVERYDAY_SHARES = {
     r"planted_bugs\.py::test_a_planted_bug": 0.06,
     r"sanitizers\.py": 0,
+    r"tests/test_fuzz\.py": 0.05,
     r"kernels/.*triton": 0.25,
     r"kernels/.*emulated": 0.5,
     r"test_demo\.py::test_one_epoch": 0.2,

@@ -59,9 +59,9 @@ class Forward(NamedTuple):
 
     Attributes:
         out: (B, H, N, D), strides of a (B, N, H, D) contiguous tensor transposed.
-        content: the content branch's own output, laid out as ``out``; None from a kernel that does without it. Saved
-            instead of ``out``: as the gate closes (g near 1) ``out`` holds almost nothing of the content branch, and
-            what a 16-bit ``out`` still holds is rounding error.
+        content: the content branch's own output (of ``sdpa``, for v less what its tokens have in common), laid out as
+            ``out``; None from a kernel that does without it. Saved instead of ``out``: as the gate closes (g near 1)
+            ``out`` holds almost nothing of the content branch, and what a 16-bit ``out`` still holds is rounding error.
         logsumexp: (B, H, N) float32 (float64 for float64), log of the content softmax's normaliser.
 
     The last two are None where the call has no backward pass.

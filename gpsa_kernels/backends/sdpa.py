@@ -3,6 +3,10 @@
 Runs on any device and compiles nothing. On the CPU in eager mode :func:`forward` and :func:`backward` call torch's
 flash attention directly and write the gradients in closed form, which saves the passes over memory that autograd would
 spend on the blend. Everywhere else, and under a compiler, it is plain PyTorch (:func:`compose`).
+
+The rows of both maps sum to one: what the tokens of v have in common comes out as it went in, and no gradient depends
+on it. For a call with gradients it is taken off first and put back last. Left in, it would cancel in differences of
+sums, but for their rounding, which is much the same for tokens that are alike and so adds up.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved,
 from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
 from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output
 
+_FEW_TOKENS = 16  # in a row shorter than a CPU's vector, torch's flash attention loses NaN
 _WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
 
 
@@ -26,11 +31,59 @@ def _factors_and_gate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return ax, ay, torch.sigmoid(call.gate.to(dtype))
 
 
+def _in_common(v: Tensor) -> Tensor:
+    """(B, H, 1, D): the v nearest to 0 of each channel where all are within a factor of two, so that no difference from
+    it is rounded (Sterbenz's lemma); elsewhere 0."""
+    low, high = torch.aminmax(v.detach(), dim=2, keepdim=True)
+    return torch.where(high < 2 * low, low, torch.where(low > 2 * high, high, 0))
+
+
+def _split(v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """v less what its tokens have in common, and that, None where it is nothing."""
+    common = _in_common(v)
+    return (v - common, common) if common.any() else (v, None)
+
+
+def _content_map(call: Call) -> Tensor:
+    dtype = accumulation_dtype(call.q.dtype)
+    return (call.scale * (call.q.to(dtype) @ call.k.to(dtype).mT)).softmax(-1)
+
+
 def compose(call: Call) -> Tensor:
     ax, ay, g = _factors_and_gate(call)
-    content = F.scaled_dot_product_attention(call.q, call.k, call.v, scale=call.scale).to(g.dtype)
-    position = separable_product(ax, ay, call.v.to(g.dtype), call.grid_size)
-    return as_output(torch.lerp(content, position, g.view(-1, 1, 1)).to(call.q.dtype))
+    v, common = call.v, None
+    if torch.is_grad_enabled():
+        common = _in_common(v)
+        v = v - common
+    if call.q.size(2) <= _FEW_TOKENS:
+        content = _content_map(call) @ v.to(g.dtype)
+    else:
+        content = F.scaled_dot_product_attention(call.q, call.k, v, scale=call.scale).to(g.dtype)
+    position = separable_product(ax, ay, v.to(g.dtype), call.grid_size)
+    out = torch.lerp(content, position, g.view(-1, 1, 1))
+    return as_output((out if common is None else out + common).to(call.q.dtype))
+
+
+def _content(call: Call, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The content branch's output, and the logsumexp where the backward pass reads one."""
+    if call.q.size(2) <= _FEW_TOKENS:
+        content_map = _content_map(call)
+        return (content_map @ v.to(content_map.dtype)).to(v.dtype), content_map.new_zeros(call.q.shape[:3])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(call.q, call.k, v, scale=call.scale)
+
+
+def _content_backward(grad_out: Tensor, call: Call, v: Tensor, saved: Saved) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v."""
+    if call.q.size(2) > _FEW_TOKENS:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, call.q, call.k, v, *saved, 0.0, False, scale=call.scale
+        )
+    content_map = _content_map(call)
+    q, k, v, grad_out = (t.to(content_map.dtype) for t in (call.q, call.k, v, grad_out))
+    grad_map = grad_out @ v.mT
+    grad_scores = content_map * (grad_map - (content_map * grad_map).sum(-1, keepdim=True)) * call.scale
+    grads = grad_scores @ k, grad_scores.mT @ q, content_map.mT @ grad_out
+    return tuple(t.to(call.q.dtype) for t in grads)
 
 
 class _Buffer(NamedTuple):
@@ -74,19 +127,20 @@ class _Workspace:
         return views
 
 
-def _blend(content: Tensor, position: Tensor, share: Tensor, out: Tensor) -> None:
-    """out = content + share * (position - content), in position's dtype; ``out`` may be ``content``."""
-    if content.dtype == position.dtype:
-        torch.lerp(content, position, share, out=out)
-    else:
-        out.copy_(torch.lerp(content.to(position.dtype), position, share))
+def _blend(content: Tensor, position: Tensor, share: Tensor, common: Tensor | None, out: Tensor) -> None:
+    """out = content + share * (position - content) + common, in position's dtype; ``out`` may be ``content``."""
+    same = content.dtype == position.dtype
+    blended = torch.lerp(content.to(position.dtype), position, share, out=out if same else None)
+    if common is not None:
+        blended += common
+    if not same:
+        out.copy_(blended)
 
 
 def forward(call: Call, save: bool) -> Forward:
     ax, ay, g = _factors_and_gate(call)
-    content, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        call.q, call.k, call.v, scale=call.scale
-    )
+    v, common = _split(call.v) if save else (call.v, None)
+    content, logsumexp = _content(call, v)
     content = as_output(content)
     out = empty_output(call.q) if save else content  # with no backward pass to come, blend in place
     share = g.view(-1, 1, 1)
@@ -94,10 +148,10 @@ def forward(call: Call, save: bool) -> Forward:
     workspace = _Workspace(call.q, call.grid_size, count=2)
     for part in workspace.batches:
         x, y = workspace.buffers(part)
-        x.tokens.copy_(call.v[part])
+        x.tokens.copy_(v[part])
         torch.bmm(ay, x.rows, out=y.rows)
         torch.bmm(ax, y.columns, out=x.columns)
-        _blend(content[part], x.tokens, share, out=out[part])
+        _blend(content[part], x.tokens, share, None if common is None else common[part], out=out[part])
     if not save:
         return Forward(out, None, None)
     return Forward(out, content, logsumexp.contiguous())
@@ -111,10 +165,8 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, call.q, call.k, call.v, *saved, 0.0, False, scale=call.scale
-    )
-    grad_q, grad_k, grad_v = as_output(grad_q), as_output(grad_k), as_output(grad_v)
+    v, _ = _split(call.v)
+    grad_q, grad_k, grad_v = map(as_output, _content_backward(grad_out, call, v, saved))
     grad_q.mul_((1 - share).to(grad_q.dtype))
     grad_k.mul_((1 - share).to(grad_k.dtype))
 
@@ -125,14 +177,14 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     workspace = _Workspace(call.q, call.grid_size, count=3)
     for part in workspace.batches:
         x, y, z = workspace.buffers(part)
-        x.tokens.copy_(call.v[part])
+        x.tokens.copy_(v[part])
         z.tokens.copy_(grad_out[part])
         torch.bmm(ay, x.rows, out=y.rows)
         grad_ax.baddbmm_(z.columns, y.columns.transpose(1, 2))
         torch.bmm(ax_backward, z.columns, out=y.columns)
         grad_ay.baddbmm_(y.rows, x.rows.transpose(1, 2))
         torch.bmm(ay_backward, y.rows, out=x.rows)
-        _blend(grad_v[part], x.tokens, share, out=grad_v[part])
+        _blend(grad_v[part], x.tokens, share, None, out=grad_v[part])
         z.tokens.mul_(content[part])
         along_content += z.rows.sum((1, 2))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fuzz import STRUCTURES
 from reference import (
     NAMES,
     assert_a_small_share_keeps_its_digits,
@@ -222,6 +223,24 @@ def test_one_nan_goes_where_the_formula_takes_it(target, widest, grid):
         assert torch.equal(a.isnan(), b.cpu().isnan()), name
         head = (slice(None), 1) if b.dim() == 4 else 1  # the other one, where nothing is NaN
         assert torch.equal(b[head], before[head]), name
+
+
+@pytest.mark.parametrize("grid_size", [(1, 1), (1, 2), (2, 3), (3, 3)], ids=str)
+def test_a_row_of_nan_stays_one_on_the_smallest_grids(target, dtype, grid_size):
+    q, *rest = (t.detach().to(target.device) for t in inputs(1, 1, grid_size, 8, dtype))
+    out = gpsa_attention(torch.full_like(q, torch.nan), *rest, grid_size, backend=target.backend)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("structure", ["constant", "far from zero", "two regions"])
+def test_tokens_alike(target, dtype, structure):
+    """Rounding that is the same for every token adds up, where any other walks."""
+    grid_size = target.grids[0]
+    *tensors, pos_weight, gate = inputs(1, 2, grid_size, 16, dtype)
+    alike = [STRUCTURES[structure](t.detach()) for t in (*tensors, tensors[0].flip(2))]
+    for which in ((0, 1, 2, 3), (2,), (1, 3)):
+        q, k, v, grad_out = (alike[i] if i in which else t for i, t in enumerate((*tensors, tensors[0].detach())))
+        check([q, k, v, pos_weight, gate], grid_size, target, grad_out=grad_out.detach(), structured=False)
 
 
 def test_empty_batch(target, widest):
