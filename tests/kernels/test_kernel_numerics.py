@@ -240,7 +240,7 @@ def test_tokens_alike(target, dtype, structure):
     alike = [STRUCTURES[structure](t.detach()) for t in (*tensors, tensors[0].flip(2))]
     for which in ((0, 1, 2, 3), (2,), (1, 3)):
         q, k, v, grad_out = (alike[i] if i in which else t for i, t in enumerate((*tensors, tensors[0].detach())))
-        check([q, k, v, pos_weight, gate], grid_size, target, grad_out=grad_out.detach(), structured=False)
+        check([q, k, v, pos_weight, gate], grid_size, target, grad_out=grad_out.detach())
 
 
 def test_empty_batch(target, widest):
