@@ -279,8 +279,7 @@ private:
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                Right b;
-                ldmatrix_x4<E>(b.words, k + 16 * n * channels + offsets(s));
+                const Right b = load_right<E>(k + 16 * n * channels + offsets(s));
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
@@ -295,8 +294,7 @@ private:
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                Right b;
-                ldmatrix_x4_trans<E>(b.words, v + 16 * n * channels + offsets(s));
+                const Right b = load_right_transposed<E>(v + 16 * n * channels + offsets(s));
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], weights.content[t][n], b);
                 if constexpr (has_dropout) multiply<E>(&position[0][2 * s], weights.position[n], b);

@@ -47,10 +47,11 @@ def large_counts():
 
 
 def test_budgets_of_traffic(large_counts):
-    tokens, row, tiles = 576, 48 * 2, 9
+    tokens, row, query_blocks, key_blocks = 576, 48 * 2, 9, 5
     # position: V for T, dO and T, dT and V; dQ: K and V by each of 9 blocks, Q, dO and the content once; dK and dV: Q
-    # and dO by each, K, V and the position's part once; logsumexp: once for dQ, and with delta by each block of keys
-    read = tokens * row * (1 + 2 + 2 + (2 * tiles + 3) + (2 * tiles + 3)) + tokens * 4 * (1 + 2 * tiles)
+    # and dO by each of 5, K, V and the position's part once; logsumexp: once for dQ, and with delta by each of 5
+    rows = 1 + 2 + 2 + (2 * query_blocks + 3) + (2 * key_blocks + 3)
+    read = tokens * row * rows + tokens * 4 * (1 + 2 * key_blocks)
     written = tokens * row * (1 + 1 + 1 + 1 + 2) + tokens * 4
     assert read <= large_counts["global_read"] <= 1.1 * read
     assert written <= large_counts["global_written"] <= 1.01 * written

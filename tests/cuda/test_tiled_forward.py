@@ -50,7 +50,8 @@ def test_budgets_of_instructions(large):
     tokens, dim, side = 576, 48, 24
     unpadded = (2 * tokens * tokens + tokens * 2 * side) * dim / (16 * 8 * 16)
     assert unpadded <= large.counts["mma"] <= 1.2 * unpadded
-    assert tokens * tokens <= large.counts["exp2"] <= 1.2 * tokens * tokens
+    queries = 5 * 128  # of all blocks; some keys' weights are formed twice, as the largest score grows
+    assert tokens * tokens <= large.counts["exp2"] <= 1.1 * queries * tokens
 
 
 def test_no_bank_conflicts(large):

@@ -137,8 +137,8 @@ BUGS = {
     ),
     "delta forgotten": (
         "tiled_backward.cuh",
-        "weights[n].values[i] *= grad_weights[n].values[i] - number_of(1, n, i);",
-        "weights[n].values[i] *= grad_weights[n].values[i];",
+        "weights[t][n].values[i] *= grad_weights[t][n].values[i] - delta[n][i % 2];",
+        "weights[t][n].values[i] *= grad_weights[t][n].values[i];",
         None,
         NO_DROPOUT,
     ),
