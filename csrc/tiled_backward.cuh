@@ -209,33 +209,35 @@ struct TiledKeyGradient {
     using E = typename Config::E;
     using Call = TiledBackwardCall;
     static constexpr int channels = Config::channels;
-    static constexpr int blocks_per_multiprocessor = channels > 64 ? 1 : has_dropout || channels > 48 ? 2 : 3;
+    // Of a warp, 16 keys each: two share what is read of Q and dO, if there are registers for both.
+    static constexpr int row_tiles = has_dropout || channels > 48 ? 1 : 2;
+    static constexpr int block_rows = row_tiles * tile_tokens;
+    static constexpr int blocks_per_multiprocessor = channels > 64 ? 1 : 2;
     static constexpr int row_numbers = has_dropout ? 5 : 2;  // per query: log2 of its sum, delta; its place in the grid
 
-    static int shared_bytes() { return 6 * tile_tokens * channels * 2 + 2 * row_numbers * tile_tokens * 4; }
-    static int64_t blocks(const Call& call) { return tiled::blocks(call.backward.problem); }
+    static int shared_bytes() {
+        return (2 * block_rows + 4 * tile_tokens) * channels * 2 + 2 * row_numbers * tile_tokens * 4;
+    }
+    static int64_t blocks(const Call& call) { return tiled::blocks(call.backward.problem, block_rows); }
 
     GPSA_DEVICE static void run(const Call& arguments) {
         const Backward& call = arguments.backward;
         const Problem& problem = call.problem;
         const int head_dim = problem.head_dim;
-        const Block block(problem);
+        const Block block(problem, block_rows);
 
         SharedMemory memory;
-        const Tile keys{memory.array<E>(tile_tokens * channels, "keys")};
-        const Tile values{memory.array<E>(tile_tokens * channels, "values")};
+        const Tile keys{memory.array<E>(block_rows * channels, "keys")};
+        const Tile values{memory.array<E>(block_rows * channels, "values")};
         const Shared<E> queries = memory.array<E>(2 * tile_tokens * channels, "queries");
         const Shared<E> grads = memory.array<E>(2 * tile_tokens * channels, "gradients");
         const Shared<float> numbers = memory.array<float>(2 * row_numbers * tile_tokens, "numbers of queries");
-        const Tile own_keys{keys.base, 16 * warp()}, own_values{values.base, 16 * warp()};
-        const auto copy = [&](const Tile& to, const Tensor& from, int start) {
-            copy_rows(
-                to, rows_of<const E>(from, block.batch, block.head) + start * from.token, from.token,
-                block.tokens - start, tile_tokens, head_dim);
-        };
-        const auto fetch = [&](int start, int stage) {
-            copy({queries, stage * tile_tokens}, call.q, start);
-            copy({grads, stage * tile_tokens}, call.grad_out, start);
+        const Tile own_keys{keys.base, 16 * row_tiles * warp()}, own_values{values.base, 16 * row_tiles * warp()};
+        RowStream<E, channels, tile_tokens> next_queries(call.q, block, 0, queries, head_dim);
+        RowStream<E, channels, tile_tokens> next_grads(call.grad_out, block, 0, grads, head_dim);
+        const auto fetch = [&](int stage) {
+            next_queries.fetch(stage);
+            next_grads.fetch(stage);
             copy_commit();
         };
         // A number for each thread: queries that do not exist get weight exp2(-inf) = 0, and delta 0.
@@ -251,70 +253,98 @@ struct TiledKeyGradient {
         };
         const Position position(call, arguments.statistics, block);
 
-        copy(keys, call.k, block.first);
-        copy(values, call.v, block.first);
-        fetch(0, 0);
+        RowStream<E, channels, block_rows>(call.k, block, block.first, keys.base, head_dim).fetch(0);
+        RowStream<E, channels, block_rows>(call.v, block, block.first, values.base, head_dim).fetch(0);
+        fetch(0);
         store_number(load_number(0), 0);
         position.store_places(numbers + 2 * tile_tokens, 0);
         copy_wait<0>();
         sync_block();
 
-        Left k[channels / 16], v[channels / 16];
+        Left k[row_tiles][channels / 16], v[row_tiles][channels / 16];
         if constexpr (resident) {
-            load_rows(k, own_keys);
-            load_rows(v, own_values);
+#pragma unroll
+            for (int t = 0; t < row_tiles; ++t) {
+                load_rows(k[t], own_keys.tile(t));
+                load_rows(v[t], own_values.tile(t));
+            }
         }
         const float log2_scale = problem.scale * log2_e;
-        Sum grad_k[channels / 8] = {}, grad_v[channels / 8] = {};
+        const auto over_channels = RightOffsets<channels>::over_channels();
+        const auto over_tokens = RightOffsets<channels>::over_tokens();
+        Sum grad_k[row_tiles][channels / 8] = {}, grad_v[row_tiles][channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
         for (int start = 0; start < block.tokens; start += tile_tokens, stage ^= 1) {
             const bool more = start + tile_tokens < block.tokens;
             float number = 0;
             if (more) {
-                fetch(start + tile_tokens, stage ^ 1);
+                fetch(stage ^ 1);
                 number = load_number(start + tile_tokens);
             }
-            const Tile q{queries, stage * tile_tokens}, grad{grads, stage * tile_tokens};
-            const Shared<float> of_stage = numbers + stage * row_numbers * tile_tokens;
 #pragma unroll 1  // unrolled, its addresses would be kept in registers
-            for (int tile = 0; tile < tile_tokens / 16; ++tile) {
-                const auto query = [&](int j, int chunk) { return q.chunk(j, chunk, tile); };
-                const auto gradient = [&](int j, int chunk) { return grad.chunk(j, chunk, tile); };
-                Sum weights[2] = {}, grad_weights[2] = {}, mixed[2];  // keys are the rows, queries the columns
-#pragma unroll
-                for (int s = 0; s < channels / 16; ++s) {
-                    if constexpr (!resident) {
-                        k[s] = load_left<E>(s, [&](int i, int chunk) { return own_keys.chunk(i, chunk); });
-                        v[s] = load_left<E>(s, [&](int i, int chunk) { return own_values.chunk(i, chunk); });
-                    }
-                    multiply<E>(weights, k[s], load_right_over_channels<E>(s, query));
-                    multiply<E>(grad_weights, v[s], load_right_over_channels<E>(s, gradient));
-                }
+            for (int tile = 0; tile < tile_tokens; tile += 16) {
+                const Shared<E> q = queries + (stage * tile_tokens + tile) * channels;
+                const Shared<E> grad = grads + (stage * tile_tokens + tile) * channels;
                 const auto number_of = [&](int which, int n, int i) {
-                    const int column = 16 * tile + 8 * n + fragment_column() + i % 2;
-                    return load(of_stage + (which * tile_tokens + column));
+                    const int column = tile + 8 * n + fragment_column() + i % 2;
+                    return load(numbers + ((stage * row_numbers + which) * tile_tokens + column));
                 };
+                float log2_sum[2][2], delta[2][2];
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        weights[n].values[i] = exp2_approx(weights[n].values[i] * log2_scale - number_of(0, n, i));
+                    for (int i = 0; i < 2; ++i) {
+                        log2_sum[n][i] = number_of(0, n, i);
+                        delta[n][i] = number_of(1, n, i);
                     }
                 }
-                position.add(mixed, grad_weights, weights, start + 16 * tile, block.row, number_of);
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        weights[n].values[i] *= grad_weights[n].values[i] - number_of(1, n, i);
-                    }
-                }
-                const Left a = as_left<E>(mixed), b = as_left<E>(weights);
+                // keys are the rows, queries the columns
+                Sum weights[row_tiles][2] = {}, grad_weights[row_tiles][2] = {};
 #pragma unroll
                 for (int s = 0; s < channels / 16; ++s) {
-                    multiply<E>(&grad_v[2 * s], a, load_right_over_tokens<E>(s, gradient));
-                    multiply<E>(&grad_k[2 * s], b, load_right_over_tokens<E>(s, query));
+                    const Right b = load_right<E>(q + over_channels(s)), c = load_right<E>(grad + over_channels(s));
+#pragma unroll
+                    for (int t = 0; t < row_tiles; ++t) {
+                        if constexpr (!resident) {
+                            k[t][s] = load_left<E>(s, [&](int i, int chunk) { return own_keys.chunk(i, chunk, t); });
+                            v[t][s] = load_left<E>(s, [&](int i, int chunk) { return own_values.chunk(i, chunk, t); });
+                        }
+                        multiply<E>(weights[t], k[t][s], b);
+                        multiply<E>(grad_weights[t], v[t][s], c);
+                    }
+                }
+                Left of_values[row_tiles], of_keys[row_tiles];
+#pragma unroll
+                for (int t = 0; t < row_tiles; ++t) {
+                    Sum mixed[2];
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            float& weight = weights[t][n].values[i];
+                            weight = exp2_approx(weight * log2_scale - log2_sum[n][i % 2]);
+                        }
+                    }
+                    position.add(mixed, grad_weights[t], weights[t], start + tile, block.row, number_of);
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            weights[t][n].values[i] *= grad_weights[t][n].values[i] - delta[n][i % 2];
+                        }
+                    }
+                    of_values[t] = as_left<E>(mixed);
+                    of_keys[t] = as_left<E>(weights[t]);
+                }
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    const Right b = load_right_transposed<E>(grad + over_tokens(s));
+                    const Right c = load_right_transposed<E>(q + over_tokens(s));
+#pragma unroll
+                    for (int t = 0; t < row_tiles; ++t) {
+                        multiply<E>(&grad_v[t][2 * s], of_values[t], b);
+                        multiply<E>(&grad_k[t][2 * s], of_keys[t], c);
+                    }
                 }
             }
             if (more) {
@@ -327,25 +357,30 @@ struct TiledKeyGradient {
 
         const float gate = load(call.gate, block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
-        if constexpr (!has_dropout) {
-            const float late = open / early_share(open, block.tokens);
-            fetch_own_rows(own_values, call.grad_v, block, block.row, head_dim);
-            copy_wait<0>();
-            sync_warp();
-            Sum positional[channels / 8];
-            unstage_rows<E, channels>(positional, own_values);
 #pragma unroll
-            for (int n = 0; n < channels / 8; ++n) {
+        for (int t = 0; t < row_tiles; ++t) {
+            const int row = block.row + 16 * t;
+            if constexpr (!has_dropout) {
+                const float late = open / early_share(open, block.tokens);
+                fetch_own_rows(own_values.tile(t), call.grad_v, block, row, head_dim);
+                copy_wait<0>();
+                sync_warp();
+                Sum positional[channels / 8];
+                unstage_rows<E, channels>(positional, own_values.tile(t));
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    grad_v[n].values[i] = closed * grad_v[n].values[i] + late * positional[n].values[i];
+                for (int n = 0; n < channels / 8; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float& grad = grad_v[t][n].values[i];
+                        grad = closed * grad + late * positional[n].values[i];
+                    }
                 }
             }
+            scale_rows<channels>(grad_v[t], position.keep_scale());
+            scale_rows<channels>(grad_k[t], closed * problem.scale);
+            store_own_rows(grad_v[t], own_values.tile(t), call.grad_v, block, row, head_dim);
+            store_own_rows(grad_k[t], own_keys.tile(t), call.grad_k, block, row, head_dim);
         }
-        scale_rows<channels>(grad_v, position.keep_scale());
-        scale_rows<channels>(grad_k, closed * problem.scale);
-        store_own_rows(grad_v, own_values, call.grad_v, block, block.row, head_dim);
-        store_own_rows(grad_k, own_keys, call.grad_k, block, block.row, head_dim);
     }
 
 private:

@@ -279,8 +279,7 @@ private:
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                Right b;
-                ldmatrix_x4<E>(b.words, k + 16 * n * channels + offsets(s));
+                const Right b = load_right<E>(k + 16 * n * channels + offsets(s));
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
@@ -295,8 +294,7 @@ private:
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                Right b;
-                ldmatrix_x4_trans<E>(b.words, v + 16 * n * channels + offsets(s));
+                const Right b = load_right_transposed<E>(v + 16 * n * channels + offsets(s));
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], weights.content[t][n], b);
                 if constexpr (has_dropout) multiply<E>(&position[0][2 * s], weights.position[n], b);
@@ -316,8 +314,8 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
     const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
-    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
-    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};
+    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
+    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, {}, nullptr, 0, 0};
     if (!error) error = launch(MixLines<Config, false>{}, mix_x);
     if (!error) error = launch(MixLines<Config, false>{}, mix_y);
     return error ? error : launch(TiledForward<Config, false>{}, attention);

@@ -170,6 +170,20 @@ GPSA_DEVICE Right load_right_over_tokens(int s, At at) {
     return b;
 }
 
+/// The same where this lane's part is, its channels summed over, or its tokens.
+template <typename E>
+GPSA_DEVICE Right load_right(Shared<E> at) {
+    Right b;
+    ldmatrix_x4<E>(b.words, at);
+    return b;
+}
+template <typename E>
+GPSA_DEVICE Right load_right_transposed(Shared<E> at) {
+    Right b;
+    ldmatrix_x4_trans<E>(b.words, at);
+    return b;
+}
+
 /// Where a lane's part of a right operand is, in elements after its first row: formed once for all operands in rows
 /// whose number is a multiple of 16.
 template <int channels>

@@ -85,18 +85,19 @@ def test_costs_of_the_whole_image_kernels(kernels, dropout_p, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernels", KERNELS[2:])
 def test_costs_of_the_tiled_kernels(kernels, dtype):
-    tokens, head_dim, side, row = 576, 48, 24, 48 * 2
-    tiles = 5 if kernels.endswith("forward") else 9
+    tokens, head_dim, side, row, tiles = 576, 48, 24, 48 * 2, 9
+    blocks = 5  # of 128 rows
     counts = run(kernels, (side, side), head_dim, dtype).counts
     if kernels.endswith("forward"):
         # attention: K and V by each of 5 blocks, Q once, the position's rows once; position: V and then T once
-        read = tokens * row * (2 * tiles + 2) + 2 * tokens * row
+        read = tokens * row * (2 * blocks + 2) + 2 * tokens * row
         written = tokens * row * (1 + 1 + 2) + 4 * tokens  # out, content; T and the position; logsumexp
-        products, exponentials = 2 * tokens * tokens + tokens * 2 * side, tokens * tokens
+        # some keys' weights are formed twice, as the largest score grows
+        products, exponentials = 2 * tokens * tokens + tokens * 2 * side, tokens * 128 * blocks
     else:
         # position: V for T, dO and T, dT and V; dQ: K and V by each of 9 blocks, Q, dO and the content once; dK and dV:
-        # Q and dO by each, K, V and the position once; logsumexp: once for dQ, and with delta by each block of keys
-        read = tokens * row * (1 + 2 + 2 + (2 * tiles + 3) + (2 * tiles + 3)) + tokens * 4 * (1 + 2 * tiles)
+        # Q and dO by each of 5, K, V and the position once; logsumexp: once for dQ, and with delta by each of 5
+        read = tokens * row * (1 + 2 + 2 + (2 * tiles + 3) + (2 * blocks + 3)) + tokens * 4 * (1 + 2 * blocks)
         written = tokens * row * (1 + 1 + 1 + 1 + 2) + tokens * 4
         # Q K^T and dO V^T twice, dQ, dK and dV; V mixed along x, both backward passes and both tables' gradients
         products, exponentials = 7 * tokens * tokens + tokens * 5 * side, 2 * tokens * tokens
@@ -104,7 +105,7 @@ def test_costs_of_the_tiled_kernels(kernels, dtype):
     assert read <= counts["global_read"] <= 1.1 * read
     assert written <= counts["global_written"] <= 1.01 * written
     assert unpadded <= counts["mma"] <= 1.2 * unpadded
-    assert exponentials <= counts["exp2"] <= 1.2 * exponentials
+    assert tokens * tokens <= counts["exp2"] <= (1.1 if kernels.endswith("forward") else 1.2) * exponentials
     assert counts["ldmatrix_conflicts"] == counts["copy_conflicts"] == 0 < min(counts["ldmatrix"], counts["copy"])
 
 
