@@ -135,28 +135,22 @@ FORWARD_BUGS = {
 }
 
 BACKWARD_BUGS = {
-    "missing barrier of a step": (
+    "missing barrier before the tables are formed": (
         "whole_image_backward.cuh",
-        "            sync_block();\n            delta_sum",
-        "            delta_sum",
+        "            sync_block();\n            const PositionGradient",
+        "            const PositionGradient",
         r"race|uninitialised",
     ),
-    "missing barrier before the last rows of dQ": (
+    "missing cp.async wait of V and dO": (
         "whole_image_backward.cuh",
-        "        }\n        sync_block();\n        write_grad_q",
-        "        }\n        write_grad_q",
-        r"race|uninitialised",
-    ),
-    "missing barrier before dK takes K's place": (
-        "whole_image_backward.cuh",
-        "steps, score_share);\n        sync_block();",
-        "steps, score_share);",
-        r"race: .* shared array keys",
+        "copy_wait<1>();",
+        "",
+        r"not waited for",
     ),
     "missing barrier before V is mixed": (
         "whole_image_backward.cuh",
-        "        copy_wait<0>();\n        sync_block();",
-        "        copy_wait<0>();",
+        "copy_wait<1>();\n            sync_block();",
+        "copy_wait<1>();",
         r"race|not waited for|uninitialised",
     ),
     "missing sync_warp between the normalisers and the means": (
@@ -165,35 +159,17 @@ BACKWARD_BUGS = {
         "// a coordinate's normaliser",
         r"race|uninitialised",
     ),
-    "missing barrier between the second mix and the gradient of a table": (
-        "position.cuh",
-        "in_grad_out, in_mixed, early);\n    sync_block();\n    add",
-        "in_grad_out, in_mixed, early);\n    add",
+    "missing barrier between the mixes and the gradients of the tables": (
+        "whole_image_backward.cuh",
+        "grad_out, mixed_v, mixed);\n            sync_block();",
+        "grad_out, mixed_v, mixed);",
         r"race|uninitialised",
     ),
-    "missing barrier between the first mix and the gradient of a table": (
-        "position.cuh",
-        "in_v_swapped, in_mixed_swapped);\n    sync_block();\n    add",
-        "in_v_swapped, in_mixed_swapped);\n    add",
+    "missing barrier before a warp takes its tokens of R^T dO": (
+        "whole_image_backward.cuh",
+        "mixed, grad_position);\n            sync_block();",
+        "mixed, grad_position);",
         r"race|uninitialised",
-    ),
-    "missing barrier before the warps' sums": (
-        "whole_image_backward.cuh",
-        "(grad_longer.total - delta_sum));\n        sync_block();",
-        "(grad_longer.total - delta_sum));",
-        r"race|uninitialised",
-    ),
-    "a collective called by some lanes": (
-        "whole_image_backward.cuh",
-        "store(own + i, sums[i]);",
-        "store(to + (4 * warp() + i), sums[i]);",
-        r"(divergence|deadlock).* warp\(\)",
-    ),
-    "missing sync_warp before dQ is stored": (
-        "whole_image_backward.cuh",
-        "            sync_warp();\n#pragma unroll 1  // once",
-        "#pragma unroll 1  // once",
-        r"race: .* shared array queries",
     ),
     "missing cp.async wait": (
         "whole_image_backward.cuh",
@@ -201,17 +177,41 @@ BACKWARD_BUGS = {
         "",
         r"not waited for",
     ),
-    "one step of dS too few kept": (
+    "missing barrier before the map takes its place": (
         "whole_image_backward.cuh",
-        "kept_steps = 3",
-        "kept_steps = 2",
-        r"race: .* shared array gradient of the scores",
+        "copy_wait<0>();\n        sync_block();",
+        "copy_wait<0>();",
+        r"race|not waited for|uninitialised",
     ),
-    "partial sums of delta in one place for all steps": (
+    "missing barrier before dS": (
         "whole_image_backward.cuh",
-        "delta_partials + step % 2 * (threads() / 32) * 16",
-        "delta_partials",
-        r"race: .* shared array partial sums of delta",
+        "shift);\n        sync_block();",
+        "shift);",
+        r"race|uninitialised",
+    ),
+    "missing sync_warp before dS takes P's place": (
+        "whole_image_backward.cuh",
+        "            sync_warp();  // all lanes have their P\n",
+        "",
+        r"race: write to shared array attention map",
+    ),
+    "missing barrier before dQ": (
+        "whole_image_backward.cuh",
+        "(grad_x.total - delta_sum));\n        sync_block();",
+        "(grad_x.total - delta_sum));",
+        r"race|uninitialised",
+    ),
+    "missing sync_warp before a gradient is stored": (
+        "whole_image_backward.cuh",
+        "        sync_warp();\n#pragma unroll\n        for (int t = 0; t < 2; ++t) {\n            store_rows",
+        "#pragma unroll\n        for (int t = 0; t < 2; ++t) {\n            store_rows",
+        r"race: .* shared array queries and keys",
+    ),
+    "a collective called by some lanes": (
+        "whole_image_backward.cuh",
+        "store(own + i, sums[i]);",
+        "store(to + (4 * warp() + i), sums[i]);",
+        r"(divergence|deadlock).* warp\(\)",
     ),
     "wrong fragment index": (
         "tiles.cuh",
@@ -219,46 +219,58 @@ BACKWARD_BUGS = {
         "at(lane() % 16, 2 * s + lane() / 16));\n    return a;",
         None,
     ),
-    "mask of the keys off by one": (
+    "delta in another order": (
         "whole_image_backward.cuh",
-        "8 * half < keys",
-        "8 * half <= keys",
+        "column / 8 * 2 + column % 2;",
+        "column % 2 * 2 + column / 8;",
         None,
+    ),
+    "rows that pad K not zeros for dQ": (
+        "whole_image_backward.cuh",
+        "i < missing * channels / 8;",
+        "i < 0 * missing;",
+        None,
+    ),
+    "rows that pad dO forgotten": (
+        "whole_image_backward.cuh",
+        "call.grad_out.token, tokens, padded, head_dim",
+        "call.grad_out.token, tokens, tokens, head_dim",
+        r"read of uninitialised shared array gradient of the output",
     ),
     "mask of the queries off by one": (
         "whole_image_backward.cuh",
-        "i < tokens ? load(row_logsumexp + i)",
-        "i <= tokens ? load(row_logsumexp + i)",
+        "query < tokens ? load(logsumexp",
+        "query <= tokens ? load(logsumexp",
         r"read of 4 bytes outside of logsumexp",
-    ),
-    "queries that do not exist are weighed": (
-        "whole_image_backward.cuh",
-        ": INFINITY);",
-        ": 0.0f);",
-        None,
     ),
     "1 - g missing in dK": (
         "whole_image_backward.cuh",
-        "for (float& x : sum.values) x *= score_share;\n        }\n        store_line<E, channels>(grad_k",
-        "for (float& x : sum.values) x *= problem.scale;\n        }\n        store_line<E, channels>(grad_k",
+        "scale(grad_k, score_share);",
+        "scale(grad_k, problem.scale);",
+        None,
+    ),
+    "1 - g missing in dQ": (
+        "whole_image_backward.cuh",
+        "scale(grad_q, score_share);",
+        "scale(grad_q, problem.scale);",
         None,
     ),
     "g where 1 - g belongs in dV": (
         "whole_image_backward.cuh",
-        "late, grad_v, closed, closed)",
-        "late, grad_v, closed, 1 - closed)",
+        "closed * sum[0]",
+        "open * sum[0]",
         None,
     ),
     "g taken twice in dV": (
         "whole_image_backward.cuh",
-        "late, grad_v, closed, closed)",
-        "open, grad_v, closed, closed)",
+        "late * pair.high",
+        "open * pair.high",
         None,
     ),
-    "the positional weights along the shorter axis without what is left of g": (
+    "the positional weights along y without what is left of g": (
         "whole_image_backward.cuh",
-        "late * grad_shorter.linear",
-        "open * grad_shorter.linear",
+        "late * grad_y.linear",
+        "open * grad_y.linear",
         None,
     ),
     "1 - g missing in the gate's gradient": (
@@ -268,46 +280,52 @@ BACKWARD_BUGS = {
         None,
     ),
     "dV by the table instead of its transpose": (
-        "position.cuh",
-        "mix_short<E, channels, true>",
-        "mix_short<E, channels>",
+        "position_gradient.cuh",
+        "along_y.transposed_tile<E>(0, 0)",
+        "along_y.tile<E>(0, 0)",
         None,
     ),
     "the gradient of w2 from one axis alone": (
         "whole_image_backward.cuh",
-        "open * grad_longer.square + late * grad_shorter.square",
-        "open * grad_longer.square",
+        "open * grad_x.square + late * grad_y.square",
+        "open * grad_x.square",
         None,
     ),
     "the content left out of the gate's gradient": (
         "whole_image_backward.cuh",
-        "grad_longer.total - delta_sum",
-        "grad_longer.total",
+        "grad_x.total - delta_sum",
+        "grad_x.total",
         None,
     ),
-    "delta added up by every warp": (
+    "a tile that is there already counted in the sum of delta": (
         "whole_image_backward.cuh",
-        "warp() == 0 && half == 0",
-        "half == 0",
+        "if (own.counts(t)) delta_sum",
+        "delta_sum",
         None,
+    ),
+    "a tile stored twice": (
+        "whole_image_backward.cuh",
+        "own.counts(t) ? tokens : 0",
+        "tokens",
+        r"grad_k is written twice",
     ),
     "store outside of the tokens": (
         "whole_image_backward.cuh",
-        "to_k, call.grad_k.token, first_key, tokens, ",
-        "to_k, call.grad_k.token, first_key, tokens + 1, ",
+        "own.counts(t) ? tokens : 0",
+        "own.counts(t) ? tokens + 1 : 0",
         r"write of 16 bytes outside of grad_k",
     ),
     "overrun into the neighbouring array": (
         "whole_image_backward.cuh",
-        "call.q.token, tokens, tokens, head_dim",
-        "call.q.token, tokens, tokens + 1, head_dim",
-        r"cp\.async of 16 bytes .* is outside of .* shared array queries",
+        "call.v.token, tokens, padded, head_dim",
+        "call.v.token, tokens, padded + 1, head_dim",
+        r"cp\.async of 16 bytes .* is outside of .* shared array values",
     ),
-    "rows of dQ left unwritten": (
+    "a row of dQ left unwritten": (
         "whole_image_backward.cuh",
-        "q, step - 2, step, score_share",
-        "q, step - 1, step, score_share",
-        r"1536 bytes of grad_q were never written",
+        "write(call.grad_q, batch, head, own, tokens,",
+        "write(call.grad_q, batch, head, own, tokens - 1,",
+        r"96 bytes of grad_q were never written",
     ),
 }
 
@@ -377,26 +395,32 @@ FORWARD_DROPOUT_BUGS = {
 BACKWARD_DROPOUT_BUGS = {
     "the mask of the untransposed scores": (
         "whole_image_backward.cuh",
-        "dropout.keep_transposed(first_query, first_key)",
-        "dropout.keep(first_query, first_key)",
+        "mask.keep_transposed(own.first(t), 16 * tile)",
+        "mask.keep_transposed(16 * tile, own.first(t))",
         None,
     ),
     "the mask of another (batch, head)": (
         "whole_image_backward.cuh",
-        "const Dropout dropout(problem, block_x());",
-        "const Dropout dropout(problem, block_x() + 1);",
+        "const Mask mask(problem, block_x());",
+        "const Mask mask(problem, block_x() + 1);",
         None,
     ),
     "dP without the mask": (
         "whole_image_backward.cuh",
-        "                grad = factor * grad;\n",
+        "                            grad = factor * grad;\n",
         "",
         None,
     ),
-    "keys that do not exist counted": (
+    "P with the signs that tell the mask": (
         "whole_image_backward.cuh",
-        "query < tokens && key < tokens",
-        "query < tokens",
+        "word &= 0x7fff7fffu;",
+        "word &= ~0u;",
+        None,
+    ),
+    "a tile that is there already counted in the positional sums": (
+        "whole_image_backward.cuh",
+        "counts(own.counts(1) ? 1.0f : 0.0f)",
+        "counts(1.0f)",
         None,
     ),
     "the mean of d^2 along one axis alone": (

@@ -65,7 +65,7 @@ def test_the_kernels_are_clean():
     ("file", "text"),
     [
         ("whole_image_forward.cuh", "Sum scores[2 * key_tiles"),
-        ("whole_image_backward.cuh", "Sum grad_k[channels / 8"),
+        ("whole_image_backward.cuh", "Sum grad_k[2][channels / 8"),
     ],
 )
 def test_an_accumulator_too_few_is_caught(tmp_path, file, text):
