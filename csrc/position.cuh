@@ -78,48 +78,19 @@ public:
         return a;
     }
 
-    /// The same of A^T.
+    /// The same of A^T, times `factor`.
     template <typename E>
-    GPSA_DEVICE Left transposed_tile(int row, int column) const {
+    GPSA_DEVICE Left transposed_tile(int row, int column, float factor = 1) const {
         Left a;
         for (int side = 0; side < 2; ++side) {
             const int i = column + fragment_column() + 8 * side;
             const float low = log2_normaliser(i), high = log2_normaliser(i + 1);
             for (int half = 0; half < 2; ++half) {
                 const int j = row + fragment_row() + 8 * half;
-                a.words[half + 2 * side] = pack<E>(entry(i, j, low), entry(i + 1, j, high));
+                a.words[half + 2 * side] = pack<E>(factor * entry(i, j, low), factor * entry(i + 1, j, high));
             }
         }
         return a;
-    }
-
-    template <typename E, bool transposed>
-    GPSA_DEVICE Left tile(int row, int column) const {
-        if constexpr (transposed) {
-            return transposed_tile<E>(row, column);
-        } else {
-            return tile<E>(row, column);
-        }
-    }
-
-    /// What a gradient of A's entries, a (16, 8) accumulator that begins at (row, column), adds to the weights'.
-    GPSA_DEVICE void add_gradient(
-        WeightGradient& sums, const Sum& grad, int row, int column, Shared<float> means) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int i = row + fragment_row() + 8 * half;
-            if (i >= size) continue;
-            const float shift = load(normaliser + i);
-            const float mean = load(means + 2 * i), mean_square = load(means + (2 * i + 1));
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int j = column + fragment_column() + k;
-                const float d = static_cast<float>(j - i), share = entry(i, j, shift) * grad.values[2 * half + k];
-                sums.linear += share * (d - mean);
-                sums.square += share * (d * d - mean_square);
-                sums.total += share;
-            }
-        }
     }
 
     /// Of a token of a grid of at most 256, along x.
@@ -128,6 +99,11 @@ public:
     /// log2 of an entry of A is score(j - i) - log2_normaliser(i); the last coordinate's where there is no i.
     GPSA_DEVICE float score(float d) const { return d * (linear + square * d); }
     GPSA_DEVICE float log2_normaliser(int i) const { return load(normaliser + smaller(i, size - 1)); }
+
+    /// A[i, j], 0 outside of the axis. `shift`: log2_normaliser(i).
+    GPSA_DEVICE float entry(int i, int j, float shift) const {
+        return i < size && j < size ? exp2_approx(score(static_cast<float>(j - i)) - shift) : 0.0f;
+    }
 
 private:
     const float linear, square;
@@ -143,10 +119,6 @@ private:
             const Axis axis(in_first ? first : second);  // a copy: its members are chosen, not their addresses
             visit(axis, in_first ? at : at - first.size, at);
         }
-    }
-
-    GPSA_DEVICE float entry(int i, int j, float shift) const {
-        return i < size && j < size ? exp2_approx(score(static_cast<float>(j - i)) - shift) : 0.0f;
     }
 };
 
@@ -246,15 +218,14 @@ GPSA_DEVICE void store_line(const Sum* sums, int row, int size, At at) {
 /// that small gradients do not underflow. What is left of g, open / early_share, follows in float32.
 GPSA_DEVICE float early_share(float open, int tokens) { return maximum(open, 1.0f / static_cast<float>(tokens)); }
 
-/// Values mixed along one axis of at most 16: for each line of the grid along it, A (or A^T) times the line's tokens,
-/// times `factor`.
+/// Values mixed along one axis of at most 16: for each line of the grid along it, A times the line's tokens.
 ///
 /// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token. They may be the same: a
 /// warp has read a line when it writes it.
-template <typename E, int channels, bool transposed = false, typename From, typename To>
-GPSA_DEVICE void mix_short(const Axis& axis, int lines, From from, To to, float factor = 1) {
+template <typename E, int channels, typename From, typename To>
+GPSA_DEVICE void mix_short(const Axis& axis, int lines, From from, To to) {
     if (warp() >= lines) return;
-    const Left a = axis.tile<E, transposed>(0, 0);
+    const Left a = axis.tile<E>(0, 0);
     for (int line = warp(); line < lines; line += threads() / 32) {
         Sum sums[channels / 8] = {};
 #pragma unroll
@@ -263,18 +234,15 @@ GPSA_DEVICE void mix_short(const Axis& axis, int lines, From from, To to, float 
                 s, [&](int i, int chunk) { return from(smaller(i, axis.size - 1), line, chunk); });
             multiply<E>(&sums[2 * s], a, b);
         }
-        for (Sum& sum : sums) {
-            for (float& x : sum.values) x *= factor;
-        }
         sync_warp();
         store_line<E, channels>(sums, 0, axis.size, [&](int i, int chunk) { return to(i, line, chunk); });
     }
 }
 
 /// The same along an axis of any size; `from` and `to` must not meet.
-template <typename E, int channels, bool transposed = false, typename From, typename To>
-GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float factor = 1) {
-    if (axis.size <= 16) return mix_short<E, channels, transposed>(axis, lines, from, to, factor);
+template <typename E, int channels, typename From, typename To>
+GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to) {
+    if (axis.size <= 16) return mix_short<E, channels>(axis, lines, from, to);
     const int tiles = (axis.size + 15) / 16;
 #pragma unroll 1
     for (int item = warp(); item < tiles * lines; item += threads() / 32) {
@@ -282,16 +250,13 @@ GPSA_DEVICE void mix_along(const Axis& axis, int lines, From from, To to, float 
         Sum sums[channels / 8] = {};
 #pragma unroll 1
         for (int column = 0; column < axis.size; column += 16) {
-            const Left a = axis.tile<E, transposed>(row, column);
+            const Left a = axis.tile<E>(row, column);
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
                 const Right b = load_right_over_tokens<E>(
                     s, [&](int i, int chunk) { return from(smaller(column + i, axis.size - 1), line, chunk); });
                 multiply<E>(&sums[2 * s], a, b);
             }
-        }
-        for (Sum& sum : sums) {
-            for (float& x : sum.values) x *= factor;
         }
         store_line<E, channels>(sums, row, axis.size, [&](int i, int chunk) { return to(i, line, chunk); });
     }
@@ -341,61 +306,6 @@ GPSA_DEVICE void blend(
             store_pair<E>(at(n), pack<E>(share * c[0] + open * p.low, share * c[1] + open * p.high));
         }
     }
-}
-
-/// Adds the gradients of an axis' weights. The gradient of A's entry (i, j) is the sum over lines and channels of
-/// grad_out[i] v[j], one of the two mixed along the other axis; a weight's is the sum of A (d - mean of d) times these.
-///
-/// `grad_out(coordinate, line, chunk)` and `v(coordinate, line, chunk)` are chunks of a token.
-template <typename E, int channels, typename GradOut, typename V>
-GPSA_DEVICE void add_weight_gradient(
-    WeightGradient& sums, const Axis& axis, int lines, Shared<float> means, GradOut grad_out, V v) {
-    const int tiles = (axis.size + 15) / 16;
-#pragma unroll 1
-    for (int item = warp(); item < tiles * tiles * lines; item += threads() / 32) {
-        const int line = item % lines, row = item / lines / tiles * 16, column = item / lines % tiles * 16;
-        Sum grad[2] = {};
-#pragma unroll
-        for (int s = 0; s < channels / 16; ++s) {
-            const Left a = load_left<E>(
-                s, [&](int i, int chunk) { return grad_out(smaller(row + i, axis.size - 1), line, chunk); });
-            const Right b = load_right_over_channels<E>(
-                s, [&](int j, int chunk) { return v(smaller(column + j, axis.size - 1), line, chunk); });
-            multiply<E>(grad, a, b);
-        }
-        axis.add_gradient(sums, grad[0], row, column, means);
-        axis.add_gradient(sums, grad[1], row, column + 8, means);
-    }
-}
-
-/// Backward: mixed = early (Ay (x) Ax)^T dO, 16-bit, and this thread's partial sums for the weights' gradients;
-/// `early`, of which grad_shorter is a multiple as well, is early_share(). On the way `mixed` holds V mixed along the
-/// shorter axis, then dO mixed along the longer. `wide`: the longer axis, which is never the one mixed in place, is
-/// that of the columns. Starts and ends with what each thread wrote; a barrier makes it everybody's.
-template <typename E, int channels>
-GPSA_DEVICE void differentiate_position(
-    WeightGradient& grad_longer, WeightGradient& grad_shorter, bool wide, const Axis& longer, const Axis& shorter,
-    Shared<float> longer_means, Shared<float> shorter_means, const Rows<E, channels>& grad_out,
-    const GridRows<E, channels>& v, const GridRows<E, channels>& mixed, float early) {
-    const auto in_grad_out = [&](int i, int j, int chunk) {  // i along the longer axis, j along the shorter
-        return grad_out.chunk(wide ? j * longer.size + i : i * shorter.size + j, chunk);
-    };
-    const auto in_v = [&](int i, int j, int chunk) { return wide ? v.chunk(j, i, chunk) : v.chunk(i, j, chunk); };
-    const auto in_mixed = [&](int i, int j, int chunk) {
-        return wide ? mixed.chunk(j, i, chunk) : mixed.chunk(i, j, chunk);
-    };
-    const auto in_v_swapped = [&](int j, int i, int chunk) { return in_v(i, j, chunk); };
-    const auto in_mixed_swapped = [&](int j, int i, int chunk) { return in_mixed(i, j, chunk); };
-
-    mix_along<E, channels>(shorter, longer.size, in_v_swapped, in_mixed_swapped);
-    sync_block();
-    add_weight_gradient<E, channels>(grad_longer, longer, shorter.size, longer_means, in_grad_out, in_mixed);
-    sync_block();
-    mix_along<E, channels, true>(longer, shorter.size, in_grad_out, in_mixed, early);
-    sync_block();
-    add_weight_gradient<E, channels>(grad_shorter, shorter, longer.size, shorter_means, in_mixed_swapped, in_v_swapped);
-    sync_block();
-    mix_short<E, channels, true>(shorter, longer.size, in_mixed_swapped, in_mixed_swapped);
 }
 
 }  // namespace gpsa

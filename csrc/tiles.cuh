@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cstring>
 
 #include "gpsa.h"
 #include "primitives.h"

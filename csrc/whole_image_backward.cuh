@@ -1,4 +1,4 @@
-// Backward, N <= 256 tokens: one block per (batch, head).
+// Backward, N <= 256 tokens, without dropout in a grid with sides of at most 16: one block per (batch, head).
 //
 //   P = softmax(scale Q K^T);  dP = dO V^T;  delta = rowsum(P * dP);  dS = P * (dP - delta)
 //   dQ = scale (1 - g) dS K;  dK = scale (1 - g) dS^T Q;  dV = (1 - g) P^T dO + g (Ay (x) Ax)^T dO
@@ -6,18 +6,28 @@
 // and four numbers for the parameters' gradients (gpsa.h). P is recomputed from the forward kernel's logsumexp. With
 // attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P^T.
 //
-// A warp owns 16 keys: it holds their rows of K, V, dK and dV in registers, and forms S^T and dP^T for 16 queries at a
-// time, so that both are left operands in registers of the products that follow. Two things go from warp to warp
-// through shared memory, behind the one barrier of a step: the warps' partial sums of delta, and dS^T, of which the
-// last three steps' are kept while dQ is formed for two steps at a time.
+// A warp owns 32 tokens. After the positional branch there are three passes over all tokens, 16 at a time, and a
+// barrier between two of them, none within:
+//   1. for its queries: P, dP, delta; P is stored.    2. for its keys: dP again, dS in the place of P, dK and dV.
+//   3. for its queries: dQ.
+// dP is formed twice, as delta must be known for dS, and there is room for one map; it is cheaper than a barrier a
+// step. With 32 tokens a row of the others that is read from shared memory serves two tiles.
 //
-// In shared memory, 16 bits: Q, K, V, dO (N, D), dS^T (3, N, 16). A row of Q gives way to dQ; afterwards, K to dK, and
-// all of Q to dO mixed along the axes of the grid, then to dV.
+// In shared memory, 16 bits, (N, D) or (N, N):
+//                 load       positional branch         pass 1    pass 2      pass 3 and results
+//   Q             is copied                            queries   dK's sum    staged dK
+//   K             is copied                            keys                  keys of dQ's sum
+//   V             is copied  mixed along y, dAy        keys      keys        staged dQ
+//   dO            is copied  mixed along x, dAx        queries   dP, dV      staged dV
+//   map                      V mixed, dO mixed, dR^T   P         P, then dS  dS
+// A warp's own tokens of R^T dO wait in registers from the positional branch on.
 // Global traffic: Q, K, V, dO, dQ, dK, dV, each once, 16 bytes at a time; N + 4 numbers in fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.cuh"
-#include "position.cuh"
+#include "position_gradient.cuh"
 #include "whole_image.h"
 
 namespace gpsa {
@@ -28,140 +38,116 @@ struct WholeImageBackward {
     static constexpr int channels = channels_;
     static constexpr bool has_dropout = has_dropout_;
 
-    static int threads_for(const Problem& problem) { return 32 * tiles(problem); }
+    static int threads_for(const Problem& problem) { return 32 * ((tiles(problem) + 1) / 2); }
 
     /// Bytes of shared memory, in the order of run()'s arrays.
     static int shared_bytes(const Problem& problem) {
         const int tokens = problem.rows * problem.columns, padded = 16 * tiles(problem);
-        const int coordinates = problem.rows + problem.columns, warps = tiles(problem);
+        const int coordinates = problem.rows + problem.columns;
         const auto bytes = [](int elements, int size) { return (elements * size + 15) / 16 * 16; };
-        return 2 * bytes(GridRows<E, channels>::elements(problem.rows, problem.columns), 2) +
-               bytes(padded * channels, 2) + bytes(tokens * channels, 2) + bytes(kept_steps * padded * 16, 2) +
-               bytes(padded, 4) + bytes(2 * warps * 16, 4) + bytes(coordinates, 4) + bytes(2 * coordinates, 4) +
-               bytes(4 * warps, 4);
+        return bytes((tokens + padded) * channels, 2) + 2 * bytes(padded * channels, 2) +
+               bytes(map_elements(problem), 2) + bytes(padded, 4) + bytes(coordinates, 4) + bytes(2 * coordinates, 4) +
+               bytes(4 * (threads_for(problem) / 32), 4);
     }
 
     GPSA_DEVICE static void run(const Backward& call) {
         const Problem& problem = call.problem;
         const int tokens = problem.rows * problem.columns, head_dim = problem.head_dim;
-        const int padded = 16 * tiles(problem), coordinates = problem.rows + problem.columns;
+        const int padded = 16 * tiles(problem), missing = padded - tokens;
         const int batch = block_x() / problem.heads, head = block_x() % problem.heads;
+        const int coordinates = problem.rows + problem.columns;
 
+        // Rows that pad Q are the first of K: P is 0 there. Those that pad V and dO are zeros, and those that pad K are
+        // the last key, so that P is finite there and P * dP = 0; for dQ they become zeros.
         SharedMemory memory;
-        const int grid_elements = GridRows<E, channels>::elements(problem.rows, problem.columns);
-        const Shared<E> queries = memory.array<E>(grid_elements, "queries");
-        const Rows<E, channels> q{queries};
-        const GridRows<E, channels> mixed(queries, problem.columns);
-        const Rows<E, channels> k{memory.array<E>(padded * channels, "keys")};
-        const GridRows<E, channels> v(memory.array<E>(grid_elements, "values"), problem.columns);
-        const Rows<E, channels> grad_out{memory.array<E>(tokens * channels, "gradient of the output")};
-        const Rows<E, 16> grad_scores{memory.array<E>(kept_steps * padded * 16, "gradient of the scores")};
-        const Shared<float> logsumexp = memory.array<float>(padded, "logsumexp");
-        const Shared<float> delta_partials = memory.array<float>(2 * (threads() / 32) * 16, "partial sums of delta");
+        const Shared<E> queries_keys = memory.array<E>((tokens + padded) * channels, "queries and keys");
+        const Rows<E, channels> q{queries_keys}, k{queries_keys, tokens}, k_padding{queries_keys, 2 * tokens};
+        const Rows<E, channels> v{memory.array<E>(padded * channels, "values")};
+        const Rows<E, channels> grad_out{memory.array<E>(padded * channels, "gradient of the output")};
+        const Map map{memory.array<E>(map_elements(problem), "attention map"), tiles(problem)};
+        const Shared<float> delta = memory.array<float>(padded, "delta");
         const Shared<float> normalisers = memory.array<float>(coordinates, "normalisers");
-        const Shared<float> means = memory.array<float>(2 * coordinates, "means");
+        const Shared<float> means_x = memory.array<float>(2 * coordinates, "means");
+        const Shared<float> means_y = means_x + 2 * problem.columns;
         const Shared<float> warp_sums = memory.array<float>(4 * (threads() / 32), "sums of the warps");
 
-        copy_rows(q, rows_of<const E>(call.q, batch, head), call.q.token, tokens, tokens, head_dim);
-        copy_rows(k, rows_of<const E>(call.k, batch, head), call.k.token, tokens, padded, head_dim);
-        copy_rows(v, rows_of<const E>(call.v, batch, head), call.v.token, tokens, tokens, head_dim);
+        copy_rows(v, rows_of<const E>(call.v, batch, head), call.v.token, tokens, padded, head_dim);
         copy_rows(
-            grad_out, rows_of<const E>(call.grad_out, batch, head), call.grad_out.token, tokens, tokens, head_dim);
+            grad_out, rows_of<const E>(call.grad_out, batch, head), call.grad_out.token, tokens, padded, head_dim);
+        copy_commit();
+        copy_rows(q, rows_of<const E>(call.q, batch, head), call.q.token, tokens, tokens, head_dim);
+        const Global<const E> keys = rows_of<const E>(call.k, batch, head);
+        copy_rows(k, keys, call.k.token, tokens, tokens, head_dim);
+        copy_rows(k_padding, keys + (tokens - 1) * call.k.token, 0, missing, missing, head_dim);
         copy_commit();
 
-        const Global<const float> row_logsumexp =
-            Global<const float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
-        for (int i = thread(); i < padded; i += threads()) {  // queries that do not exist: exp(-inf) = 0
-            store(logsumexp + i, i < tokens ? load(row_logsumexp + i) * log2_e : INFINITY);
-        }
+        const Own own(tiles(problem));
         const auto weight = [&](int i) { return load(call.pos_weight, 3 * head + i); };
-        const float square = weight(2);
-        const bool wide = has_dropout || problem.columns >= problem.rows;
-        const Axis longer(wide ? problem.columns : problem.rows, weight(wide ? 0 : 1), square, normalisers);
-        const Axis shorter(
-            wide ? problem.rows : problem.columns, weight(wide ? 1 : 0), square, normalisers + longer.size);
-        const Shared<float> shorter_means = means + 2 * longer.size;
-        Axis::prepare(longer, shorter);
-        Axis::prepare_means(longer, shorter, means);
+        const float square = weight(2), gate = load(call.gate, head);
+        const Axis along_x(problem.columns, weight(0), square, normalisers);
+        const Axis along_y(problem.rows, weight(1), square, normalisers + problem.columns);
+        float shift[2][2][2];
+        load_shifts(shift, Global<const float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens, own, tokens);
+        Axis::prepare(along_x, along_y);
+        Axis::prepare_means(along_x, along_y, means_x);
+
+        const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
+        const float early = has_dropout ? 1 : early_share(open, tokens), late = open / early;
+        WeightGradient grad_x, grad_y;
+        uint32_t position[2][2][channels / 8];  // of the warp's tokens, R^T dO early
+        if constexpr (!has_dropout) {
+            const Rows<E, channels> mixed_v{map.base}, mixed{map.base, tokens}, grad_position{map.base, 2 * tokens};
+            sync_block();
+            const PositionGradient<E, channels> gradient(along_x, along_y, means_x, means_y, early);
+            copy_wait<1>();
+            sync_block();
+            gradient.start(v, grad_out, mixed_v, mixed);
+            sync_block();
+            gradient.finish(grad_x, grad_y, v, grad_out, mixed_v, mixed, grad_position);
+            sync_block();
+            each_pair([&](int t, int half, int n) {
+                const int token = smaller(own.first(t) + fragment_row() + 8 * half, tokens - 1);
+                position[t][half][n] = load_pair<E>(grad_position.chunk(token, n) + fragment_column());
+            });
+        }
         copy_wait<0>();
         sync_block();
 
-        const float gate = load(call.gate, head);
-        const float closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-        const float score_share = problem.scale * closed;
-        const int first_key = 16 * warp();
-        Left k_tile[channels / 16], v_tile[channels / 16];
-        if constexpr (keep_keys) {
-            load_keys(k_tile, k, first_key, tokens);
-            load_keys(v_tile, v, first_key, tokens);
-        }
-        Sum grad_k[channels / 8] = {}, grad_v[channels / 8] = {};
-        float delta_sum = 0;
-        WeightGradient grad_longer, grad_shorter;
-        const int steps = padded / 16;
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            const auto query = [&](int i) { return smaller(16 * step + i, tokens - 1); };
-            const auto in_q = [&](int i, int chunk) { return q.chunk(query(i), chunk); };
-            const auto in_grad_out = [&](int i, int chunk) { return grad_out.chunk(query(i), chunk); };
-            Sum p[2] = {}, grad_p[2] = {};
-            if constexpr (!keep_keys) load_keys(k_tile, k, first_key, tokens);
-            multiply_keys(p, k_tile, in_q);
-            exponentiate(p, problem.scale * log2_e, logsumexp + 16 * step, tokens - first_key);
-            if constexpr (!keep_keys) load_keys(v_tile, v, first_key, tokens);
-            multiply_keys(grad_p, v_tile, in_grad_out);
-            const Shared<float> partials = delta_partials + step % 2 * (threads() / 32) * 16;
-            if constexpr (has_dropout) {
-                const Dropout dropout(problem, block_x());
-                const DensePosition<Axis> position{longer, shorter};
-                Sum weights[2];
-                drop(
-                    weights, grad_p, grad_longer, grad_shorter, p, dropout, position, means, shorter_means, 16 * step,
-                    first_key, tokens, closed, sigmoid(gate));
-                store_partial_delta(partials + 16 * warp(), p, grad_p);
-                add_products(grad_v, weights, in_grad_out);
-            } else {
-                store_partial_delta(partials + 16 * warp(), p, grad_p);
-                add_products(grad_v, p, in_grad_out);
-            }
-            sync_block();
-            delta_sum += subtract_delta(partials, p, grad_p);
-            add_products(grad_k, grad_p, in_q);
-            const int row = step % kept_steps * padded + first_key;
-            store_line<E, 16>(grad_p, row, row + 16, [&](int i, int chunk) { return grad_scores.chunk(i, chunk); });
-            if (step > 0 && step % 2 == 0) write_grad_q(call, grad_scores, k, q, step - 2, step, score_share);
-        }
-        sync_block();
-        write_grad_q(call, grad_scores, k, q, (steps - 1) / 2 * 2, steps, score_share);
+        const Mask mask(problem, block_x());
+        const float delta_sum = store_map(map, delta, mask, own, q, k, v, grad_out, problem.scale * log2_e, shift);
         sync_block();
 
-        const Global<E> to_k = rows_of<E>(call.grad_k, batch, head), to_v = rows_of<E>(call.grad_v, batch, head);
-        const auto row_of_k = [&](int i, int chunk) { return k.chunk(i, chunk); };
-        for (Sum& sum : grad_k) {
-            for (float& x : sum.values) x *= score_share;
+        for (int i = thread(); i < missing * channels / 8; i += threads()) {
+            store_chunk<E>(queries_keys + 2 * tokens * channels + 8 * i, Chunk{});
         }
-        store_line<E, channels>(grad_k, first_key, tokens, row_of_k);
-        sync_warp();
-        store_rows<channels / 8>(to_k, call.grad_k.token, first_key, tokens, 0, head_dim, row_of_k);
-
-        const float open = sigmoid(gate), early = has_dropout ? 1 : early_share(open, tokens), late = open / early;
-        if constexpr (!has_dropout) {
-            differentiate_position(
-                grad_longer, grad_shorter, wide, longer, shorter, means, shorter_means, grad_out, v, mixed, early);
-        }
-        const float of_longer = open * grad_longer.linear, of_shorter = late * grad_shorter.linear;
-        store_sums(
-            warp_sums, wide ? of_longer : of_shorter, wide ? of_shorter : of_longer,
-            open * grad_longer.square + late * grad_shorter.square, open * closed * (grad_longer.total - delta_sum));
-        sync_block();
-        const auto in_mixed = [&](int i, int chunk) { return mixed.chunk(i, chunk); };
+        Sum grad_k[2][channels / 8] = {}, grad_v[2][channels / 8] = {};
+        DroppedPosition dropped({along_x, along_y}, means_x, means_y, own, mask.keep_scale, closed, open);
+        add_key_gradients(grad_k, grad_v, dropped, map, delta, own, q, v, grad_out);
         if constexpr (has_dropout) {
-            store_line<E, channels>(grad_v, first_key, tokens, in_mixed);
-        } else {
-            blend(mixed, first_key, tokens, late, grad_v, closed, closed);
+            grad_x = dropped.grad_x;
+            grad_y = dropped.grad_y;
         }
-        sync_warp();
-        store_rows<channels / 8>(to_v, call.grad_v.token, first_key, tokens, 0, head_dim, in_mixed);
+        store_sums(
+            warp_sums, open * grad_x.linear, late * grad_y.linear, open * grad_x.square + late * grad_y.square,
+            open * closed * (grad_x.total - delta_sum));
+        sync_block();
+
+        const float score_share = problem.scale * closed;
+        scale(grad_k, score_share);
+        write(call.grad_k, batch, head, own, tokens, head_dim, q, grad_k);
+        if constexpr (!has_dropout) {
+            each_pair([&](int t, int half, int n) {
+                const Pair pair = unpack<E>(position[t][half][n]);
+                float* sum = &grad_v[t][n].values[2 * half];
+                sum[0] = closed * sum[0] + late * pair.low;
+                sum[1] = closed * sum[1] + late * pair.high;
+            });
+        }
+        write(call.grad_v, batch, head, own, tokens, head_dim, grad_out, grad_v);
+        Sum grad_q[2][channels / 8] = {};
+        add_query_gradients(grad_q, map, own, k);
+        scale(grad_q, score_share);
+        write(call.grad_q, batch, head, own, tokens, head_dim, v, grad_q);
         if (thread() < 4) {
             float sum = 0;
             for (int w = 0; w < threads() / 32; ++w) sum += load(warp_sums + (4 * w + thread()));
@@ -170,150 +156,336 @@ struct WholeImageBackward {
     }
 
 private:
-    static constexpr int kept_steps = 3;
-    static constexpr int unrolled_tiles = has_dropout ? 1 : 2;  // of dQ; with dropout there are no registers for 2
-    static constexpr bool keep_keys = channels <= 48 && !has_dropout;  // in registers; else read again in every step
+    static constexpr bool keep_keys = channels <= 48 || !has_dropout;  // in registers; else read again in every step
 
     GPSA_HOST_DEVICE static int tiles(const Problem& problem) { return (problem.rows * problem.columns + 15) / 16; }
 
-    /// Rows first to first + 15, those that do not exist replaced by the last.
-    template <typename Layout>
-    GPSA_DEVICE static void load_keys(Left* tile, const Layout& rows, int first, int tokens) {
+    /// The map has room for three arrays of (N, D) before it is one.
+    GPSA_HOST_DEVICE static int map_elements(const Problem& problem) {
+        const int map = 256 * tiles(problem) * tiles(problem);
+        const int mixed = 3 * problem.rows * problem.columns * channels;
+        return map > mixed ? map : mixed;
+    }
+
+    /// (16, 16) tiles of the attention map, one after the other. P^T is kept as the left operand that it is next, 16
+    /// bytes a lane, and dS^T in rows of keys, to be read along both axes.
+    struct Map {
+        const Shared<E> base;
+        const int tiles;
+
+        GPSA_DEVICE Shared<E> tile(int queries, int keys) const { return base + (queries * tiles + keys) * 256; }
+    };
+
+    /// The warp's two tiles of 16 tokens. If there is only one left, it is the second, too: what is done twice is
+    /// stored twice, but not in global memory.
+    struct Own {
+        const int tiles, tile[2];
+
+        GPSA_DEVICE explicit Own(int tiles) : tiles(tiles), tile{2 * warp(), smaller(2 * warp() + 1, tiles - 1)} {}
+        GPSA_DEVICE int first(int t) const { return 16 * tile[t]; }
+        GPSA_DEVICE bool counts(int t) const { return t == 0 || tile[1] > tile[0]; }
+    };
+
+    /// What stands for Dropout where there is none.
+    struct NoDropout {
+        static constexpr float keep_scale = 1;
+        GPSA_DEVICE NoDropout(const Problem&, int64_t) {}
+        GPSA_DEVICE uint32_t keep_transposed(int, int) const { return ~0u; }
+    };
+    using Mask = std::conditional_t<has_dropout, Dropout, NoDropout>;
+
+    /// The positional branch with attention dropout, a mask M that keeps and scales up: R is formed entry by entry.
+    class DroppedPosition {
+    public:
+        WeightGradient grad_x, grad_y;
+
+        GPSA_DEVICE DroppedPosition(
+            const DensePosition<Axis>& position, Shared<float> means_x, Shared<float> means_y, const Own& own,
+            float keep_scale, float closed, float open)
+            : position(position),
+              means_x(means_x),
+              means_y(means_y),
+              last(position.along_x.size * position.along_y.size - 1),
+              keep_scale(keep_scale),
+              closed(closed),
+              open(open),
+              counts(own.counts(1) ? 1.0f : 0.0f) {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const auto key = position.place(smaller(own.first(t) + fragment_row() + 8 * half, last));
+                    key_x[t][half] = static_cast<float>(key.x);
+                    key_y[t][half] = static_cast<float>(key.y);
+                }
+            }
+        }
+
+        /// grad_p = M * dP, mixture = M * ((1 - g) P + g R), p = P without the signs that tell M; adds what 16 queries
+        /// and the warp's keys add to the gradients of the positional weights, R * M * dP (d - mean of d) each. Tokens
+        /// that do not exist are the last one here: their rows of V and dO are zeros.
+        GPSA_DEVICE void drop(Left (&mixture)[2], Left (&p)[2], Sum (&grad_p)[2][2], int first_query) {
+            Sum mixed[2][2];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int column = 0; column < 2; ++column) {
+                    const auto from = position.place(smaller(first_query + 8 * n + fragment_column() + column, last));
+                    const float x = static_cast<float>(from.x), y = static_cast<float>(from.y);
+                    const float log2_normaliser = position.log2_normaliser(from);
+                    const float mean_x = load(means_x + 2 * from.x), mean_y = load(means_y + 2 * from.y);
+                    const float mean_square = load(means_x + (2 * from.x + 1)) + load(means_y + (2 * from.y + 1));
+#pragma unroll
+                    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const uint32_t word = p[t].words[2 * n + half];
+                            const Pair pair = unpack<E>(word);
+                            const float factor = word & (column == 0 ? 0x8000u : 0x80000000u) ? 0.0f : keep_scale;
+                            float& grad = grad_p[t][n].values[2 * half + column];
+                            grad = factor * grad;
+                            const float dx = key_x[t][half] - x, dy = key_y[t][half] - y;
+                            const float score = position.along_x.score(dx) + position.along_y.score(dy);
+                            const float r = exp2_approx(score - log2_normaliser);
+                            const float share = (t == 0 ? r : counts * r) * grad;
+                            mixed[t][n].values[2 * half + column] =
+                                factor * (closed * (column == 0 ? pair.low : pair.high) + open * r);
+                            grad_x.linear += share * (dx - mean_x);
+                            grad_y.linear += share * (dy - mean_y);
+                            grad_x.square += share * (dx * dx + dy * dy - mean_square);
+                            grad_x.total += share;
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                mixture[t] = as_left<E>(mixed[t]);
+                for (uint32_t& word : p[t].words) word &= 0x7fff7fffu;
+            }
+        }
+
+    private:
+        const DensePosition<Axis> position;
+        const Shared<float> means_x, means_y;
+        const int last;
+        const float keep_scale, closed, open;
+        float key_x[2][2], key_y[2][2];
+        const float counts;  // whether the second tile does, 1 or 0
+    };
+
+    /// visit(t, half, n) for the pairs of accumulators: columns t, t + 1 of row r + 8 half of values[n] of the t-th
+    /// tile.
+    template <typename Visit>
+    GPSA_DEVICE static void each_pair(Visit visit) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int n = 0; n < channels / 8; ++n) visit(t, half, n);
+            }
+        }
+    }
+
+    GPSA_DEVICE static void scale(Sum (&sums)[2][channels / 8], float factor) {
+        each_pair([&](int t, int half, int n) {
+            for (int i = 0; i < 2; ++i) sums[t][n].values[2 * half + i] *= factor;
+        });
+    }
+
+    /// sums += a times 16 other tokens, summed over these.
+    template <typename At>
+    GPSA_DEVICE static void add_products(Sum (&sums)[2][channels / 8], const Left (&a)[2], At at) {
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
-            tile[s] =
-                load_left<E>(s, [&](int i, int chunk) { return rows.chunk(smaller(first + i, tokens - 1), chunk); });
+            const Right b = load_right_over_tokens<E>(s, at);
+#pragma unroll
+            for (int t = 0; t < 2; ++t) multiply<E>(&sums[t][2 * s], a[t], b);
         }
     }
 
-    /// sums += the warp's keys times 16 other tokens, summed over channels.
-    template <typename At>
-    GPSA_DEVICE static void multiply_keys(Sum* sums, const Left* keys, At at) {
+    /// logsumexp in base 2 of the columns of the warp's queries; of those that do not exist it makes exp(-inf) = 0.
+    GPSA_DEVICE static void load_shifts(
+        float (&shift)[2][2][2], Global<const float> logsumexp, const Own& own, int tokens) {
 #pragma unroll
-        for (int s = 0; s < channels / 16; ++s) multiply<E>(sums, keys[s], load_right_over_channels<E>(s, at));
-    }
-
-    /// sums += weights, rounded, times 16 other tokens, summed over these.
-    template <typename At>
-    GPSA_DEVICE static void add_products(Sum* sums, const Sum* weights, At at) {
-        const Left a = as_left<E>(weights);
-#pragma unroll
-        for (int s = 0; s < channels / 16; ++s) multiply<E>(&sums[2 * s], a, load_right_over_tokens<E>(s, at));
-    }
-
-    /// scores = exp(scale scores - logsumexp), exactly 0 for the rows from `keys` on. Columns are queries.
-    GPSA_DEVICE static void exponentiate(Sum* scores, float log2_scale, Shared<float> logsumexp, int keys) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            for (int column = 0; column < 2; ++column) {
-                const float shift = load(logsumexp + (8 * n + fragment_column() + column));
-                for (int half = 0; half < 2; ++half) {
-                    float& s = scores[n].values[2 * half + column];
-                    s = fragment_row() + 8 * half < keys ? exp2_approx(s * log2_scale - shift) : 0.0f;
-                }
-            }
-        }
-    }
-
-    /// With a mask M that keeps and scales up: grad_p = M * dP, weights = M * ((1 - g) P + g R), and what 16 queries
-    /// and the warp's keys add to the gradients of the positional weights, R * M * dP (d - mean of d) each.
-    GPSA_DEVICE static void drop(
-        Sum* weights, Sum* grad_p, WeightGradient& grad_x, WeightGradient& grad_y, const Sum* p, const Dropout& dropout,
-        const DensePosition<Axis>& position, Shared<float> means_x, Shared<float> means_y, int first_query,
-        int first_key, int tokens, float closed, float open) {
-        const uint32_t keep = dropout.keep_transposed(first_query, first_key);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int column = 0; column < 2; ++column) {
-                const int query = first_query + 8 * n + fragment_column() + column;
-                const auto from = position.place(smaller(query, tokens - 1));
-                const float log2_normaliser = position.log2_normaliser(from);
-                const float mean_x = load(means_x + 2 * from.x), mean_y = load(means_y + 2 * from.y);
-                const float mean_square = load(means_x + (2 * from.x + 1)) + load(means_y + (2 * from.y + 1));
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int key = first_key + fragment_row() + 8 * half, i = 2 * half + column;
-                    const auto to = position.place(key);
-                    const float factor = keep >> (4 * n + i) & 1 ? dropout.keep_scale : 0.0f;
-                    float& grad = grad_p[n].values[i];
-                    grad = factor * grad;
-                    const bool exists = query < tokens && key < tokens;
-                    const float r = exists ? position.weight(from, log2_normaliser, to) : 0.0f;
-                    weights[n].values[i] = factor * (closed * p[n].values[i] + open * r);
-                    const float dx = static_cast<float>(to.x - from.x), dy = static_cast<float>(to.y - from.y);
-                    grad_x.linear += r * grad * (dx - mean_x);
-                    grad_y.linear += r * grad * (dy - mean_y);
-                    grad_x.square += r * grad * (dx * dx + dy * dy - mean_square);
-                    grad_x.total += r * grad;
-                }
-            }
-        }
-    }
-
-    /// Of 16 queries the warp's partial sum of delta: P * dP over its keys.
-    GPSA_DEVICE static void store_partial_delta(Shared<float> to, const Sum* p, const Sum* grad_p) {
-        float sums[2][2] = {};
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[n][i % 2] += p[n].values[i] * grad_p[n].values[i];
-        }
-        const float sum = column_sum(sums);
-        if (lane() / 4 % 2 == 0) store(to + column_of_lane(), sum);
-    }
-
-    /// grad_p = P * (dP - delta). Returns what this lane of the first warp adds to the sum of delta over the queries.
-    GPSA_DEVICE static float subtract_delta(Shared<float> partials, const Sum* p, Sum* grad_p) {
-        float own = 0, delta[2][2];
-        const int half = lane() / 4 % 2;  // two lanes have the same column
-#pragma unroll 4
-        for (int w = half; w < threads() / 32; w += 2) own += load(partials + (16 * w + column_of_lane()));
-        own += shuffle_xor(own, 4);
-        spread_columns(delta, own);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int t = 0; t < 2; ++t) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& grad = grad_p[n].values[i];
-                grad = p[n].values[i] * (grad - delta[n][i % 2]);
+                const int query = own.first(t) + 8 * (i / 2) + fragment_column() + i % 2;
+                shift[t][i / 2][i % 2] = query < tokens ? load(logsumexp + query) * log2_e : INFINITY;
             }
         }
-        return warp() == 0 && half == 0 ? own : 0.0f;
     }
 
-    /// dQ of the queries of some steps, 16 queries x 16 channels at a time, by way of the rows of Q.
-    GPSA_DEVICE static void write_grad_q(
-        const Backward& call, const Rows<E, 16>& grad_scores, const Rows<E, channels>& k, const Rows<E, channels>& q,
-        int first_step, int last_step, float share) {
-        const int batch = block_x() / call.problem.heads, head = block_x() % call.problem.heads;
-        const Global<E> to = rows_of<E>(call.grad_q, batch, head);
-        const int tokens = call.problem.rows * call.problem.columns, padded = 16 * tiles(call.problem);
-        const auto row_of_q = [&](int i, int chunk) { return q.chunk(i, chunk); };
-#pragma unroll 1
-        for (int unit = warp(); unit < (last_step - first_step) * (channels / 16); unit += threads() / 32) {
-            const int step = first_step + unit / (channels / 16), s = unit % (channels / 16);
-            const int key_tiles = padded / 16, first_tile = step % kept_steps * key_tiles;
-            Sum sums[2] = {};
-#pragma unroll unrolled_tiles
-            for (int tile = 0; tile < key_tiles; ++tile) {
-                const Left a = load_left_over_tokens<E>(
-                    0, [&](int j, int chunk) { return grad_scores.chunk(j, chunk, first_tile + tile); });
-                const Right b = load_right_over_tokens<E>(s, [&](int j, int chunk) { return k.chunk(j, chunk, tile); });
-                multiply<E>(sums, a, b);
+    /// P^T and delta of the warp's queries; with dropout, P is negative where it is dropped. Returns this lane's part
+    /// of the sum of delta.
+    GPSA_DEVICE static float store_map(
+        const Map& map, Shared<float> delta, const Mask& mask, const Own& own, const Rows<E, channels>& q,
+        const Rows<E, channels>& k, const Rows<E, channels>& v, const Rows<E, channels>& grad_out, float log2_scale,
+        const float (&shift)[2][2][2]) {
+        Right q_tile[2][channels / 16], grad_tile[2][channels / 16];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                q_tile[t][s] =
+                    load_right_over_channels<E>(s, [&](int i, int chunk) { return q.chunk(own.first(t) + i, chunk); });
+                grad_tile[t][s] = load_right_over_channels<E>(
+                    s, [&](int i, int chunk) { return grad_out.chunk(own.first(t) + i, chunk); });
             }
-            for (Sum& sum : sums) {
-                for (float& x : sum.values) x *= share;
+        }
+        const auto score = [&](Sum(&scores)[2][2], int tile) {
+            Left a[channels / 16];
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                a[s] = load_left<E>(s, [&](int i, int chunk) { return k.chunk(i, chunk, tile); });
             }
-            store_line<E, 16>(sums, 16 * step, tokens, [&](int i, int chunk) { return row_of_q(i, 2 * s + chunk); });
-            sync_warp();
-#pragma unroll 1  // once; not a loop, its addresses would be kept in registers
-            for (int i = lane(); i < 32; i += 32) {
-                const int token = 16 * step + i / 2, chunk = 2 * s + i % 2;
-                if (token < tokens && chunk * 8 < call.problem.head_dim) {
-                    store_chunk<E>(to + (token * call.grad_q.token + chunk * 8), load_chunk<E>(row_of_q(token, chunk)));
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                for (int t = 0; t < 2; ++t) multiply<E>(scores[t], a[s], q_tile[t][s]);
+            }
+        };
+        float sums[2][2][2] = {};
+        Sum p[2][2] = {};
+        score(p, 0);
+#pragma unroll 2
+        for (int tile = 0; tile < own.tiles; ++tile) {
+            Sum grad_p[2][2] = {}, next[2][2] = {};
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                const Left a = load_left<E>(s, [&](int i, int chunk) { return v.chunk(i, chunk, tile); });
+                for (int t = 0; t < 2; ++t) multiply<E>(grad_p[t], a, grad_tile[t][s]);
+            }
+            score(next, smaller(tile + 1, own.tiles - 1));  // the products of the next tile, during the exponentials
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const uint32_t keep = mask.keep_transposed(own.first(t), 16 * tile);
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float& s = p[t][n].values[i];
+                        s = exp2_approx(s * log2_scale - shift[t][n][i % 2]);
+                        const bool kept = keep >> (4 * n + i) & 1;
+                        sums[t][n][i % 2] += kept ? s * grad_p[t][n].values[i] : 0.0f;
+                        s = kept ? s : -s;
+                    }
+                }
+                const Left a = as_left<E>(p[t]);
+                store_chunk<E>(
+                    map.tile(own.tile[t], tile) + 8 * lane(), {{a.words[0], a.words[1], a.words[2], a.words[3]}});
+                for (int n = 0; n < 2; ++n) p[t][n] = next[t][n];
+            }
+        }
+        float delta_sum = 0;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const float sum = column_sum(sums[t]) * mask.keep_scale;
+            if (lane() / 4 % 2 == 0) {
+                store(delta + (own.first(t) + place_of_delta(column_of_lane())), sum);
+                if (own.counts(t)) delta_sum += sum;
+            }
+        }
+        return delta_sum;
+    }
+
+    /// Of 16 queries, those that a lane needs lie side by side: columns t, t + 1, t + 8, t + 9.
+    GPSA_DEVICE static int place_of_delta(int column) { return column % 8 / 2 * 4 + column / 8 * 2 + column % 2; }
+
+    /// dK and dV of the warp's keys, but for their factors, and dS^T in the place of P^T.
+    GPSA_DEVICE static void add_key_gradients(
+        Sum (&grad_k)[2][channels / 8], Sum (&grad_v)[2][channels / 8], DroppedPosition& dropped, const Map& map,
+        Shared<float> delta, const Own& own, const Rows<E, channels>& q, const Rows<E, channels>& v,
+        const Rows<E, channels>& grad_out) {
+        Left v_tile[2][channels / 16];
+        const auto load_keys = [&] {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+#pragma unroll
+                for (int s = 0; s < channels / 16; ++s) {
+                    v_tile[t][s] = load_left<E>(s, [&](int i, int chunk) { return v.chunk(own.first(t) + i, chunk); });
                 }
             }
+        };
+        if constexpr (keep_keys) load_keys();
+#pragma unroll 1
+        for (int step = 0; step < own.tiles; ++step) {
+            const auto in_q = [&](int i, int chunk) { return q.chunk(i, chunk, step); };
+            const auto in_grad_out = [&](int i, int chunk) { return grad_out.chunk(i, chunk, step); };
+            if constexpr (!keep_keys) load_keys();
+            Left p[2], grad_s[2];
+            Sum grad_p[2][2] = {};
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const Chunk own_p = load_chunk<E>(map.tile(step, own.tile[t]) + 8 * lane());
+                p[t] = {{own_p.words[0], own_p.words[1], own_p.words[2], own_p.words[3]}};
+            }
+#pragma unroll
+            for (int s = 0; s < channels / 16; ++s) {
+                const Right b = load_right_over_channels<E>(s, in_grad_out);
+                for (int t = 0; t < 2; ++t) multiply<E>(grad_p[t], v_tile[t][s], b);
+            }
+            if constexpr (has_dropout) {
+                Left mixture[2];
+                dropped.drop(mixture, p, grad_p, 16 * step);
+                add_products(grad_v, mixture, in_grad_out);
+            } else {
+                add_products(grad_v, p, in_grad_out);
+            }
+            float own_delta[2][2];
+            load_four(own_delta, delta + (16 * step + place_of_delta(fragment_column())));
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const Pair pair = unpack<E>(p[t].words[2 * n + half]);
+                        float* grad = &grad_p[t][n].values[2 * half];
+                        grad[0] = pair.low * (grad[0] - own_delta[n][0]);
+                        grad[1] = pair.high * (grad[1] - own_delta[n][1]);
+                    }
+                }
+                grad_s[t] = as_left<E>(grad_p[t]);
+            }
+            sync_warp();  // all lanes have their P
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const Rows<E, 16> rows{map.tile(step, own.tile[t])};
+                store_line<E, 16>(grad_p[t], 0, 16, [&](int i, int chunk) { return rows.chunk(i, chunk); });
+            }
+            add_products(grad_k, grad_s, in_q);
+        }
+    }
+
+    /// dQ of the warp's queries, but for its factor.
+    GPSA_DEVICE static void add_query_gradients(
+        Sum (&grad_q)[2][channels / 8], const Map& map, const Own& own, const Rows<E, channels>& k) {
+#pragma unroll 1
+        for (int tile = 0; tile < own.tiles; ++tile) {
+            Left grad_s[2];
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const Rows<E, 16> rows{map.tile(own.tile[t], tile)};
+                grad_s[t] = load_left_over_tokens<E>(0, [&](int j, int chunk) { return rows.chunk(j, chunk); });
+            }
+            add_products(grad_q, grad_s, [&](int j, int chunk) { return k.chunk(j, chunk, tile); });
+        }
+    }
+
+    /// The warp's rows of a gradient, by way of its rows of an array that nobody reads any more.
+    GPSA_DEVICE static void write(
+        const Tensor& to, int batch, int head, const Own& own, int tokens, int head_dim, const Rows<E, channels>& rows,
+        const Sum (&sums)[2][channels / 8]) {
+        const auto at = [&](int i, int chunk) { return rows.chunk(i, chunk); };
+#pragma unroll
+        for (int t = 0; t < 2; ++t) store_line<E, channels>(sums[t], own.first(t), tokens, at);
+        sync_warp();
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            store_rows<channels / 8>(
+                rows_of<E>(to, batch, head), to.token, own.first(t), own.counts(t) ? tokens : 0, 0, head_dim, at);
         }
     }
 
@@ -328,30 +500,23 @@ private:
 
 namespace whole_image {
 
-template <typename E, bool has_dropout, typename Visit>
-const char* with_native_channels(const Problem& problem, Visit visit) {
-    if (problem.head_dim <= 32) return visit(WholeImageBackward<E, 32, has_dropout>{});
-    if (problem.head_dim <= 48) return visit(WholeImageBackward<E, 48, has_dropout>{});
-    return visit(WholeImageBackward<E, 64, has_dropout>{});
-}
-
-template <typename E, typename Visit>
-const char* with_dropout(const Problem& problem, Visit visit) {
-    return problem.dropout_p > 0 ? with_native_channels<E, true>(problem, visit)
-                                 : with_native_channels<E, false>(problem, visit);
-}
+template <typename E, int channels>
+using Plain = WholeImageBackward<E, channels, false>;
+template <typename E, int channels>
+using Dropped = WholeImageBackward<E, channels, true>;
 
 /// Calls `visit` with the WholeImageBackward for a problem of head_dim 64 at most.
 template <typename Visit>
 const char* dispatch_backward(const Problem& problem, Visit visit) {
-    return problem.dtype == Dtype::float16 ? with_dropout<Half>(problem, visit)
-                                           : with_dropout<Bfloat16>(problem, visit);
+    return problem.dropout_p > 0 ? gpsa::dispatch<Dropped, 64>(problem, visit)
+                                 : gpsa::dispatch<Plain, 64>(problem, visit);
 }
 
 /// Whether the kernels serve a problem where a block can have so many bytes of shared memory.
 inline bool backward_fits(const Problem& problem, int shared_bytes) {
     const int64_t tokens = static_cast<int64_t>(problem.rows) * problem.columns;
     if (problem.head_dim > 64 || tokens > whole_image_tokens) return false;
+    if (problem.dropout_p == 0 && (problem.rows > 16 || problem.columns > 16)) return false;  // PositionGradient
     int bytes = 0;
     dispatch_backward(problem, [&](auto kernel) {
         bytes = decltype(kernel)::shared_bytes(problem);

@@ -56,14 +56,16 @@ def test_no_shape_is_refused(device, dropout_p, dtype):
 
 
 # (grid_size, head_dim, dropout_p): devices on which whole-image kernels serve it, forward without saving and backward
-ALL, LARGE = set(DEVICES), {"A100", "H100", "B200"}
+ALL, LARGE, LARGEST = set(DEVICES), {"A100", "H100", "B200"}, {"H100", "B200"}
 SERVED = {
-    ((14, 14), 48, 0.0): (ALL, ALL),  # ConViT
-    ((14, 14), 48, 0.1): (ALL, ALL),
-    ((16, 16), 48, 0.0): (ALL, LARGE),
-    ((14, 14), 64, 0.0): (LARGE, LARGE),
-    ((16, 16), 64, 0.0): (LARGE, LARGE),
-    ((14, 14), 128, 0.0): ({"H100", "B200"}, set()),
+    ((14, 14), 48, 0.0): (ALL, LARGE),  # ConViT
+    ((14, 14), 48, 0.1): (ALL, LARGE),
+    ((16, 16), 48, 0.0): (ALL, LARGEST),
+    ((14, 14), 64, 0.0): (LARGE, LARGEST),
+    ((16, 16), 64, 0.0): (LARGE, set()),
+    ((8, 32), 48, 0.0): (ALL, set()),
+    ((8, 32), 48, 0.1): (ALL, LARGEST),
+    ((14, 14), 128, 0.0): (LARGEST, set()),
     ((14, 14), 128, 0.1): (set(), set()),
     ((24, 24), 48, 0.0): (set(), set()),
 }

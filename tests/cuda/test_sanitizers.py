@@ -54,7 +54,7 @@ def test_the_kernels_are_clean():
     ("file", "text"),
     [
         ("whole_image_forward.cuh", "Sum scores[2 * key_tiles"),
-        ("whole_image_backward.cuh", "Sum grad_k[channels / 8"),
+        ("whole_image_backward.cuh", "Sum grad_k[2][channels / 8"),
         ("tiled_forward.cuh", "Sum content[channels / 8"),
         ("tiled_backward.cuh", "Sum grad_k[channels / 8"),
         ("tiled_position.cuh", "Sum sums[channels / 8"),
