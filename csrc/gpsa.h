@@ -14,18 +14,12 @@ using cudaStream_t = struct CUstream_st*;
 
 namespace gpsa {
 
-enum class Dtype { float16, bfloat16, float32 };  // float32: of a Parameter alone
+enum class Dtype { float16, bfloat16 };
 
 /// A (B, H, N, D) tensor of 16-bit elements: strides in elements, channels contiguous, rows at multiples of 16 bytes.
 struct Tensor {
     void* data;
     int64_t batch, head, token;
-};
-
-/// Contiguous numbers, one or three for each head.
-struct Parameter {
-    const void* data;
-    Dtype dtype;
 };
 
 struct Problem {
@@ -40,8 +34,8 @@ struct Problem {
 struct Forward {
     Problem problem;
     Tensor q, k, v;
-    Parameter pos_weight;  // (H, 3)
-    Parameter gate;        // (H,)
+    const float* pos_weight;  // (H, 3)
+    const float* gate;        // (H,)
     Tensor out;
     Tensor content;    // the content branch alone, which backward may read; data null: not wanted
     float* logsumexp;  // (B, H, N), of the scaled scores, natural logarithm; null: not wanted
@@ -51,7 +45,8 @@ struct Forward {
 struct Backward {
     Problem problem;
     Tensor grad_out, q, k, v;
-    Parameter pos_weight, gate;
+    const float* pos_weight;
+    const float* gate;
     Tensor content;
     const float* logsumexp;
     Tensor grad_q, grad_k, grad_v;

@@ -78,8 +78,6 @@ private:
 };
 
 GPSA_DEVICE float load(Global<const float> from) { return *from.pointer; }
-GPSA_DEVICE Half load(Global<const Half> from) { return *from.pointer; }
-GPSA_DEVICE Bfloat16 load(Global<const Bfloat16> from) { return *from.pointer; }
 GPSA_DEVICE int64_t load(Global<const int64_t> from) { return *from.pointer; }
 GPSA_DEVICE void store(Global<float> to, float value) { *to.pointer = value; }
 

@@ -83,17 +83,6 @@ float* floats_of(const char* name, const Tensor& t, int64_t count, const Tensor&
     return static_cast<float*>(t.data_ptr());
 }
 
-gpsa::Parameter parameter_of(const char* name, const Tensor& t, int64_t count, const Tensor& q) {
-    check_device(name, t, q);
-    const ScalarType dtype = t.scalar_type();
-    STD_TORCH_CHECK(
-        (dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && t.is_contiguous(),
-        name, " must be float32, float16 or bfloat16, and contiguous");
-    STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-    const gpsa::Dtype of_16_bits = dtype == ScalarType::Half ? gpsa::Dtype::float16 : gpsa::Dtype::bfloat16;
-    return {t.data_ptr(), dtype == ScalarType::Float ? gpsa::Dtype::float32 : of_16_bits};
-}
-
 void* workspace_of(const std::optional<Tensor>& t, int64_t bytes, const Tensor& q) {
     if (bytes == 0) {
         return nullptr;
@@ -133,8 +122,8 @@ void forward(
     call.q = tokens_of("q", q, q);
     call.k = tokens_of("k", k, q);
     call.v = tokens_of("v", v, q);
-    call.pos_weight = parameter_of("pos_weight", pos_weight, 3 * q.size(1), q);
-    call.gate = parameter_of("gate", gate, q.size(1), q);
+    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q);
+    call.gate = floats_of("gate", gate, q.size(1), q);
     call.out = tokens_of("out", out, q);
     call.content = tokens_of("content", content, q);
     if (logsumexp) {
@@ -156,8 +145,8 @@ void backward(
     call.q = tokens_of("q", q, q);
     call.k = tokens_of("k", k, q);
     call.v = tokens_of("v", v, q);
-    call.pos_weight = parameter_of("pos_weight", pos_weight, 3 * q.size(1), q);
-    call.gate = parameter_of("gate", gate, q.size(1), q);
+    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q);
+    call.gate = floats_of("gate", gate, q.size(1), q);
     call.content = tokens_of("content", content, q);
     call.logsumexp = floats_of("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2), q);
     call.grad_q = tokens_of("grad_q", grad_q, q);

@@ -111,7 +111,7 @@ struct TiledQueryGradient {
             sync_block();
         }
 
-        const float gate = load(call.gate, block.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale_rows<channels>(sums, closed * problem.scale);
         store_own_rows<E, channels>(sums, {queries.base, 16 * warp()}, call.grad_q, block, block.row, head_dim);
@@ -355,7 +355,7 @@ struct TiledKeyGradient {
             sync_block();
         }
 
-        const float gate = load(call.gate, block.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
@@ -409,7 +409,7 @@ private:
             : x(call.problem, call.pos_weight, statistics, block.head, true),
               y(call.problem, call.pos_weight, statistics, block.head, false),
               dropout(call.problem, block.batch_head) {
-            const float gate = load(call.gate, block.head);
+            const float gate = load(Global<const float>(call.gate) + block.head);
             open = sigmoid(gate);
             closed = sigmoid(-gate);
             for (int half = 0; half < 2; ++half) {
@@ -470,7 +470,7 @@ const char* tiled_backward(const Backward& call, Launch launch) {
         tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed_grad));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
     const int slot_y = tiled::tiles(problem), slot_x = slot_y + along_y.blocks();
-    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
+    const MixCall values{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
     const MixCall grad_y{problem, along_y,   call.pos_weight, statistics, call.grad_out, mixed_grad,
                          mixed,   call.gate, call.sums,       slots,      slot_y};
     const MixCall grad_x{problem, along_x,   call.pos_weight, statistics, mixed_grad, call.grad_v,

@@ -121,7 +121,7 @@ struct TiledForward {
             for (int t = 0; t < row_tiles; ++t) again |= softmax[t].exponentiate(scores[t], log2_scale);
             if (any_lane(again)) start_anew(key);
         }
-        const float gate = load(call.gate, block.head);
+        const float gate = load(Global<const float>(call.gate) + block.head);
         weigh(content, position, weights, v, value_offsets);
         copy_wait<0>();
         sync_warp();
@@ -314,8 +314,8 @@ const char* tiled_forward(const Forward& call, Launch launch) {
     if (problem.dropout_p > 0) return error ? error : launch(TiledForward<Config, true>{}, attention);
     const Tensor mixed = tiled::contiguous_tensor(problem, workspace.array<void>(call.workspace, workspace.mixed));
     const Lines along_x = tiled::along_x(problem), along_y = tiled::along_y(problem);
-    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, {}, nullptr, 0, 0};
-    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, {}, nullptr, 0, 0};
+    const MixCall mix_x{problem, along_x, call.pos_weight, statistics, call.v, mixed, {}, nullptr, nullptr, 0, 0};
+    const MixCall mix_y{problem, along_y, call.pos_weight, statistics, mixed, call.out, {}, nullptr, nullptr, 0, 0};
     if (!error) error = launch(MixLines<Config, false>{}, mix_x);
     if (!error) error = launch(MixLines<Config, false>{}, mix_y);
     return error ? error : launch(TiledForward<Config, false>{}, attention);

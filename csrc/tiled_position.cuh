@@ -21,12 +21,11 @@ class GridAxis {
 public:
     const int size;
 
-    GPSA_DEVICE GridAxis(
-        const Problem& problem, const Parameter& pos_weight, const float* statistics, int head, bool is_x)
+    GPSA_DEVICE GridAxis(const Problem& problem, const float* pos_weight, const float* statistics, int head, bool is_x)
         : size(is_x ? problem.columns : problem.rows),
           stride(problem.rows + problem.columns),
-          linear(load(pos_weight, 3 * head + (is_x ? 0 : 1)) * log2_e),
-          square(load(pos_weight, 3 * head + 2) * log2_e),
+          linear(load(Global<const float>(pos_weight) + (3 * head + (is_x ? 0 : 1))) * log2_e),
+          square(load(Global<const float>(pos_weight) + (3 * head + 2)) * log2_e),
           statistics(Global<const float>(statistics) + (int64_t{3} * head * stride + (is_x ? 0 : problem.columns))) {}
 
     /// Of a token, along x.
@@ -49,13 +48,13 @@ private:
 
 /// R entry by entry, from those statistics.
 GPSA_DEVICE DensePosition<GridAxis> dense_position(
-    const Problem& problem, const Parameter& pos_weight, const float* statistics, int head) {
+    const Problem& problem, const float* pos_weight, const float* statistics, int head) {
     return {{problem, pos_weight, statistics, head, true}, {problem, pos_weight, statistics, head, false}};
 }
 
 struct StatisticsCall {
     Problem problem;
-    Parameter pos_weight;
+    const float* pos_weight;
     float* statistics;
 };
 
@@ -133,11 +132,11 @@ GPSA_DEVICE void store_line_rows(
 struct MixCall {
     Problem problem;
     Lines lines;
-    Parameter pos_weight;
+    const float* pos_weight;
     const float* statistics;
     Tensor from, to;
     Tensor values;  // of the rest, what only the backward kernel has
-    Parameter gate;
+    const float* gate;
     float* sums;  // of Backward
     int slots, first_slot;
 };
@@ -252,7 +251,7 @@ private:
             int)
             : values{memory.array<E>(tile_tokens * channels, "values")},
               partial(memory.array<float>(12, "sums")),
-              gate(load(call.gate, head)) {
+              gate(load(Global<const float>(call.gate) + head)) {
             copy_lines<E, channels>(
                 values, rows_of<const E>(call.values, batch, head), call.values.token, call.lines, first_line, first,
                 call.problem.head_dim);

@@ -253,17 +253,6 @@ GPSA_DEVICE void spread_columns(float (&columns)[2][2], float own) {
 
 GPSA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-/// A number of a parameter.
-template <typename E>
-GPSA_DEVICE float load_half(const void* data, int index) {
-    return unpack<E>(load(Global<const E>(static_cast<const E*>(data)) + index).bits).low;
-}
-GPSA_DEVICE float load(const Parameter& parameter, int index) {
-    if (parameter.dtype == Dtype::float16) return load_half<Half>(parameter.data, index);
-    if (parameter.dtype == Dtype::bfloat16) return load_half<Bfloat16>(parameter.data, index);
-    return load(Global<const float>(static_cast<const float*>(parameter.data)) + index);
-}
-
 /// Where sum `n` of a head goes in a slot of `sums`: the weights' of all heads, then the gates'.
 GPSA_DEVICE Global<float> sum_of(float* sums, int64_t slot, int heads, int head, int n) {
     return Global<float>(sums) + (4 * slot * heads + (n < 3 ? 3 * head + n : 3 * heads + head));

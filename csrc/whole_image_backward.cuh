@@ -82,10 +82,10 @@ struct WholeImageBackward {
         copy_commit();
 
         const Own own(tiles(problem));
-        const auto weight = [&](int i) { return load(call.pos_weight, 3 * head + i); };
-        const float square = weight(2), gate = load(call.gate, head);
-        const Axis along_x(problem.columns, weight(0), square, normalisers);
-        const Axis along_y(problem.rows, weight(1), square, normalisers + problem.columns);
+        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
+        const float square = load(weights + 2), gate = load(Global<const float>(call.gate) + head);
+        const Axis along_x(problem.columns, load(weights), square, normalisers);
+        const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
         float shift[2][2][2];
         load_shifts(shift, Global<const float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens, own, tokens);
         Axis::prepare(along_x, along_y);

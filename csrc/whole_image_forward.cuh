@@ -55,11 +55,11 @@ struct WholeImageForward {
         const Shared<float> normalisers = memory.array<float>(coordinates + place_numbers, "normalisers and places");
         const Shared<float> places = normalisers + coordinates;
 
-        const auto weight = [&](int i) { return load(call.pos_weight, 3 * head + i); };
-        const float square = weight(2);
-        const Axis along_x(problem.columns, weight(0), square, normalisers);
-        const Axis along_y(problem.rows, weight(1), square, normalisers + problem.columns);
-        const float gate = load(call.gate, head);
+        const Global<const float> weights = Global<const float>(call.pos_weight) + 3 * head;
+        const float square = load(weights + 2);
+        const Axis along_x(problem.columns, load(weights), square, normalisers);
+        const Axis along_y(problem.rows, load(weights + 1), square, normalisers + problem.columns);
+        const float gate = load(Global<const float>(call.gate) + head);
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
 
         copy_rows(v, rows_of<const E>(call.v, batch, head), call.v.token, tokens, keys, head_dim);

@@ -191,9 +191,8 @@ def _call(
     deferred_copies: bool = False,
     module: ModuleType | None = None,
 ) -> Result:
-    for name in ("pos_weight", "gate"):  # in 16 bits the emulator takes them for numbers of q's dtype
-        t = inputs[name].contiguous()
-        inputs[name] = t if t.dtype == inputs["q"].dtype else t.float()
+    for name in ("pos_weight", "gate"):
+        inputs[name] = inputs[name].float().contiguous()
     inputs.setdefault("seed", torch.tensor([dropout_seed]))
     run = getattr(module or kernels(), direction)
     counts = run(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)

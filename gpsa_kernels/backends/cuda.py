@@ -188,14 +188,14 @@ def _aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def _parameter(t: Tensor) -> Tensor:
-    return (t.float() if t.dtype == torch.float64 else t).contiguous()
+def _float32(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
 
 
 def _inputs(call: Call) -> tuple[Tensor | None, ...]:
     """What every kernel reads, as it can be read."""
     q, k, v, pos_weight, gate, seed, *_ = call
-    return _aligned(q), _aligned(k), _aligned(v), _parameter(pos_weight), _parameter(gate), seed
+    return _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed
 
 
 def forward(call: Call, save: bool) -> Forward:

@@ -83,8 +83,7 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     }
     record(
         out, 9, bits(load(numbers + (threads() - 1 - thread()))),
-        bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))),
-        load(Global<const E>(in) + lane()).bits, 0);
+        bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))), 0, 0);
     copy_wait<0>();
     sync_warp();
     const Chunk half_copied = load_chunk<E>(copied + 8 * lane());

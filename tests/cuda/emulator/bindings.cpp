@@ -58,12 +58,6 @@ public:
         return found == arguments.end() ? nullptr : reinterpret_cast<T*>(std::get<0>(found->second));
     }
 
-    /// Of 16 bits it has q's dtype.
-    Parameter parameter(const char* name, const Problem& problem) const {
-        const bool whole = std::get<1>(arguments.at(name)) == 4;
-        return {find<void>(name), whole ? Dtype::float32 : problem.dtype};
-    }
-
     /// What both structs have.
     template <typename Call>
     void fill(Call& call, const PyProblem& problem) const {
@@ -72,8 +66,8 @@ public:
         call.q = tensor("q");
         call.k = tensor("k");
         call.v = tensor("v");
-        call.pos_weight = parameter("pos_weight", call.problem);
-        call.gate = parameter("gate", call.problem);
+        call.pos_weight = find("pos_weight");
+        call.gate = find("gate");
         call.content = tensor("content");
         call.logsumexp = find("logsumexp");
     }

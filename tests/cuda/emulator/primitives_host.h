@@ -93,8 +93,6 @@ struct Access {
 };
 
 inline float load(Global<const float> from) { return Access::load<float>(from); }
-inline Half load(Global<const Half> from) { return Access::load<Half>(from); }
-inline Bfloat16 load(Global<const Bfloat16> from) { return Access::load<Bfloat16>(from); }
 inline int64_t load(Global<const int64_t> from) { return Access::load<int64_t>(from); }
 inline void store(Global<float> to, float value) { Access::store(to, value); }
 inline float load(Shared<float> from) { return Access::load<float>(from); }
