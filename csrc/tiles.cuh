@@ -239,16 +239,10 @@ GPSA_DEVICE float column_sum(const float (&sums)[2][2]) {
     return sum + shuffle_xor(sum, 4);
 }
 
-/// The reverse: from column_of_lane()'s number those of the four columns.
-GPSA_DEVICE void spread_columns(float (&columns)[2][2], float own) {
-    const bool right = lane() & 16, odd = lane() & 8;
-    const float neighbour = shuffle_xor(own, 8);
-    const float half[2] = {odd ? neighbour : own, odd ? own : neighbour};
-    for (int i = 0; i < 2; ++i) {
-        const float other = shuffle_xor(half[i], 16);
-        columns[0][i] = right ? other : half[i];
-        columns[1][i] = right ? half[i] : other;
-    }
+/// Four floats, at a multiple of 16 bytes.
+GPSA_DEVICE void load_four(float (&to)[2][2], Shared<float> from) {
+    const Chunk chunk = load_chunk<float>(from);
+    std::memcpy(to, chunk.words, sizeof to);
 }
 
 GPSA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
@@ -289,9 +283,9 @@ GPSA_DEVICE Global<T> rows_of(const Tensor& t, int64_t batch, int head) {
 
 /// Starts copying `count` tokens of a (batch, head) into rows, the channels from head_dim on and rows from `count` to
 /// `padded` filled with zeros.
-template <typename E, int channels, template <typename, int> class Layout = Rows>
+template <typename E, int channels>
 GPSA_DEVICE void copy_rows(
-    const Layout<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
+    const Rows<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
     constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
     const int step = threads() / beside;
     Global<const E> source = from + thread() / beside * stride;
