@@ -25,7 +25,6 @@ from gpsa_kernels.backends.triton.tiles import (
     row_products,
     scale_rows,
     store_rows,
-    sum_pointers,
     zero_rows,
 )
 
@@ -46,7 +45,7 @@ def attention_backward_query(
     seed,  # (1,), None without dropout
     grad_q,  # (B, N, H, D), written
     delta,  # (B, H, N), written
-    sums,  # (B, slots, 4 * H), four numbers written by each program
+    sums,  # (B * H, slots, 4), one slot written by each program
     g_batch,
     g_head,
     g_token,
@@ -141,11 +140,11 @@ def attention_backward_query(
     grad_q = output_base(grad_q, pair, heads, tokens, HEAD_DIM)
     store_rows(grad_q, query, heads * HEAD_DIM, tokens, scale_rows(grad_q_sum, scale * content_share), HEAD_DIM)
 
-    weights, gate_sum = sum_pointers(sums, batch * slots + tile, heads, head)
-    tl.store(weights, position_share * tl.sum(sum_dx, axis=0))
-    tl.store(weights + 1, position_share * tl.sum(sum_dy, axis=0))
-    tl.store(weights + 2, position_share * tl.sum(sum_square, axis=0))
-    tl.store(gate_sum, position_share * content_share * tl.sum(sum_position - row_delta, axis=0))
+    slot = sums + (pair * slots + tile) * 4
+    tl.store(slot, position_share * tl.sum(sum_dx, axis=0))
+    tl.store(slot + 1, position_share * tl.sum(sum_dy, axis=0))
+    tl.store(slot + 2, position_share * tl.sum(sum_square, axis=0))
+    tl.store(slot + 3, position_share * content_share * tl.sum(sum_position - row_delta, axis=0))
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])

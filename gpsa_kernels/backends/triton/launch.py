@@ -49,7 +49,7 @@ class BackwardPlan(NamedTuple):
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor
-    sums: Tensor  # as tensors.parameter_gradients says
+    sums: Tensor  # (B * H, slots, 4): of the three weights and of the gate
 
 
 class _Position(NamedTuple):
@@ -200,7 +200,7 @@ def plan_backward(grad_out: Tensor, call: Call, saved: Saved, capability: int) -
     launch = attention_launch("backward_query", q.size(3), q.element_size(), position.form, capability)
     query_slots = triton.cdiv(q.size(2), launch.query_tile)
     slots = query_slots + (0 if position.form == "dense" else _separable_slots(call))
-    sums = q.new_empty((q.size(0) * slots, 4 * q.size(1)), dtype=saved.logsumexp.dtype)
+    sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=saved.logsumexp.dtype)
     moments = {"moments_x": position.moments_x, "moments_y": position.moments_y}
 
     if position.form == "slabs":
@@ -260,4 +260,7 @@ def forward(call: Call, save: bool) -> Forward:
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     plan = plan_backward(grad_out, call, saved, _capability(call.q))
     _run(plan.calls, call.q)
-    return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(plan.sums, call.pos_weight, call.gate))
+    # a slot by (batch, head) and not by batch: dividing by the heads would cost the kernels registers
+    of_heads = plan.sums.view(*call.q.shape[:2], -1, 4).sum((0, 2))
+    sums = torch.cat((of_heads[:, :3].flatten(), of_heads[:, 3])).unsqueeze(0)
+    return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(sums, call.pos_weight, call.gate))

@@ -11,7 +11,7 @@ is contracted with Ay, seen as (columns, rows * channels) with Ax; both are plai
 import triton
 import triton.language as tl
 
-from gpsa_kernels.backends.triton.tiles import LOG2_E, early_share, gate_shares, output_base, sum_pointers
+from gpsa_kernels.backends.triton.tiles import LOG2_E, early_share, gate_shares, output_base
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def separable_gradient(
     moments_x,  # (H, 2, C)
     moments_y,  # (H, 2, R)
     gate,  # (H,)
-    sums,  # (B, slots, 4 * H), four numbers of a slot from first_slot on written by each program
+    sums,  # (B * H, slots, 4), one slot from first_slot on written by each program
     g_batch,
     g_head,
     g_token,
@@ -281,8 +281,8 @@ def separable_gradient(
         products = g_tile.to(SUM) * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
         sum_square += position_share * tl.sum(products)
 
-    weights, gate_sum = sum_pointers(sums, batch * slots + first_slot + program, heads, head)
-    tl.store(weights, position_share * sum_dx)
-    tl.store(weights + 1, late * sum_dy)
-    tl.store(weights + 2, sum_square)
-    tl.store(gate_sum, late * content_share * sum_position)
+    slot = sums + (pair * slots + first_slot + program) * 4
+    tl.store(slot, position_share * sum_dx)
+    tl.store(slot + 1, late * sum_dy)
+    tl.store(slot + 2, sum_square)
+    tl.store(slot + 3, late * content_share * sum_position)

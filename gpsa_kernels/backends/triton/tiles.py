@@ -116,13 +116,6 @@ def row_products(a, b, SUM: tl.constexpr):
 
 
 @triton.jit
-def sum_pointers(sums, slot, heads, head):
-    """Where a head's three sums for the weights and its one for the gate go: in a slot all weights come first."""
-    sums += slot * 4 * heads
-    return sums + 3 * head, sums + 3 * heads + head
-
-
-@triton.jit
 def gate_shares(gate, SUM: tl.constexpr):
     """g and 1 - g, a sigmoid each: the difference would have no digits left as g -> 1."""
     logit = tl.load(gate).to(SUM)
