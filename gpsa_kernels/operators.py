@@ -180,7 +180,8 @@ class _Attention(torch.autograd.Function):
             return None, *(None,) * _DIFFERENTIABLE, *constant
         *tensors, content, logsumexp = ctx.saved_tensors
         *settings, backend = ctx.settings
-        if torch.is_grad_enabled() or _is_observed(grad_out, *tensors[:_DIFFERENTIABLE]):
+        batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)  # by autograd.grad's is_grads_batched
+        if torch.is_grad_enabled() or batched or _is_observed(grad_out, *tensors[:_DIFFERENTIABLE]):
             content = grad_out.new_empty(0) if content is None else content
             grads = torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
         else:

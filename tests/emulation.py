@@ -281,7 +281,8 @@ class Library:
         named = dict(zip(("grad_out", *INPUTS, "seed", "content", "logsumexp", *GRADIENTS), tensors, strict=True))
         outputs = {name: named.pop(name) for name in GRADIENTS}
         problem = _problem(named["q"], (rows, columns), scale, dropout_p)
-        _call("backward", problem, named, outputs, row_blocks=self.row_blocks)
+        row_blocks = self.row_blocks if named["q"].numel() else None
+        _call("backward", problem, named, outputs, row_blocks=row_blocks)
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_head: int, transposed: bool) -> Tensor:

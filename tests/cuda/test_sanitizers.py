@@ -65,6 +65,5 @@ def test_the_kernels_are_clean():
 def test_an_accumulator_too_few_is_caught(tmp_path, file, text):
     done = emulation.run_sanitized(SCRIPT, emulation.changed_sources(tmp_path, file, text, f"{text} - 1"))
     assert done.returncode != 0
-    assert re.search("AddressSanitizer: stack-buffer-overflow|index \\d+ out of bounds", done.stderr), done.stderr[
-        -2000:
-    ]
+    caught = re.search("AddressSanitizer: stack-buffer-overflow|index \\d+ out of bounds", done.stderr)
+    assert caught, (done.returncode, done.stderr[-2000:])

@@ -261,6 +261,6 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     plan = plan_backward(grad_out, call, saved, _capability(call.q))
     _run(plan.calls, call.q)
     # a slot by (batch, head) and not by batch: dividing by the heads would cost the kernels registers
-    of_heads = plan.sums.view(*call.q.shape[:2], -1, 4).sum((0, 2))
+    of_heads = plan.sums.unflatten(0, call.q.shape[:2]).sum((0, 2))
     sums = torch.cat((of_heads[:, :3].flatten(), of_heads[:, 3])).unsqueeze(0)
     return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(sums, call.pos_weight, call.gate))
