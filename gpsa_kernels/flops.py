@@ -6,12 +6,18 @@ positional product is counted as what it needs, a contraction along each axis of
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from gpsa_kernels import operators  # noqa: F401  (registers the operators)
+
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled = True  # where there is no Triton it warns, when imported, of Triton's own kernels
+from torch.utils.flop_counter import register_flop_formula  # noqa: E402
+
+_log.disabled = False
 
 
 @register_flop_formula(torch.ops.gpsa.attention_forward)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from reference import inputs
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,3 +32,9 @@ def test_flops_are_those_of_the_products_that_torch_counts():
     with FlopCounterMode(display=False) as ours:
         out.sum().backward()
     assert ours.get_total_flops() == backward.get_total_flops() + again.get_total_flops()
+
+
+def test_the_import_says_nothing_where_there_is_no_triton():
+    command = "import sys; sys.modules['triton'] = None; import gpsa_kernels"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

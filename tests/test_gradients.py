@@ -194,13 +194,6 @@ def test_vmap(build, backend):
     torch.testing.assert_close(out, torch.stack((expected, expected)))
 
 
-@pytest.fixture
-def _no_vmap_fallback():
-    torch._C._functorch._set_vmap_fallback_enabled(False)
-    yield
-    torch._C._functorch._set_vmap_fallback_enabled(True)
-
-
 @pytest.mark.usefixtures("_no_vmap_fallback")
 @pytest.mark.parametrize("build", [_attention, _gate_alone, _layer(FusedGPSA)])
 def test_vmap_of_the_operators_does_without_torchs_slow_fallback(build):

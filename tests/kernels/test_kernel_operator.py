@@ -72,13 +72,6 @@ def test_inference_mode(target, widest):
         assert torch.equal(gpsa_attention(*tensors, (3, 5), backend=target.backend), expected)
 
 
-@pytest.fixture
-def _no_vmap_fallback():
-    torch._C._functorch._set_vmap_fallback_enabled(False)
-    yield
-    torch._C._functorch._set_vmap_fallback_enabled(True)
-
-
 @pytest.mark.usefixtures("_no_vmap_fallback")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_vmap_over_queries_gates_and_what_is_saved(target, widest, dropout_p):
