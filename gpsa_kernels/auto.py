@@ -37,12 +37,11 @@ _MOST_EAGER_TOKENS = max(_EAGER_TOKENS.values())
 
 def choose(call: Call) -> Backend:
     """The backend that ``backend="auto"`` takes for a call."""
-    device = call.q.device.type
     if transformed():
         preferred = "eager"
-    elif device == "cpu":
+    elif call.q.is_cpu:
         preferred = _on_cpu(call)
-    elif device == "cuda":
+    elif call.q.is_cuda:
         preferred = _on_gpu(call)
     else:
         preferred = "sdpa"
@@ -59,35 +58,27 @@ def _wants_gradients(call: Call) -> bool:
     return needed and torch.is_grad_enabled()
 
 
-def _dtype(call: Call) -> torch.dtype:
-    """As it will be cast."""
-    dtype = call.q.dtype
-    return dtype if dtype == torch.float64 else autocast_dtype(call.q.device.type) or dtype
-
-
 def _on_cpu(call: Call) -> str:
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:  # which leave sizes open
+    q = call.q
+    if torch.compiler.is_compiling() or q.size(2) > _MOST_EAGER_TOKENS or not _wants_gradients(call):
         return "sdpa"
-    tokens = call.q.size(2)
-    few = tokens <= _MOST_EAGER_TOKENS and _wants_gradients(call) and tokens <= _EAGER_TOKENS[_dtype(call)]
+    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype("cpu") or q.dtype  # as it will be cast
+    few = q.size(2) <= _EAGER_TOKENS[dtype] and torch._C._get_tracing_state() is None  # a trace serves other sizes
     return "eager" if few else "sdpa"
 
 
 def _on_gpu(call: Call) -> str:
-    dtype, q = _dtype(call), call.q
-    if dtype == torch.float64:
-        return "sdpa"
+    q = call.q
+    batch, heads, tokens, head_dim = q.shape
     mode = "dropout" if call.has_dropout else "training" if _wants_gradients(call) else "inference"
-    return _fastest(q.device.index, dtype, *ShapeClass.of(dtype, mode, q.size(2), q.size(3), _is_large(q)))
-
-
-def _is_large(q: torch.Tensor) -> bool:
-    batch, heads, tokens, _ = q.shape
     if torch.compiler.is_compiling():  # a batch that is left open stays open, and counts as large
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return not statically_known_true(batch * heads * tokens < verdict.LARGE)
-    return batch * heads * tokens >= verdict.LARGE
+        large = not statically_known_true(batch * heads * tokens < verdict.LARGE)
+    else:
+        large = batch * heads * tokens >= verdict.LARGE
+    dtype = autocast_dtype("cuda") or q.dtype
+    return _fastest(q.device.index, dtype, mode, *verdict.size(tokens, head_dim), large)
 
 
 # ---- what is known about the GPUs of this process ------------------------------------------------------------------
@@ -97,11 +88,13 @@ _verdicts: dict[int, Verdict] = {}
 _unchecked: set[int] = set()  # GPUs that could not be checked, which this process tries once
 
 
-def _fastest(index: int | None, dtype: torch.dtype, *shape: int | str) -> str:
-    key = index, dtype, *shape
-    if key not in _answers:
-        _answers[key] = _find_out(index, str(dtype).removeprefix("torch."), ShapeClass(*shape))  # type: ignore[arg-type]
-    return _answers[key]
+def _fastest(index: int | None, dtype: torch.dtype, mode: str, side: int, head_dim: int, large: bool) -> str:
+    key = index, dtype, mode, side, head_dim, large
+    answer = _answers.get(key)
+    if answer is None:
+        shape = ShapeClass(8 * dtype.itemsize, mode, side, head_dim, large)
+        answer = _answers[key] = _find_out(index, str(dtype).removeprefix("torch."), shape)
+    return answer
 
 
 # A compiler takes the answer as a constant, and does not look at how it is found.
@@ -129,20 +122,20 @@ def _find_out(index: int | None, dtype: str, shape: ShapeClass) -> str:
     setting = _setting()
     if setting == "trust":
         return _ANY
-    if setting == "0" or not _kernels():
+    if setting == "0" or shape.bits == 64 or not _kernels():
         return "sdpa"
     index = torch.cuda.current_device() if index is None else index
-    answer = _verdict(index).fastest(shape, dtype)
-    if answer is None and index not in _unchecked:
-        try:
+    try:
+        answer = _verdict(index).fastest(shape, dtype)
+        if answer is None and index not in _unchecked:
             _verdicts[index] = _checked(index, dtype, shape)
-        except Exception as error:  # whatever it is, the user's call goes on
-            _unchecked.add(index)
-            _log.warning("gpsa_kernels: sdpa serves, as cuda:%d cannot be checked: %s", index, error)
-        else:
-            answer = _verdict(index).fastest(shape, dtype)
+            answer = _verdicts[index].fastest(shape, dtype)
             if answer is None:
                 _log.warning("gpsa_kernels: sdpa serves, as time was short: python -m gpsa_kernels check takes more")
+    except Exception as error:  # whatever it is, the user's call goes on
+        _unchecked.add(index)
+        _log.warning("gpsa_kernels: sdpa serves, as cuda:%d cannot be checked: %s", index, error)
+        return "sdpa"
     return answer or "sdpa"
 
 

@@ -66,15 +66,15 @@ class ShapeClass(NamedTuple):
         size = "large" if self.large else "small"
         return f"{self.side}x{self.side} D={self.head_dim} {self.mode}, {size} batch, {self.bits} bits"
 
-    @classmethod
-    def of(cls, dtype: torch.dtype, mode: str, tokens: int, head_dim: int, large: bool) -> ShapeClass:
-        """The class of a call."""
-        side = 14 if tokens <= _WHOLE_IMAGE_TOKENS else 24 if tokens <= 768 else 32 if tokens <= 2048 else 64
-        return cls(8 * dtype.itemsize, mode, side, 48 if head_dim <= 48 else 64, large)
-
     def proof(self, backend: str, dtype: str) -> Proof:
         """What has to be proven before a backend takes such calls."""
         return Proof(backend, dtype, self.side**2 > _WHOLE_IMAGE_TOKENS, self.mode == "dropout")
+
+
+def size(tokens: int, head_dim: int) -> tuple[int, int]:
+    """The side and head_dim that are timed for calls with as many tokens and channels."""
+    side = 14 if tokens <= _WHOLE_IMAGE_TOKENS else 24 if tokens <= 768 else 32 if tokens <= 2048 else 64
+    return side, 48 if head_dim <= 48 else 64
 
 
 def shapes(dtype: str) -> list[ShapeClass]:
@@ -119,7 +119,7 @@ def machine(index: int) -> dict[str, str]:
     try:
         driver = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
     except OSError:
-        driver = str(torch._C._cuda_getDriverVersion())
+        driver = str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
     try:
         triton_version = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -153,6 +153,11 @@ def _path(about: dict[str, str]) -> Path:
     return folder() / f"verdict-{digest[:16]}.json"
 
 
+@functools.cache
+def _tell_once(message: str) -> None:
+    _log.warning("%s", message)
+
+
 def read(about: dict[str, str]) -> Verdict:
     """The verdict about a machine; an empty one where there is none, or where the file is damaged or of another."""
     path = _path(about)
@@ -166,7 +171,7 @@ def read(about: dict[str, str]) -> Verdict:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        _log.warning("gpsa_kernels: %s is ignored: %s", path, error)
+        _tell_once(f"gpsa_kernels: {path} is ignored: {type(error).__name__}: {error}")
     return Verdict(about)
 
 

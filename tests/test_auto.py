@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from reference import inputs
+from timm.models.convit import ConVit as TimmConViT
 from torch import nn
 
 from gpsa_kernels import BACKENDS, FusedGPSA, auto, backend_of, check, fuse, gpsa_attention, info, verdict
@@ -341,8 +342,8 @@ def test_a_layer_tells_its_backend(monkeypatch):
 
 def test_fuse_and_info_say_what_will_run(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "gpsa_kernels")
-    fuse(nn.Sequential(FusedGPSA(16, 2)))
-    assert caplog.messages == ["0 layers fused; on cpu: sdpa (to train on up to 64 tokens eager)"]
+    fuse(TimmConViT(embed_dim=8, img_size=32, num_heads=3, depth=3, local_up_to_layer=2, patch_size=8))
+    assert caplog.messages == ["3 layers fused; on cpu: sdpa (to train on up to 64 tokens eager)"]
     outlook = partial(auto.outlook, torch.device("cuda", 0))
     assert "the first call" in outlook()
     auto._verdicts.clear()

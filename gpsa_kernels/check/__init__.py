@@ -56,12 +56,10 @@ def _is_kernel(name: str) -> bool:
     return BACKENDS[name].compose is None
 
 
-def names(device: torch.device) -> list[str]:
-    """The backends that are there, the kernels last: whatever comes of them, the others are timed by then."""
-    here = [name for name, backend in BACKENDS.items() if backend.unavailable() is None]
-    if device.type == "cpu" and triton.INTERPRETED:
-        here.remove("triton")  # the interpreter's times mean nothing
-    return sorted(here, key=_is_kernel)
+def names() -> list[str]:
+    """The backends that are there, but Triton's interpreter, the kernels last: what comes before is proven by then."""
+    timed = [name for name in BACKENDS if not (name == "triton" and triton.INTERPRETED)]
+    return sorted((name for name in timed if BACKENDS[name].unavailable() is None), key=_is_kernel)
 
 
 def find_out(
@@ -111,7 +109,7 @@ def find_out(
             if "wrong" in answer or "error" in answer:
                 right[str(proof)] = answer.get("wrong", "")
         for dtype, shape in kinds:
-            own = [shape.proof(name, dtype) for name in names(device)]
+            own = [shape.proof(name, dtype) for name in names()]
             answers = {p: ask("measure", p.backend, dtype, *shape) for p in own if right.get(str(p)) == ""}
             right |= {str(p): answer["wrong"] for p, answer in answers.items() if "wrong" in answer}
             obstacles = {
@@ -124,9 +122,9 @@ def find_out(
     return found
 
 
-def everything(device: torch.device) -> tuple[list[Proof], list[Kind]]:
+def everything() -> tuple[list[Proof], list[Kind]]:
     """All that ``python -m gpsa_kernels check`` finds out, small grids first."""
-    proofs = [Proof(*p) for p in product(names(device), DTYPES, (False, True), (False, True))]
+    proofs = [Proof(*p) for p in product(names(), DTYPES, (False, True), (False, True))]
     kinds = [(dtype, shape) for dtype in ("bfloat16", "float32") for shape in verdict.shapes(dtype)]
     return proofs, sorted(kinds, key=lambda kind: kind[1].side)
 
@@ -137,7 +135,7 @@ def one_kind(device: torch.device, dtype: str, shape: ShapeClass, known: Verdict
     Raises:
         Refused: the machine is to blame that nothing can be found out.
     """
-    proofs = [shape.proof(name, dtype) for name in names(device)]
+    proofs = [shape.proof(name, dtype) for name in names()]
     related = [
         s for s in verdict.shapes(dtype) if s[2:4] == shape[2:4] and (s.mode == "dropout") == (shape.mode == "dropout")
     ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 Answer = dict[str, Any]
@@ -43,7 +43,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # of a process that has died, which the end of its output tells
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-        if not select.select([process.stdout], [], [], seconds)[0]:
+        if not wait([process.stdout], seconds):
             answer: Answer | None = None
         elif line := process.stdout.readline():
             answer = json.loads(line)

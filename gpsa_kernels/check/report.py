@@ -48,8 +48,8 @@ def command(name: str | None, seconds: float) -> int:
     try:
         device = chosen_device(name)
         known = Verdict(verdict.machine(device.index) if device.type == "cuda" else {})
-        proofs, kinds = everything(device)
-        tell = _progress(1 + 3 * len(proofs) + len(kinds) * (1 + len(names(device))), sys.stderr.isatty())
+        proofs, kinds = everything()
+        tell = _progress(1 + 3 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
         if device.type == "cpu":
             found = find_out(device, known, proofs, kinds, seconds, tell=tell)
         else:
@@ -85,7 +85,7 @@ def table(found: Findings, device: torch.device) -> str:
     facts = [f"{key} {machine[key]}" for key in ("torch", "cuda", "triton") if key in machine]
     lines = [", ".join([machine["gpu"], *facts, f"gpsa_kernels {__version__}"]), ""]
     lines.append("error (eager's)".ljust(24) + "".join(dtype.ljust(26) for dtype in DTYPES).rstrip())
-    for name in names(device):
+    for name in names():
         lines.append(name.ljust(24) + "".join(_proof(found, name, dtype).ljust(26) for dtype in DTYPES).rstrip())
     lines += [f"  {key}: {wrong}" for key, wrong in found.verdict.proofs.items() if wrong]
     for dtype, title in (("bfloat16", "16 bits"), ("float32", "float32")):
@@ -110,7 +110,7 @@ def _proof(found: Findings, name: str, dtype: str) -> str:
 
 def _times(found: Findings, device: torch.device, dtype: str, title: str) -> list[str]:
     """A line for each size and mode, a column for each backend and for a small and a large batch."""
-    columns = [*names(device), ALONE]
+    columns = [*names(), ALONE]
     head = "".join(name.rjust(9) for name in columns)
     lines = [
         f"{'µs a call, ' + title:<24}{head}   {head}",

@@ -44,8 +44,9 @@ def machine(device: torch.device) -> Answer:
 
 
 def _unsupported(name: str, tensors: list[Tensor], dropout_p: float) -> str | None:
-    backend, tokens = BACKENDS[name], tensors[0].size(2)
-    return backend.unavailable() or backend.unsupported(Call(*tensors, None, 1, tokens, 1.0, dropout_p))
+    backend, (q, k, v, pos_weight, gate) = BACKENDS[name], tensors
+    call = Call(q, k, v, pos_weight, gate, None, 1, q.size(2), 1.0, dropout_p)
+    return backend.unavailable() or backend.unsupported(call)
 
 
 def _same_seed(*arguments: Any, **settings: Any) -> Tensor:
@@ -75,12 +76,13 @@ def prove(
     there = [t.to(device) for t in tensors]
     if reason := _unsupported(name, there, dropout_p):
         return {"unsupported": reason}
-    about, settings = f"of {rows}x{columns} tokens, head_dim {head_dim}", {"backend": name, "dropout_p": dropout_p}
+    about = f"of {rows}x{columns} tokens, head_dim {head_dim}"
+    settings: dict[str, Any] = {"backend": name, "dropout_p": dropout_p}
     kept = kept_by_dropout(_same_seed, batch, heads, grid_size, dtype, device, **settings) if dropout else None
     error = eager = 0.0
     for gradients in (True, False):
-        rule = {"device": device, "gradients": gradients, "mask": kept, **settings}
-        for found in deviations(_same_seed, tensors, grid_size, **rule):
+        rule: dict[str, Any] = {"device": device, "gradients": gradients, "mask": kept}
+        for found in deviations(_same_seed, tensors, grid_size, **rule, **settings):
             if not found.error <= found.allowed:
                 return {"wrong": f"{found.name} {about}: error {found.error:.1e}, allowed {found.allowed:.1e}"}
             error, eager = max(error, found.error / found.size), max(eager, found.eager / found.size)
@@ -143,10 +145,13 @@ def _is_of_the_machine(error: Exception) -> bool:
     return isinstance(error, kinds) or "C compiler" in str(error)
 
 
+_ACTIONS: dict[str, Callable[..., Answer]] = {"machine": machine, "prove": prove, "measure": measure}
+
+
 def answer(device: torch.device, what: str, *arguments: Any) -> Answer:
     """The answer to a request."""
     try:
-        found = {"machine": machine, "prove": prove, "measure": measure}[what](device, *arguments)
+        found = _ACTIONS[what](device, *arguments)
         if device.type == "cuda":
             torch.cuda.synchronize()  # what failed on the GPU is told here
         return found
