@@ -40,9 +40,11 @@ class Proof(NamedTuple):
     dtype: str
     tiled: bool
     dropout: bool
+    head_dim: int
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.dtype} {'tiled' if self.tiled else 'whole image'}{' dropout' * self.dropout}"
+        family = f"{'tiled' if self.tiled else 'whole image'}{' dropout' * self.dropout}"
+        return f"{self.backend} {self.dtype} {family} D={self.head_dim}"
 
 
 class ShapeClass(NamedTuple):
@@ -68,7 +70,7 @@ class ShapeClass(NamedTuple):
 
     def proof(self, backend: str, dtype: str) -> Proof:
         """What has to be proven before a backend takes such calls."""
-        return Proof(backend, dtype, self.side**2 > _WHOLE_IMAGE_TOKENS, self.mode == "dropout")
+        return Proof(backend, dtype, self.side**2 > _WHOLE_IMAGE_TOKENS, self.mode == "dropout", self.head_dim)
 
 
 def size(tokens: int, head_dim: int) -> tuple[int, int]:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import torch
@@ -25,10 +24,12 @@ from gpsa_kernels.verdict import DTYPES, Proof, ShapeClass, Verdict
 SHORT = 30.0  # seconds that the first call of a kind may take
 ALONE = "alone"  # torch's attention without a position, which is timed beside the backends
 _LIMIT = 20.0  # seconds for one answer
-# batch, heads, grid and head_dim: of each family of kernels, whole image and tiled, the usual ones and some odd ones
+# (tiled, head_dim) -> batch, heads, grid and head_dim: the usual ones, and some that no tile divides
 _PROBLEMS = {
-    False: [(2, 3, 14, 14, 48), (1, 2, 5, 7, 64), (1, 1, 16, 13, 24), (1, 2, 9, 7, 128)],
-    True: [(1, 2, 24, 24, 48), (1, 1, 7, 50, 64), (1, 1, 130, 2, 128)],
+    (False, 48): [(2, 3, 14, 14, 48), (1, 2, 5, 7, 48), (1, 1, 16, 13, 24)],
+    (False, 64): [(1, 2, 14, 14, 64), (1, 2, 9, 7, 128)],
+    (True, 48): [(1, 2, 24, 24, 48), (1, 1, 7, 50, 48), (1, 1, 130, 2, 40)],
+    (True, 64): [(1, 1, 7, 50, 64), (1, 1, 130, 2, 128)],
 }
 Kind = tuple[str, ShapeClass]  # of calls: dtype and class
 
@@ -65,13 +66,13 @@ def names() -> list[str]:
 def find_out(
     device: torch.device,
     known: Verdict,
-    proofs: Sequence[Proof],
     kinds: Sequence[Kind],
+    proofs: Sequence[Proof],
     seconds: float,
     command: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker"),
     tell: Callable[[str], None] = lambda about: None,
 ) -> Findings:
-    """Has backends proven, and those that are proven timed, as far as the time goes.
+    """Has the backends timed for kinds of calls, each once it is proven, then more of them proven; until time is over.
 
     A backend that crashes or does not end is wrong. A class of calls has times where every backend was asked, and it is
     not the machine's fault that there is no kernel among them.
@@ -81,7 +82,7 @@ def find_out(
     """
     found = Findings(copy.deepcopy(known))
     found.verdict.date = datetime.date.today().isoformat()
-    right, end = found.verdict.proofs, time.monotonic() + seconds
+    wrong, end = found.verdict.proofs, time.monotonic() + seconds
     with Worker([*command, str(device)]) as worker:
 
         def ask(what: str, *about: object) -> Answer:
@@ -94,54 +95,59 @@ def find_out(
 
         def prove(proof: Proof) -> Answer:
             error = eager = 0.0
-            for problem in _PROBLEMS[proof.tiled]:
+            for problem in _PROBLEMS[proof.tiled, proof.head_dim]:
                 answer = ask("prove", proof.backend, proof.dtype, proof.dropout, *problem)
                 if "error" not in answer:
-                    return answer
+                    break
                 error, eager = max(error, answer["error"]), max(eager, answer["eager"])
-            return {"error": error, "eager": eager}
+            else:
+                answer = {"error": error, "eager": eager}
+            if "wrong" in answer or "error" in answer:
+                wrong[str(proof)] = answer.get("wrong", "")
+            return answer
+
+        def measure(proof: Proof, dtype: str, shape: ShapeClass) -> Answer:
+            """The answer of the proof where a backend is not proven."""
+            if str(proof) not in wrong and proof not in found.proofs:
+                found.proofs[proof] = prove(proof)
+            if wrong.get(str(proof)) != "":
+                return found.proofs.get(proof, {})
+            answer = ask("measure", proof.backend, dtype, *shape)
+            wrong[str(proof)] = answer.get("wrong", "")
+            return answer
 
         here = ask("machine")
         if here.get("machine") != known.machine:
             raise Refused(here.get("wrong") or here.get("cannot") or "the process that checks sees another GPU")
-        for proof in proofs:
-            answer = found.proofs[proof] = prove(proof)
-            if "wrong" in answer or "error" in answer:
-                right[str(proof)] = answer.get("wrong", "")
         for dtype, shape in kinds:
-            own = [shape.proof(name, dtype) for name in names()]
-            answers = {p: ask("measure", p.backend, dtype, *shape) for p in own if right.get(str(p)) == ""}
-            right |= {str(p): answer["wrong"] for p, answer in answers.items() if "wrong" in answer}
-            obstacles = {
-                key for p in own for key in ("skipped", "cannot") if key in answers.get(p, found.proofs.get(p, {}))
-            }
-            kernels = any("us" in answers.get(p, {}) for p in own if _is_kernel(p.backend))
-            if not obstacles or (kernels and "skipped" not in obstacles):
-                found.verdict.times[str(shape)] = {p.backend: a["us"] for p, a in answers.items() if "us" in a}
+            answers = {name: measure(shape.proof(name, dtype), dtype, shape) for name in names()}
+            times = {name: answer["us"] for name, answer in answers.items() if "us" in answer}
+            skipped, blamed = (any(key in answer for answer in answers.values()) for key in ("skipped", "cannot"))
+            if not skipped and (not blamed or any(map(_is_kernel, times))):
+                found.verdict.times[str(shape)] = times
             found.alone[str(shape)] = ask("measure", ALONE, dtype, *shape).get("us", math.nan)
+        found.proofs |= {proof: prove(proof) for proof in proofs if proof not in found.proofs}
     return found
 
 
-def everything() -> tuple[list[Proof], list[Kind]]:
+def everything() -> tuple[list[Kind], list[Proof]]:
     """All that ``python -m gpsa_kernels check`` finds out, small grids first."""
-    proofs = [Proof(*p) for p in product(names(), DTYPES, (False, True), (False, True))]
     kinds = [(dtype, shape) for dtype in ("bfloat16", "float32") for shape in verdict.shapes(dtype)]
-    return proofs, sorted(kinds, key=lambda kind: kind[1].side)
+    proofs = {shape.proof(name, dtype): None for dtype in DTYPES for shape in verdict.shapes(dtype) for name in names()}
+    return sorted(kinds, key=lambda kind: kind[1].side), list(proofs)
 
 
 def one_kind(device: torch.device, dtype: str, shape: ShapeClass, known: Verdict, **settings: Any) -> Verdict:
-    """What is known after calls of a kind have been checked, in SHORT seconds; those that it will meet in time, too.
+    """What is known after SHORT seconds of checking calls of a kind, and of those that it will meet with.
 
     Raises:
         Refused: the machine is to blame that nothing can be found out.
     """
-    proofs = [shape.proof(name, dtype) for name in names()]
-    related = [
-        s for s in verdict.shapes(dtype) if s[2:4] == shape[2:4] and (s.mode == "dropout") == (shape.mode == "dropout")
-    ]
-    kinds = [(dtype, s) for s in sorted(related, key=lambda s: s != shape)]
-    new = [proof for proof in proofs if str(proof) not in known.proofs]
-    found = find_out(device, known, new, kinds, SHORT, **settings)
+    kinds = [(dtype, shape)]
+    for other in verdict.shapes(dtype):
+        if other[2:4] == shape[2:4] and (other.mode == "dropout") == (shape.mode == "dropout") and other != shape:
+            kinds.append((dtype, other))
+    found = find_out(device, known, kinds, (), SHORT, **settings)
     reasons = [answer["cannot"] for answer in found.proofs.values() if "cannot" in answer]
     if reasons and found.verdict.fastest(shape, dtype) is None:
         raise Refused(reasons[0])

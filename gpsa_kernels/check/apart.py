@@ -43,7 +43,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # of a process that has died, which the end of its output tells
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-        if not wait([process.stdout], seconds):
+        if not wait([process.stdout.fileno()], seconds):
             answer: Answer | None = None
         elif line := process.stdout.readline():
             answer = json.loads(line)

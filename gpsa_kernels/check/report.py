@@ -48,19 +48,21 @@ def command(name: str | None, seconds: float) -> int:
     try:
         device = chosen_device(name)
         known = Verdict(verdict.machine(device.index) if device.type == "cuda" else {})
-        proofs, kinds = everything()
+        kinds, proofs = everything()
         tell = _progress(1 + 3 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
         if device.type == "cpu":
-            found = find_out(device, known, proofs, kinds, seconds, tell=tell)
+            found = find_out(device, known, kinds, proofs, seconds, tell=tell)
         else:
             with verdict.lock(seconds):  # asked for first, as it tells a folder that cannot be written
-                found = find_out(device, known, proofs, kinds, seconds, tell=tell)
+                found = find_out(device, known, kinds, proofs, seconds, tell=tell)
                 verdict.write(found.verdict)
     except (ValueError, OSError, Refused) as error:
         print(f"gpsa_kernels check: {error}", file=sys.stderr)
         return 2
     tell("")
     print(table(found, device))
+    if len(found.verdict.times) < len(kinds):
+        print(f"Not all was timed in {seconds} s: the next run is faster, with what is compiled by now; or --seconds")
     return 1 if any(found.verdict.proofs.values()) else 0
 
 
