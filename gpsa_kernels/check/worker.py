@@ -33,7 +33,7 @@ from gpsa_kernels.verdict import ShapeClass
 _DROPOUT = 0.3
 _HEADS = {"cuda": 9, "cpu": 4}
 _TOKENS = {"cuda": 128 * 196, "cpu": 8 * 196}  # of all images of a large batch
-_LARGEST_MAPS = {"cuda": 2**28, "cpu": 2**25}  # numbers in eager's maps of a call
+_LARGEST_MAPS = {"cuda": 2**28, "cpu": 2**25}  # numbers in the maps of a call that forms them
 _SECONDS = 0.25  # for the samples of a time, or one sample if that takes longer
 
 
@@ -98,7 +98,8 @@ def measure(device: torch.device, name: str, dtype_name: str, *shape: Any) -> An
     case = ShapeClass(*shape)
     heads, tokens, dtype = _HEADS[device.type], case.side**2, getattr(torch, dtype_name)
     batch = max(2, _TOKENS[device.type] // tokens) if case.large else 1
-    if name == "eager" and batch * heads * tokens**2 > _LARGEST_MAPS[device.type]:
+    has_maps = name == "eager" or (name == ALONE and case.mode == "dropout")
+    if has_maps and batch * heads * tokens**2 > _LARGEST_MAPS[device.type]:
         return {"unsupported": "its maps would take gigabytes"}
 
     def normal(*size: int) -> Tensor:
