@@ -14,7 +14,7 @@ from gpsa_kernels.convit import (
     convit_tiny_plus,
 )
 from gpsa_kernels.functional import gpsa_attention
-from gpsa_kernels.modules import FusedGPSA, SelfAttention
+from gpsa_kernels.modules import FusedGPSA, SelfAttention, backend_of
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +22,7 @@ __all__ = [
     "FusedGPSA",
     "SelfAttention",
     "__version__",
+    "backend_of",
     "convit_base",
     "convit_base_plus",
     "convit_small",

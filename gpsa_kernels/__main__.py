@@ -1,4 +1,4 @@
-"""The command line: ``python -m gpsa_kernels info`` and ``python -m gpsa_kernels demo``."""
+"""The command line: ``python -m gpsa_kernels info``, ``check`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpsa_kernels", description="Fused GPSA for ConViT models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="show versions, the device, and which backends run here")
+    check = commands.add_parser("check", help="prove and time the backends on this machine's GPU, for 'auto' to go by")
+    check.add_argument("--device", help="cuda:0, say, or cpu; the GPU if there is one kind of it")
+    check.add_argument("--seconds", type=_positive, default=120, help="after which nothing more is begun (%(default)s)")
     demo = commands.add_parser("demo", help="train a small ConViT on handwritten digits, eager and fused, and compare")
     demo.add_argument("--epochs", type=_positive, default=15, help="passes over the training digits (%(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures (%(default)s)")
@@ -36,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report())
         return 0
+
+    if options.command == "check":
+        from gpsa_kernels.check.report import command
+
+        return command(options.device, options.seconds)
 
     return run_demo(options.epochs, options.output, options.seed)
 

@@ -8,6 +8,7 @@ holds a reference to it stay valid, and the way back is to change the class back
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from gpsa_kernels import auto
 from gpsa_kernels.arguments import as_grid, check_backend, check_integer
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, is_plain
 
+_log = logging.getLogger("gpsa_kernels")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -37,7 +40,7 @@ def fuse(
     ``gating_param`` (H,), linear ``qk`` (C to 2C), ``v`` and ``proj`` (C to C), ``pos_proj`` (3 to H), ``num_heads``.
     It is switched if it also computes what FusedGPSA computes, which is tried out on a copy of it with random
     parameters. If not, it is left alone, with a warning that names it and says why. Layers that are fused already stay
-    as they are.
+    as they are. The logger "gpsa_kernels" is told, at level INFO, how many layers were fused and what will run them.
 
     Args:
         model: any module, a GPSA layer itself included.
@@ -64,6 +67,7 @@ def fuse(
     if not any(isinstance(layer, FusedGPSA) or _is_gpsa(layer) for layer in layers.values()):
         warnings.warn(f"{type(model).__name__} has no GPSA layer: nothing is fused", stacklevel=2)
         return model
+    fused = 0
     for name, layer in layers.items():
         if isinstance(layer, FusedGPSA | SelfAttention):
             continue
@@ -76,8 +80,12 @@ def fuse(
         reason = _obstacle(layer, kind, outputs)
         if reason is None:
             _switch(layer, kind, settings, outputs)
+            fused += 1
         else:
             warnings.warn(f"{name or type(layer).__name__} is left as it is: {reason}", stacklevel=2)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    taken = auto.outlook(device) if backend == "auto" else backend
+    _log.info("%d layers fused; on %s: %s", fused, device, taken)
     return model
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gpsa_kernels.arguments import as_number, as_pair, check_backend, check_tensors
+from gpsa_kernels.auto import choose
 from gpsa_kernels.backends import BACKENDS, Backend, Call
-from gpsa_kernels.derivatives import first_order, transformed
+from gpsa_kernels.derivatives import first_order
 from gpsa_kernels.operators import attention
 from gpsa_kernels.tensors import autocast_inputs, without_autocast
 
@@ -47,9 +48,9 @@ def gpsa_attention(
         scale: factor of the content scores, D ** -0.5 if None.
         dropout_p: probability with which entries of the mixed attention map are dropped, one mask for both branches.
             As in ``scaled_dot_product_attention`` it acts whenever it is not 0.
-        backend: "auto", the fastest that can run this call, or a name out of ``gpsa_kernels.BACKENDS``. "eager" has all
-            derivatives, the others first ones by ``backward()``; in forward mode and inside a transform of torch.func
-            "auto" is "eager".
+        backend: "auto", as :mod:`gpsa_kernels.auto` chooses, or a name out of ``gpsa_kernels.BACKENDS``. "eager" has
+            all derivatives, the others first ones by ``backward()``; in forward mode and inside a transform of
+            torch.func "auto" is "eager".
 
     Returns:
         (B, H, N, D) in q's dtype (the autocast dtype under autocast), laid out so that
@@ -107,12 +108,7 @@ def select_backend(call: Call, name: str = "auto") -> Backend:
         RuntimeError: the backend asked for by name cannot run the call; the message says why.
     """
     if name == "auto":
-        all_derivatives = transformed()
-        for candidate in BACKENDS.values():
-            if candidate.by_name_only or (all_derivatives and not candidate.all_derivatives):
-                continue
-            if candidate.unavailable() is None and candidate.unsupported(call) is None:
-                return candidate
+        return choose(call)
     check_backend(name)
     chosen = BACKENDS[name]
     reason = chosen.unavailable() or chosen.unsupported(call)

@@ -1,4 +1,4 @@
-"""What this installation can do: versions, the device, and each backend with what it serves or why it cannot."""
+"""What this installation can do: versions, devices, what "auto" takes, each backend with what it serves or why not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gpsa_kernels import auto
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends import BACKENDS, Backend, Call, cuda
 
@@ -22,6 +23,7 @@ def report() -> str:
         ("device", _device()),
         ("threads", str(torch.get_num_threads())),
         ("library", _library()),
+        ("auto", "\n".join(f"{device}: {auto.outlook(device)}" for device in _devices())),
     ]
     header = [("backend", "runs", "serves here, or why not")]
     backends = header + [(name, *_status(backend)) for name, backend in BACKENDS.items()]
@@ -32,6 +34,11 @@ def _device() -> str:
     if not torch.cuda.is_available():
         return "cpu only"
     return "\n".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _devices() -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
 
 
 def _library() -> str:

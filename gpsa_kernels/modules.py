@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.arguments import as_grid, as_number, check_backend, check_integer
+from gpsa_kernels.backends import Call
 from gpsa_kernels.derivatives import first_order, transformed
 from gpsa_kernels.formula import gated_map, position_scores, relative_offsets
-from gpsa_kernels.functional import gpsa_attention
+from gpsa_kernels.functional import gpsa_attention, select_backend
 from gpsa_kernels.tensors import accumulation_dtype, without_autocast
 
 
@@ -271,6 +272,29 @@ class FusedGPSA(nn.Module):
         """(B, H, N, head_dim) views of the packed projection."""
         q, k = _split_heads(self.qk(x), 2, self.num_heads)
         return q, k
+
+
+def backend_of(layer: FusedGPSA, x: Tensor, grid_size: tuple[int, int] | None = None) -> str:
+    """The name of the backend that ``layer(x, grid_size)`` would run now; nothing is computed.
+
+    Raises:
+        TypeError, ValueError: ``layer`` is no FusedGPSA, or what the layer raises.
+        RuntimeError: the layer's backend cannot run the call.
+    """
+    if not isinstance(layer, FusedGPSA):
+        raise TypeError(f"layer must be a FusedGPSA, got {type(layer).__name__}")
+    _check_tokens(x, layer.dim)
+    if not (is_plain(layer.attn_drop, nn.Dropout) and is_plain(layer.pos_proj, nn.Linear)):
+        return "eager"
+    batch, tokens, dim = x.shape
+    rows, columns = layer._grid(tokens, grid_size)
+    gate = layer.gating_param
+    row = x.new_empty(dim // layer.num_heads, dtype=layer.v.weight.dtype)  # stands for all rows of q, k and v
+    row.requires_grad_(x.requires_grad or any(p.requires_grad for p in layer.parameters()))
+    q = row.expand(batch, layer.num_heads, tokens, -1)
+    dropout_p = layer.attn_drop.p if layer.attn_drop.training else 0.0
+    call = Call(q, q, q, layer.pos_proj.weight, gate, None, rows, columns, layer.scale, dropout_p)
+    return select_backend(call, layer.backend).name
 
 
 class SelfAttention(nn.Module):

@@ -16,7 +16,7 @@ def test_info_lists_every_backend_with_its_reason():
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     facts, (_, *table) = (part.splitlines() for part in done.stdout.split("\n\n"))
     facts = dict(line.split(maxsplit=1) for line in facts)
-    assert facts.keys() == {"gpsa_kernels", "python", "torch", "device", "threads", "library"}
+    assert facts.keys() == {"gpsa_kernels", "python", "torch", "device", "threads", "library", "auto"}
     assert (facts["gpsa_kernels"], facts["torch"]) == (__version__, torch.__version__)
     assert facts["threads"].isdigit()
     rows = {name: runs for name, runs, _ in (line.split(maxsplit=2) for line in table if not line.startswith(" "))}

@@ -107,7 +107,6 @@ class Backend:
         kernel_devices: the device types on which ``forward`` and ``backward`` run.
         saves_content: whether ``forward`` fills :attr:`Forward.content` for the backward pass. Asked about fake
             tensors, too.
-        by_name_only: whether ``backend="auto"`` passes it over.
         all_derivatives: whether ``compose`` can be differentiated in every way that PyTorch knows: again, in forward
             mode, by torch.func. Of the others there are first derivatives, and an error for the rest.
     """
@@ -120,5 +119,4 @@ class Backend:
     backward: Callable[[Tensor, Call, Saved], Gradients] | None = None
     kernel_devices: frozenset[str] = field(default_factory=frozenset)
     saves_content: Callable[[Call], bool] = lambda call: True
-    by_name_only: bool = False
     all_derivatives: bool = False

@@ -230,5 +230,4 @@ BACKEND = Backend(
     backward=backward,
     kernel_devices=frozenset({"cuda"}),
     saves_content=saves_content,
-    by_name_only=True,  # until its times have been measured on a GPU
 )

@@ -7,6 +7,7 @@ import torch
 from reference import NAMES, assert_as_exact_as_eager, assert_what_backward_reads_is_exact, inputs, with_gradients
 
 from gpsa_kernels import gpsa_attention
+from gpsa_kernels.check.exactness import dropped_map, kept_by_dropout
 
 GRID, TOKENS, HEAD_DIM, P = (5, 13), 65, 40, 0.3
 SEED = 5
@@ -23,31 +24,20 @@ def tensors(target, widest):
     return [t.detach().to(target.device) for t in inputs(2, 2, GRID, HEAD_DIM, widest)]
 
 
-def _dropped_map(tensors, target, grid_size=GRID, gate=None, dropout_p=P, **kwargs):
-    """The attention map after dropout, read off with columns of the identity for V."""
+def _dropped_map(tensors, target, gate=None, dropout_p=P, **kwargs):
     q, k, _, pos_weight, logits = tensors
     if gate is not None:
         logits = torch.full_like(logits, gate)
-    tokens, head_dim = q.shape[2:]
-    kwargs |= {"dropout_p": dropout_p, "backend": target.backend}
-    columns = torch.eye(tokens, tokens + head_dim, dtype=q.dtype, device=q.device).split(head_dim, dim=1)
-    values = [v.expand_as(q) for v in columns if v.size(1) == head_dim]
-    out = [_attention(q, k, v, pos_weight, logits, grid_size, **kwargs) for v in values]
-    return torch.cat(out, -1)[..., :tokens].cpu()
-
-
-def _mask(target, batch, heads, grid_size, dropout_p, dtype):
-    """(B, H, N, N), whether an entry is kept: read off a map whose entries are all 1 / N."""
-    flat = [torch.zeros_like(t.detach()).to(target.device) for t in inputs(batch, heads, grid_size, 64, dtype)]
-    return _dropped_map(flat, target, grid_size, dropout_p=dropout_p) != 0
+    settings = {"dropout_p": dropout_p, "backend": target.backend, **kwargs}
+    return dropped_map(_attention, q, k, pos_weight, logits, GRID, **settings)
 
 
 def check(target, tensors, grid_size, dropout_p=P):
     """The result, all gradients and what backward reads."""
     q = tensors[0]
-    mask = _mask(target, *q.shape[:2], grid_size, dropout_p, q.dtype)
-    kwargs = {"device": target.device, "backend": target.backend, "mask": mask, "dropout_p": dropout_p}
-    assert_as_exact_as_eager(_attention, tensors, grid_size, **kwargs)
+    settings = {"dropout_p": dropout_p, "backend": target.backend}
+    mask = kept_by_dropout(_attention, *q.shape[:2], grid_size, q.dtype, target.device, **settings)
+    assert_as_exact_as_eager(_attention, tensors, grid_size, device=target.device, mask=mask, **settings)
     there, scale = [t.detach().to(target.device) for t in tensors], q.size(-1) ** -0.5
     torch.manual_seed(SEED)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)  # as gpsa_attention draws it

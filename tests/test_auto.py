@@ -1,0 +1,352 @@
+"""What ``check`` finds out, and what ``auto`` makes of it: with fake workers, verdicts and GPUs."""
+
+import logging
+import math
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from reference import inputs
+from timm.models.convit import ConVit as TimmConViT
+from torch import nn
+
+from gpsa_kernels import BACKENDS, FusedGPSA, auto, backend_of, check, fuse, gpsa_attention, info, verdict
+from gpsa_kernels.__main__ import main
+from gpsa_kernels.backends import Call
+from gpsa_kernels.check import report, worker
+from gpsa_kernels.verdict import ShapeClass, Verdict
+
+ON_CPU = auto._on_cpu
+GPU = {"gpu": "a GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
+KIND = "float32", ShapeClass(32, "inference", 14, 48, False)
+# It answers with what it is given for a backend, or hangs or crashes; a time is the answer of one that is right.
+WORKER = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    what, *about = json.loads(line)
+    answer = {answers}.get(about[0] if about else what, 10.0)
+    if answer == "hang": time.sleep(60)
+    if answer == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+    if isinstance(answer, float): answer = {{"us": answer}} if what == "measure" else {{"error": 0.1, "eager": 0.2}}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def command(**answers):
+    return [sys.executable, "-SEc", WORKER.format(answers={"machine": {"machine": GPU}, **answers})]
+
+
+@pytest.fixture(autouse=True)
+def _fake_gpu(tmp_path, monkeypatch):
+    """CPU tensors are treated as a GPU's, for which there are two backends with kernels: ``quick`` and ``slow``."""
+    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("GPSA_CHECK", raising=False)
+    for name in ("slow", "quick"):
+        kernels = {"name": name, "compose": None, "kernel_devices": frozenset({"cpu", "cuda"})}
+        monkeypatch.setitem(BACKENDS, name, replace(BACKENDS["sdpa"], **kernels))
+    monkeypatch.setattr(auto, "_on_cpu", auto._on_gpu)
+    monkeypatch.setattr(verdict, "machine", lambda index: GPU)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("_answers", "_verdicts"):
+        monkeypatch.setattr(auto, name, {})
+    monkeypatch.setattr(auto, "_unchecked", set())
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Makes a fake worker answer the first call of a kind."""
+    real = check.one_kind
+
+    def give(**answers):
+        monkeypatch.setattr(check, "_LIMIT", 1.0)
+        monkeypatch.setattr(check, "one_kind", partial(real, command=command(**answers)))
+
+    return give
+
+
+def call(tokens=196, dtype=torch.float32, grad=False, dropout_p=0.0):
+    q = torch.zeros(1, 2, tokens, 48, dtype=dtype, requires_grad=grad)
+    return Call(q, q, q, torch.zeros(2, 3), torch.zeros(2), None, 1, tokens, 1.0, dropout_p)
+
+
+def known(wrong="", **times):
+    """A verdict that all backends are right but one."""
+    found = Verdict(GPU, "2026-11-21")
+    for dtype in verdict.DTYPES:
+        for shape in verdict.shapes(dtype):
+            found.times[str(shape)] = times
+            found.proofs |= {str(shape.proof(name, dtype)): "two runs differ" * (name == wrong) for name in times}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (known(quick=1.0, slow=2.0, sdpa=3.0), "quick"),
+        (known(quick=1.0, slow=2.0, sdpa=0.5), "sdpa"),
+        (known(wrong="quick", quick=1.0, slow=2.0, sdpa=3.0), "slow"),
+        (known(wrong="slow", slow=1.0), "sdpa"),
+        (known(), "sdpa"),
+    ],
+)
+def test_the_fastest_proven_backend_is_taken(monkeypatch, found, expected, dtype):
+    verdict.write(found)
+    monkeypatch.setattr(check, "one_kind", None)  # nothing is checked
+    assert auto.choose(call(dtype=dtype)).name == expected
+    assert auto.choose(call(dtype=torch.float64)).name == "sdpa"
+
+
+def test_what_cannot_run_the_call_gives_way():
+    verdict.write(known(quick=1.0))
+    assert auto.choose(call()).name == "quick"
+    assert auto.choose(call(dropout_p=0.5)).name == "eager"
+    with torch.autograd.forward_ad.dual_level():
+        assert auto.choose(call()).name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"quick": 5.0}, "quick"),
+        ({"quick": {"wrong": "q: error 1, allowed 0"}}, "slow"),
+        ({"quick": "hang", "slow": 5.0}, "slow"),
+        ({"quick": "crash", "slow": 5.0}, "slow"),
+        ({"quick": {"cannot": "Failed to find C compiler"}, "slow": 5.0}, "slow"),
+        ({"quick": {"wrong": "it is"}, "slow": {"wrong": "it is"}}, "sdpa"),
+    ],
+    ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else given,
+)
+def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, given, expected):
+    answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
+    assert auto.choose(call()).name == expected
+    assert len(caplog.messages) == 1
+    answers(machine="crash")
+    auto._verdicts.clear()
+    assert auto.choose(call()).name == expected
+    auto._answers.clear()
+    assert auto.choose(call()).name == auto.choose(call(grad=True)).name == expected  # out of the file
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"quick": {"cannot": "Failed to find C compiler"}, "slow": {"cannot": "out of memory"}}, "out of memory"),
+        ({"machine": {"cannot": "CUDA-capable device(s) is/are busy"}}, "are busy"),
+        ({"machine": "crash"}, "SIGSEGV"),
+        ({"machine": {"machine": {"gpu": "another"}}}, "another GPU"),
+    ],
+)
+def test_what_cannot_be_checked_is_told_once_and_tried_by_the_next_process(answers, caplog, tmp_path, given, reason):
+    answers(**given)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        assert auto.choose(call(dtype=dtype)).name == "sdpa"
+    assert [reason in message for message in caplog.messages] == [False, True]
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(answers, caplog, monkeypatch, tmp_path):
+    answers()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert auto.choose(call()).name == auto.choose(call(grad=True)).name == "sdpa"
+    assert ["Not a directory" in message for message in caplog.messages if "sdpa serves" in message] == [True]
+
+
+def test_two_processes_check_once(monkeypatch, caplog):
+    checks = []
+    monkeypatch.setattr(check, "one_kind", lambda *about: checks.append(about) or known(quick=1.0))
+    with ThreadPoolExecutor() as pool:  # each opens the lock by itself, as two processes do
+        found = list(pool.map(lambda _: auto._checked(0, *KIND), range(4)))
+    assert len(checks) == 1
+    assert {verdict.fastest(KIND[1], KIND[0]) for verdict in found} == {"quick"}
+    monkeypatch.setattr(auto, "_WAIT", 0.1)
+    with verdict.lock(0):
+        assert auto.choose(call(tokens=500)).name == "quick"
+        verdict._path(GPU).unlink()
+        auto._verdicts.clear()
+        assert auto.choose(call()).name == "sdpa"
+    assert "another process" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"machine": {}}', '{"machine": null, "date": ""}', '{"times": {"a": 1}}'])
+def test_a_damaged_or_foreign_file_is_ignored_with_a_warning(caplog, text):
+    verdict._path(GPU).write_text(text)
+    assert verdict.read(GPU) == Verdict(GPU)
+    assert "is ignored" in caplog.text
+    verdict.write(known(quick=1.0))
+    assert verdict.read(GPU) == known(quick=1.0)
+
+
+def test_a_verdict_adds_to_what_is_known(tmp_path):
+    verdict.write(known(quick=1.0))
+    verdict.write(Verdict(GPU, "2027-01-01", times={str(KIND[1]): {"slow": 1.0}}))
+    found = verdict.read(GPU)
+    assert found.times[str(KIND[1])] == {"slow": 1.0}
+    assert found.proofs == known(quick=1.0).proofs
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("0", "sdpa"), ("trust", "slow")])
+def test_the_environment_can_forbid_and_trust(monkeypatch, setting, expected):
+    monkeypatch.setenv("GPSA_CHECK", setting)
+    monkeypatch.setattr(auto, "BACKENDS", {name: BACKENDS[name] for name in ("slow", "quick", "sdpa", "eager")})
+    verdict.write(known(quick=1.0))
+    assert auto.choose(call()).name == expected
+    assert setting in auto.outlook(torch.device("cuda", 0))
+    monkeypatch.setenv("GPSA_CHECK", "yes")
+    with pytest.raises(ValueError, match=r"GPSA_CHECK must be 0 .* got 'yes'"):
+        auto.choose(call(grad=True))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["checked while it is traced", "known"])
+def test_a_compiled_call_is_one_graph_for_any_batch(answers, first):
+    answers(quick=1.0) if first else verdict.write(known(quick=1.0, sdpa=2.0))
+    torch._dynamo.reset()
+    graphs = []
+
+    @partial(torch.compile, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    def compiled(*tensors):
+        return gpsa_attention(*tensors, (3, 7))
+
+    with torch.no_grad():
+        for batch in (2, 4, 5000):
+            compiled(*(t.detach() for t in inputs(batch, 3, (3, 7), 8, torch.float32)))
+    assert ["'quick'" in graph.code for graph in graphs] == [True]
+
+
+# ---- what is proven and timed ---------------------------------------------------------------------------------------
+
+
+def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch):
+    prove = partial(worker.answer, torch.device("cpu"), "prove", "quick", "float32")
+    right, calls = BACKENDS["quick"], []
+    problem = 1, 2, 5, 7, 16
+    assert prove(False, *problem)["error"] > 0
+    assert "one mask" in prove(True, *problem)["unsupported"]
+    for scale, what in ((1.001, "out of 5x7 tokens, head_dim 16: error"), (math.nan, "error nan")):
+        wrong = replace(right, forward=lambda c, save, s=scale: (f := right.forward(c, save))._replace(out=s * f.out))
+        monkeypatch.setitem(BACKENDS, "quick", wrong)
+        assert what in prove(False, *problem)["wrong"]
+
+    def backward(grad_out, call, saved):
+        calls.append(call)
+        grads = right.backward(grad_out, call, saved)
+        return grads._replace(q=grads.q * (1 + 1e-7 * (len(calls) % 2)))
+
+    monkeypatch.setitem(BACKENDS, "quick", replace(right, backward=backward))
+    assert prove(False, *problem) == {"wrong": "q of 5x7 tokens, head_dim 16: two runs differ"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("no memory"), "cannot"),
+        (FileNotFoundError("ptxas"), "cannot"),
+        (RuntimeError("Failed to find C compiler."), "cannot"),
+        (RuntimeError("an illegal memory access"), "wrong"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setitem(BACKENDS, "quick", replace(BACKENDS["quick"], forward=fail))
+    found = worker.answer(torch.device("cpu"), "prove", "quick", "float32", False, 1, 2, 5, 7, 16)
+    assert found == {kind: f"{type(error).__name__}: {error}"}
+
+
+def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
+    ask = partial(
+        check.find_out,
+        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7.0, quick="crash"),
+    )
+    monkeypatch.setattr(report, "find_out", ask)
+    monkeypatch.setattr(report.auto, "_on_cpu", ON_CPU)
+    assert main(["check", "--device", "cpu"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split("  ")[0]: line.split() for line in lines}
+    assert table["sdpa"] == ["sdpa", *["proven", "1.0e-01", "(2.0e-01)"] * 3]
+    assert table["slow"] == ["slow", *["WRONG"] * 3]
+    assert any("quick" in line and "SIGSEGV" in line for line in lines)
+    assert table["14x14 D=48 inference"][3:] == ["7.0*", "10.0", "-", "-", "10.0"] * 2
+    assert table["14x14 D=48 dropout"][3:] == ["7.0", "10.0*", "-", "-", "10.0"] * 2
+
+
+@pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
+def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, proofs):
+    monkeypatch.setattr(check, "_LIMIT", limit)
+    settings = {"command": command(sdpa="hang"), "seconds": 1.0}
+    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND], [], **settings)
+    assert list(filter(None, found.verdict.proofs.values())) == proofs
+    assert len(found.verdict.times) == len(proofs)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "name", "message"),
+    [
+        ([], None, "no CUDA device was found; --device cpu checks"),
+        ([], "cuda:0", "--device cuda:0: no CUDA devices were found"),
+        (["A", "A"], "cuda:2", "--device cuda:2: 2 CUDA devices were found"),
+        (["A", "B"], None, "there are different GPUs.*cuda:0 .A., cuda:1 .B."),
+        (["A"], "tpu", "--device must be cpu or cuda:0, say, got 'tpu'"),
+        (["A", "A"], None, "cannot be written|Not a directory"),
+    ],
+)
+def test_bad_use_of_the_command_ends_in_a_sentence(monkeypatch, capsys, tmp_path, gpus, name, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
+    assert main(["check", *(["--device", name] if name else [])]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"gpsa_kernels check: .*({message}).*\n", said)
+
+
+# ---- on the CPU, and what is told ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 64), (torch.float16, 64), (torch.bfloat16, 36), (torch.float64, 36)]
+)
+def test_on_the_cpu_eager_serves_the_training_of_few_tokens(dtype, most):
+    taken = {(tokens, grad): ON_CPU(call(tokens, dtype, grad)) for tokens in (most, most + 1) for grad in (True, False)}
+    assert [about for about, name in taken.items() if name == "eager"] == [(most, True)]
+    with torch.no_grad():
+        assert ON_CPU(call(most, dtype, True)) == "sdpa"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ON_CPU(call(36, dtype, True)) == "eager"
+        assert ON_CPU(call(37, dtype, True)) == "sdpa"
+
+
+def test_a_layer_tells_its_backend(monkeypatch):
+    monkeypatch.setattr(auto, "_on_cpu", ON_CPU)
+    layer = FusedGPSA(16, 2, attn_drop=0.5)
+    x = torch.randn(1, 100, 16)
+    assert backend_of(layer, x) == "eager"  # dropout
+    assert backend_of(layer.eval(), x) == "sdpa"
+    assert backend_of(layer, x[:, :16]) == "eager"
+    with torch.no_grad():
+        assert backend_of(layer, x[:, :16], grid_size=(2, 8)) == "sdpa"
+    layer.pos_proj.register_forward_hook(print)
+    assert backend_of(layer, x) == "eager"
+    with pytest.raises(TypeError, match="layer must be a FusedGPSA, got Linear"):
+        backend_of(nn.Linear(1, 1), x)
+
+
+def test_fuse_and_info_say_what_will_run(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "gpsa_kernels")
+    fuse(TimmConViT(embed_dim=8, img_size=32, num_heads=3, depth=3, local_up_to_layer=2, patch_size=8))
+    assert caplog.messages == ["3 layers fused; on cpu: sdpa (to train on up to 64 tokens eager)"]
+    outlook = partial(auto.outlook, torch.device("cuda", 0))
+    assert "the first call" in outlook()
+    auto._verdicts.clear()
+    verdict.write(known(quick=1.0, sdpa=2.0))
+    assert outlook() == "quick (proven 2026-11-21)"
+    assert "cpu: sdpa" in info.report()
