@@ -77,12 +77,17 @@ def _split_by_head(packed: Tensor, count: int, head_dim: int) -> tuple[Tensor, .
     return packed.view(batch, tokens, dim // (count * head_dim), count, head_dim).permute(3, 0, 2, 1, 4).unbind()
 
 
+def _own(parameter: Any) -> Tensor:
+    """This rank's shard of a DTensor, as a plain tensor."""
+    return parameter.to_local()
+
+
 class _ShardedLinear(nn.Linear):
     """Computes this rank's part of the outputs, in plain tensors."""
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to_local().flatten()
-        return F.linear(input, self.weight.to_local().flatten(0, -2), bias)
+        bias = None if self.bias is None else _own(self.bias).flatten()
+        return F.linear(input, _own(self.weight).flatten(0, -2), bias)
 
 
 class _PackedLinear(_ShardedLinear):
@@ -97,7 +102,8 @@ class _PackedLinear(_ShardedLinear):
                 destination[prefix + name] = t.transpose(0, 1).contiguous().flatten(0, 2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, parameter in self._parameters.items():
+        parameters: dict[str, Any] = self._parameters
+        for name, parameter in parameters.items():
             t = state_dict.get(prefix + name)
             if parameter is None or t is None:
                 continue
@@ -120,8 +126,8 @@ class _Headwise(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(x, DTensor):
-            mesh = self.proj.weight.device_mesh
-            x = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+            weight: Any = self.proj.weight
+            x = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
         # each rank's gradient is of its own heads
         x = x.redistribute(placements=_replicated(x)).to_local(grad_placements=[Partial()])
         return super().forward(x, *args, **kwargs)
@@ -133,8 +139,7 @@ class _Headwise(nn.Module):
 class _HeadwiseGPSA(_Headwise, FusedGPSA):
     def _position_and_gate(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
-        pos_weight = position_weight(weight.to_local(), None if bias is None else bias.to_local())
-        return pos_weight, self.gating_param.to_local()
+        return position_weight(_own(weight), None if bias is None else _own(bias)), _own(self.gating_param)
 
     @torch.no_grad()
     def local_init(self, locality_strength: float | None = None) -> None:

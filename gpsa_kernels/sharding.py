@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def on_shards(run: Callable[[Call], Tensor], call: Call) -> Tensor:
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    tensors = dict(zip(Call._fields, call[:_TENSORS], strict=False))
+    tensors: dict[str, Any] = dict(zip(Call._fields, call[:_TENSORS], strict=False))
     for name, t in tensors.items():
         if not isinstance(t, DTensor):
             raise TypeError(f"{name} must be a DTensor, as another is, got {type(t).__name__}")
