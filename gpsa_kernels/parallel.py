@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
-from torch.distributed.tensor.placement_types import Placement
 
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, position_weight
 
@@ -98,7 +97,7 @@ class _PackedLinear(_ShardedLinear):
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 t = destination[prefix + name]
-                t = t.redistribute(placements=_replicated(t))
+                t = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
                 destination[prefix + name] = t.transpose(0, 1).contiguous().flatten(0, 2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -116,10 +115,6 @@ class _PackedLinear(_ShardedLinear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _replicated(t: DTensor) -> list[Placement]:
-    return [Replicate()] * t.device_mesh.ndim
-
-
 class _Headwise(nn.Module):
     proj: nn.Linear
     _split_heads = staticmethod(_split_by_head)
@@ -129,7 +124,7 @@ class _Headwise(nn.Module):
             weight: Any = self.proj.weight
             x = DTensor.from_local(x, weight.device_mesh, [Replicate()], run_check=False)
         # each rank's gradient is of its own heads
-        x = x.redistribute(placements=_replicated(x)).to_local(grad_placements=[Partial()])
+        x = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return super().forward(x, *args, **kwargs)
 
     def reset_parameters(self) -> None:

@@ -46,6 +46,7 @@ PLACEMENTS = {  # of q, k, v and of the parameters, on a mesh of 2 x 2
     "heads twice": ([Shard(1), Shard(1)], [Shard(0), Shard(0)]),
     "batch twice": ([Shard(0), Shard(0)], [Replicate(), Replicate()]),
     "replicated": ([Replicate(), Replicate()], [Replicate(), Replicate()]),
+    "more ranks than heads": ([Shard(1), Shard(1)], [Shard(0), Shard(0)]),
     "heads of the parameters": ([Replicate(), Shard(2)], [Replicate(), Shard(0)]),
 }
 
@@ -77,6 +78,12 @@ def trained(model: nn.Module, batches: list[torch.Tensor], forward: nn.Module | 
 
 def tokens(model: nn.Module) -> torch.Tensor:
     return images().flatten(1)[:, : 16 * model.num_features].unflatten(1, (16, -1))
+
+
+def with_input_gradient(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    out = model.blocks[0].attn(x)
+    return [full(out), full(*torch.autograd.grad(loss_of(out), x))]
 
 
 def full(t: torch.Tensor) -> torch.Tensor:
@@ -172,6 +179,7 @@ def heads(rank: int, folder: Path) -> dict:
                 {name: full(grad) for name, grad in grads.items()},
                 copy.deepcopy(get_model_state_dict(model, options=FULL)),
                 full(model.blocks[0].attn.get_attention(tokens(model))),
+                with_input_gradient(model, distribute_tensor(tokens(model), mesh, [Shard(1)])),
             )
             set_model_state_dict(model, model_of(build, seed=9).state_dict(), options=FULL)
             results[build.__name__, mesh.size(), "loaded"] = get_model_state_dict(model, options=FULL)
@@ -182,12 +190,14 @@ def heads(rank: int, folder: Path) -> dict:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(states, checkpoint_id=checkpoint)
         results[build.__name__, "reloaded"] = load(in_parallel(model_of(build, seed=9), line), checkpoint)
-    layer = FusedGPSA(27, 9)
+    layer, adapted = FusedGPSA(27, 9), FusedGPSA(24, 4)
+    adapted.qk = nn.Sequential(adapted.qk)
     results["messages"] = [
         message(parallelize_module, layer, square["tp"], HeadwiseParallel()),
         message(parallelize_module, layer, square, HeadwiseParallel()),
         message(parallelize_module, layer, square["tp"], {"qk": HeadwiseParallel()}),
         message(parallelize_module, model.blocks[0].attn, square["tp"], HeadwiseParallel()),
+        message(parallelize_module, adapted, square["tp"], HeadwiseParallel()),
         message(model.blocks[0].attn.local_init),
     ]
     return results
@@ -200,12 +210,16 @@ def in_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
+def call_of(placements: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    tensors = inputs(3, 2 if placements == "more ranks than heads" else 4, GRID, 8)
+    return tensors, torch.linspace(-1, 1, tensors[0].numel(), dtype=torch.float64).view(tensors[0].shape)
+
+
 def dtensors(rank: int, folder: Path) -> dict:
-    mesh, results = init_device_mesh("cpu", (2, 2)), {}
+    mesh, line, results = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,)), {}
     for name, (of_calls, of_heads) in PLACEMENTS.items():
         for backend in ("sdpa", "eager"):
-            tensors = inputs(3, 4, GRID, 8)
-            grad_out = torch.randn(tensors[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            tensors, grad_out = call_of(name)
             placements = [of_calls] * 3 + [of_heads] * 2
             placed = [distribute_tensor(t.detach(), mesh, p) for t, p in zip(tensors, placements, strict=True)]
             upstream = distribute_tensor(grad_out, mesh, of_calls)
@@ -216,6 +230,7 @@ def dtensors(rank: int, folder: Path) -> dict:
     results["messages"] = [
         message(gpsa_attention, q, k, v, pos_weight, full(gate), GRID),
         message(gpsa_attention, full(q), full(k), full(v), full(pos_weight), gate, GRID, backend="eager"),
+        message(gpsa_attention, q, k, v, pos_weight, distribute_tensor(full(gate), line), GRID),
         message(gpsa_attention, *placed, GRID, dropout_p=0.1),
     ]
     return results
@@ -332,11 +347,13 @@ def test_heads_divided_among_ranks_are_those_of_one_process(folder, build, ranks
     expected, of_parameters = model(images()), gradients(model, images())
     maps = model.blocks[0].attn.get_attention(tokens(model)).chunk(ranks, 1)
     for rank, results in enumerate(left(folder, heads)):
-        out, grads, state, attention = results[build.__name__, ranks]
+        out, grads, state, attention, of_layer = results[build.__name__, ranks]
         assert_rounded(out, expected, model)
         assert_same_gradients({name: as_packed(grad) for name, grad in grads.items()}, of_parameters, model)
         assert_equal(state, model.state_dict())
         assert_rounded(attention, maps[rank % ranks], model)
+        for actual, wanted in zip(of_layer, with_input_gradient(model, tokens(model)), strict=True):
+            assert_rounded(actual, wanted, model)
         assert_equal(results[build.__name__, ranks, "loaded"], model_of(build, seed=9).state_dict())
 
 
@@ -368,6 +385,7 @@ def test_what_cannot_be_divided_is_refused(folder):
             "ValueError: device_mesh must have one dimension, got 2: pass mesh['name']",
             "TypeError: HeadwiseParallel shards a FusedGPSA or SelfAttention, got Linear",
             "TypeError: HeadwiseParallel shards a FusedGPSA or SelfAttention, got _HeadwiseGPSA",
+            "TypeError: qk must be an nn.Linear to be sharded over heads, got Sequential",
             "RuntimeError: a layer that is sharded over heads cannot be initialised: do it before, or load parameters",
         ]
 
@@ -375,8 +393,7 @@ def test_what_cannot_be_divided_is_refused(folder):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("placements", PLACEMENTS)
 def test_dtensors_pass_through_the_operator(folder, placements, backend):
-    tensors = inputs(3, 4, GRID, 8)
-    grad_out = torch.randn(tensors[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tensors, grad_out = call_of(placements)
     expected = with_gradients(gpsa_attention, tensors, grad_out, GRID, backend=backend)
     for results in left(folder, dtensors):
         *got, merged = results[placements, backend]
@@ -391,5 +408,6 @@ def test_what_dtensors_cannot_do_is_refused(folder):
         assert results["messages"] == [
             "TypeError: gate must be a DTensor, as another is, got Tensor",
             "TypeError: q must be a DTensor, as another is, got Tensor",
+            "ValueError: gate must be on q's mesh DeviceMesh((2, 2), ...), got DeviceMesh((4,), ...)",
             "RuntimeError: dropout_p must be 0 for DTensors, whose shards cannot share a mask, got 0.1",
         ]
