@@ -24,6 +24,7 @@ from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
+from gpsa_kernels.sharding import are_distributed, on_shards
 from gpsa_kernels.tensors import accumulation_dtype, as_output, autocast_dtype, autocast_inputs, empty_output
 
 _CALL = (
@@ -260,6 +261,8 @@ def attention(call: Call, backend: Backend) -> Tensor:
     """The result of ``backend``'s kernels."""
     q, k, v, pos_weight, gate, *_ = call
     if _is_observed(q, k, v, pos_weight, gate):
+        if are_distributed(q, k, v, pos_weight, gate):
+            return on_shards(lambda shards: attention(shards, backend), call)
         return torch.ops.gpsa.attention_forward(*call, backend.name)[0]
     if autocast_dtype(q.device.type) is None:
         return _attention(call, backend)
