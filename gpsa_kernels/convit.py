@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from gpsa_kernels.arguments import as_pair, check_integer
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
-from gpsa_kernels.tensors import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype, known
 
 
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -336,10 +335,8 @@ class ConViT(nn.Module):
     def _add_pos_embed(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         if self.pos_embed is None:
             return x
-        if torch.compiler.is_exporting():  # for images of any size: what is resampled to its own grid stays as it is
-            same = all(statically_known_true(new == own) for new, own in zip(grid_size, self.grid_size, strict=True))
-        else:
-            same = grid_size == self.grid_size
+        (rows, columns), own = grid_size, self.grid_size
+        same = known(rows == own[0]) and known(columns == own[1])  # resampled to its own grid it stays as it is
         return x + (self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size))
 
     def _join_class_token(self, x: Tensor) -> Tensor:

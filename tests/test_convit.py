@@ -244,13 +244,14 @@ def test_intermediates_of_blocks_that_are_not_there(indices):
         small().forward_intermediates(images(1, 32), output_fmt="NHWC")
 
 
-def test_exported_for_images_of_any_size():
-    model = small(image_size=64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # plain PyTorch, and the operator
+def test_exported_for_images_of_any_size(dtype):
+    model = small(image_size=64).to(dtype)
     rows, columns = (Dim(name, min=2, max=32) for name in ("rows", "columns"))
     shape = {0: Dim("batch"), 2: 8 * rows, 3: 8 * columns}
-    exported = export(model, (images(2, 64),), dynamic_shapes=(shape,)).module()
+    exported = export(model, (images(2, 64).to(dtype),), dynamic_shapes=(shape,)).module()
     for batch, height, width in [(2, 64, 64), (1, 40, 72), (3, 96, 48), (2, 16, 24)]:
-        x = images(batch, height, width)
+        x = images(batch, height, width).to(dtype)
         assert_rounded(exported(x), model(x), model)
 
 
