@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def problems(wheel: Path) -> list[str]:
     """What is wrong with the files in a wheel and with its size; nothing, if it can be published."""
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "gpsa_kernels").rglob("*.py")}
     expected = modules | LIBRARY | {"gpsa_kernels/py.typed"}
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not re.search(r"\.dist-info/|/$", name)}
     found = [f"{name} is missing" for name in sorted(expected - names)]
     found += [f"{name} does not belong in it" for name in sorted(names - expected)]
     if wheel.stat().st_size > LARGEST:
@@ -43,7 +44,7 @@ def problems(wheel: Path) -> list[str]:
 
 
 def install_and_run(wheel: Path, torch: str | None) -> str:
-    """Runs the wheel in an environment of its own; what ``info`` says there of its library."""
+    """Runs the wheel in an environment of its own; what ``info`` says there of torch and of the CUDA library."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder, "bin", "python"))
@@ -61,7 +62,7 @@ def install_and_run(wheel: Path, torch: str | None) -> str:
         subprocess.run([python, "-c", RUN], check=True, cwd=folder)
         info = [python, "-m", "gpsa_kernels", "info"]
         said = subprocess.run(info, check=True, cwd=folder, capture_output=True, text=True).stdout
-        return "\n".join(line for line in said.splitlines() if line.startswith(("torch", "library")))
+        return "\n".join(line for line in said.splitlines() if line.startswith(("torch", "library", "cuda")))
 
 
 def main() -> None:
