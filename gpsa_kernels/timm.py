@@ -10,21 +10,28 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.convit import ConVit
 from torch import nn
 
 from gpsa_kernels.convert import fuse
 from gpsa_kernels.convit import fit_pos_embed
 
-_STOCK = {size: get_pretrained_cfg(f"convit_{size}") for size in ("tiny", "small", "base")}
-default_cfgs = generate_default_cfgs(  # where register_model looks for them
-    {f"fused_convit_{size}.{cfg.tag}": cfg for size, cfg in _STOCK.items()}
-    | {f"fused_convit_{size}_plus": replace(cfg, hf_hub_id=None, tag=None) for size, cfg in _STOCK.items()}
-)
+
+def _settings() -> dict[str, dict[str, Any] | PretrainedCfg]:
+    settings: dict[str, dict[str, Any] | PretrainedCfg] = {}
+    for size in ("tiny", "small", "base"):
+        stock = get_pretrained_cfg(f"convit_{size}", allow_unregistered=False)
+        assert stock is not None
+        settings[f"fused_convit_{size}.{stock.tag}"] = stock
+        settings[f"fused_convit_{size}_plus"] = replace(stock, hf_hub_id=None, tag=None)
+    return settings
 
 
-def _fit(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+default_cfgs = generate_default_cfgs(_settings())  # where register_model looks for them
+
+
+def _fit(model: ConVit, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     fit_pos_embed(state_dict, f"{prefix}pos_embed", model.patch_embed.grid_size)
 
 

@@ -23,11 +23,11 @@ FRACTION, WATCH, CHECKPOINTS = re.findall(r"(?s)```python\n(.*?)```", PAGE)
 SCRIPTS = ROOT / "pytorch-image-models"
 
 SHALLOW = "depth=2 local_up_to_layer=1"
-SMALL = f"--device cpu --workers 0 --img-size 32 --model-kwargs img_size=32 {SHALLOW}"
+SMALL = f"--device cpu --workers 1 --img-size 32 --model-kwargs img_size=32 {SHALLOW}"
 SMALLER = {
     r'"\${recipe\[@\]}"': rf"\g<0> {SMALL} --epochs 1 --warmup-epochs 0 --batch-size 4",
     r"validate\.py imagenet": rf"\g<0> {SMALL}",
-    r"benchmark\.py": rf"\g<0> {SMALL.replace('--workers 0', '')} --batch-size 2 --num-warm-iter 1 --num-bench-iter 5",
+    r"benchmark\.py": rf"\g<0> {SMALL.replace('--workers 1', '')} --batch-size 2 --num-warm-iter 1 --num-bench-iter 5",
     r"--img-size 384 --model-kwargs img_size=384 (.*)--epochs 30 --batch-size 64": (
         rf"--img-size 48 --model-kwargs img_size=48 {SHALLOW} \1"
     ),
