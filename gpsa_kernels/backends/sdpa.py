@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
 from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
-from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output
+from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output, known
 
 _FEW_TOKENS = 16  # in a row shorter than a CPU's vector, torch's flash attention loses NaN
 _WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
@@ -55,7 +55,7 @@ def compose(call: Call) -> Tensor:
     if torch.is_grad_enabled():
         common = _in_common(v)
         v = v - common
-    if call.q.size(2) <= _FEW_TOKENS:
+    if known(call.q.size(2) <= _FEW_TOKENS):
         content = _content_map(call) @ v.to(g.dtype)
     else:
         content = F.scaled_dot_product_attention(call.q, call.k, v, scale=call.scale).to(g.dtype)
