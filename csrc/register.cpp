@@ -160,7 +160,17 @@ std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     return {out, content, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+/// The numbers of `total` from `first` on in the shape and dtype of `like`: a view where the dtype is total's.
+Tensor part_of(const Tensor& total, int64_t first, const Tensor& like) {
+    const int64_t strides[] = {like.dim() == 2 ? like.size(1) : 1, 1};
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(total.get(), like.dim(), like.sizes().data(), strides, first, &view));
+    const ScalarType dtype = like.scalar_type();
+    return total.scalar_type() == dtype ? Tensor(view) : torch::stable::to(Tensor(view), dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight,
     const Tensor& gate, const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale,
     double dropout_p, const std::optional<Tensor>& content, const Tensor& logsumexp) {
@@ -186,7 +196,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const auto workspace = empty_workspace(sizes.backward_workspace, q);
     call.workspace = workspace ? workspace->data_ptr() : nullptr;
     launch_on(q, gpsa::launch_backward, call);
-    return {grad_q, grad_k, grad_v, sums};
+    const int64_t first = 0;
+    Tensor total = torch::stable::sum(sums, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
+    const ScalarType dtype = pos_weight.scalar_type();
+    if (dtype == gate.scalar_type() && dtype != ScalarType::Float) total = torch::stable::to(total, dtype);  // at once
+    return {grad_q, grad_k, grad_v, part_of(total, 0, pos_weight), part_of(total, pos_weight.numel(), gate)};
 }
 
 /// Whether backward of a shape, for any batch and heads, reads the content branch's own output on a device.
@@ -211,7 +225,7 @@ STABLE_TORCH_LIBRARY(gpsa_cuda, library) {
     library.def(
         "backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
         "int rows, int columns, float scale, float dropout_p, Tensor? content, Tensor logsumexp) "
-        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor sums)");
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_pos_weight, Tensor grad_gate)");
     library.def(
         "saves_content(int rows, int columns, int head_dim, bool bfloat16, float dropout_p, int device) -> bool");
 }

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpsa_kernels.tensors import parameter_gradients
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra")
@@ -276,13 +278,13 @@ class Library:
 
     def backward(self, grad_out: Tensor, *arguments: Tensor | float | None) -> tuple[Tensor, ...]:
         *tensors, seed, rows, columns, scale, dropout_p, content, logsumexp = arguments
-        saved = {"logsumexp": logsumexp}
-        q = tensors[0]
+        q, saved = tensors[0], {"logsumexp": logsumexp}
         if self.saves_content(rows, columns, q.size(3), q.dtype == torch.bfloat16, dropout_p, -1):
             saved["content"] = content
         settings = {"dropout_p": dropout_p, "dropout_seed": seed}
         made = backward(_readable(grad_out), [*map(_readable, tensors)], saved, (rows, columns), scale, **settings)
-        return tuple(made.tensors.values())
+        *grads, sums = made.tensors.values()
+        return *grads, *parameter_gradients(sums, *tensors[3:])
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
-from gpsa_kernels.tensors import autocast_dtype, parameter_gradients
+from gpsa_kernels.tensors import autocast_dtype
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
 _WHOLE_IMAGE_TOKENS = 256  # above which every kernel is tiled, and backward reads the content branch's own output
@@ -164,8 +164,7 @@ def forward(call: Call, save: bool) -> Forward:
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
-    *grads, sums = torch.ops.gpsa_cuda.backward(grad_out, *call, *saved)
-    return Gradients(*grads, *parameter_gradients(sums, call.pos_weight, call.gate))
+    return Gradients(*torch.ops.gpsa_cuda.backward(grad_out, *call, *saved))
 
 
 BACKEND = Backend(

@@ -8,6 +8,7 @@
 extern "C" {
 gpsa::Sizes answer;      // of gpsa::sizes
 const void* given[6];    // where q, k, v, pos_weight, gate and grad_out lie
+float numbers[13];       // pos_weight and gate of two heads, rows, columns, scale, dropout_p, seed
 int64_t workspace_size;  // at least what was asked for, and not much more
 }
 
@@ -30,9 +31,9 @@ void visit_elements(const Problem& p, Visit visit) {
     }
 }
 
-/// What is the same in both calls: `read` can be read 16 bytes at a time, the numbers go to `to`.
+/// What is the same in both calls: `read` can be read 16 bytes at a time.
 template <typename Call>
-const char* look_at(const Call& call, std::initializer_list<Tensor> read, float* to) {
+const char* look_at(const Call& call, std::initializer_list<Tensor> read) {
     const Problem& p = call.problem;
     for (const Tensor& t : read) {
         if ((reinterpret_cast<uintptr_t>(t.data) | 2 * (t.batch | t.head | t.token)) % 16 != 0) return "unaligned rows";
@@ -40,7 +41,7 @@ const char* look_at(const Call& call, std::initializer_list<Tensor> read, float*
     const void* const addresses[] = {call.q.data, call.k.data, call.v.data, call.pos_weight, call.gate};
     for (int i = 0; i < 5; ++i) given[i] = addresses[i];
     workspace_size = call.workspace ? malloc_usable_size(call.workspace) : 0;
-    if (!to) return nullptr;
+    float* to = numbers;
     for (int i = 0; i < 3 * p.heads; ++i) *to++ = call.pos_weight[i];
     for (int i = 0; i < p.heads; ++i) *to++ = call.gate[i];
     for (float number : {float(p.rows), float(p.columns), p.scale, p.dropout_p, float(*p.seed)}) *to++ = number;
@@ -56,7 +57,8 @@ const char* launch_forward(const Forward& call, cudaStream_t) {
         element(call.out) = element(call.q) ^ element(call.k) ^ element(call.v);
         if (call.content.data) element(call.content) = element(call.k);
     });
-    return look_at(call, {call.q, call.k, call.v}, call.logsumexp);
+    for (int i = 0; call.logsumexp && i < 48; ++i) call.logsumexp[i] = i;
+    return look_at(call, {call.q, call.k, call.v});
 }
 
 const char* launch_backward(const Backward& call, cudaStream_t) {
@@ -66,8 +68,9 @@ const char* launch_backward(const Backward& call, cudaStream_t) {
         element(call.grad_v) = element(call.v);
     });
     given[5] = call.grad_out.data;
-    for (int i = 0; i < 4 * call.problem.heads; ++i) call.sums[16 + i] = call.logsumexp[i];
-    return look_at(call, {call.q, call.k, call.v, call.grad_out, call.content}, call.sums);
+    for (int i = 0; i < call.problem.batch * answer.slots * 4 * call.problem.heads; ++i)
+        call.sums[i] = call.logsumexp[i];
+    return look_at(call, {call.q, call.k, call.v, call.grad_out, call.content});
 }
 
 }  // namespace gpsa

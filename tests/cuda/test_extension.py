@@ -19,11 +19,12 @@ from tools import machine_code
 ROOT = Path(__file__).parents[2]
 SHIMS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
 SCHEMAS = {
-    "forward": "gpsa_cuda::forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, int rows, "
-    "int columns, float scale, float dropout_p, bool save) -> (Tensor out, Tensor? content, Tensor? logsumexp)",
+    "forward": "gpsa_cuda::forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
+    "int rows, int columns, float scale, float dropout_p, bool save) -> "
+    "(Tensor out, Tensor? content, Tensor? logsumexp)",
     "backward": "gpsa_cuda::backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, "
     "Tensor? seed, int rows, int columns, float scale, float dropout_p, Tensor? content, Tensor logsumexp) -> "
-    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor sums)",
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_pos_weight, Tensor grad_gate)",
     "saves_content": "gpsa_cuda::saves_content(int rows, int columns, int head_dim, bool bfloat16, float dropout_p, "
     "int device) -> bool",
 }
@@ -116,7 +117,8 @@ import json, torch
 from gpsa_kernels.backends import cuda
 cuda.unavailable()
 asked = [(14, 14, 48, 0.0), (16, 16, 48, 0.3), (14, 14, 72, 0.3), (1, 257, 8, 0.0), (128, 128, 48, 0.0)]
-print(json.dumps([torch.ops.gpsa_cuda.saves_content(rows, columns, dim, True, p, -1) for rows, columns, dim, p in asked]))
+saves = torch.ops.gpsa_cuda.saves_content
+print(json.dumps([saves(rows, columns, dim, True, p, -1) for rows, columns, dim, p in asked]))
 """
     assert json.loads(run(site, "-c", script)) == [False, False, True, True, True]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpsa_kernels.backends import cuda
 from gpsa_kernels.backends.base import Call, Saved
+from gpsa_kernels.tensors import parameter_gradients
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -75,7 +76,6 @@ UNREADABLE = {
     "channels apart": lambda: tensors(4)[0].mT.contiguous().mT,
     "one row for all": lambda: tensors(4)[0][:, :, :1, :1].expand(2, 2, 12, 8),
 }
-LEFT, NUMBERS = (3.0, 4.0, 0.5, 0.25, 7.0), slice(0, 13)
 
 
 @pytest.mark.parametrize("odd", [None, *UNREADABLE])
@@ -85,37 +85,50 @@ def test_what_the_launchers_are_given_and_what_comes_back(launchers, tiled, save
     workspaces = (INFERENCE, FORWARD, BACKWARD) if tiled else (0, 0, 0)
     Sizes.in_dll(launchers, "answer").__init__(SLOTS, *workspaces, tiled)
     given = (ctypes.c_void_p * 6).in_dll(launchers, "given")
+    numbers = (ctypes.c_float * 13).in_dll(launchers, "numbers")
     workspace = ctypes.c_int64.in_dll(launchers, "workspace_size")
     q, k, v, grad_out = tensors(4)
     pos_weight, gate, seed = torch.randn(2, 3), torch.randn(2), torch.tensor([7])
     if odd:
         q, k, v, grad_out = (UNREADABLE[odd]() for _ in range(4))
-        pos_weight, gate = torch.randn(3, 2, dtype=torch.float64).T, torch.randn(2).half()
+        pos_weight, gate = torch.randn(3, 2, dtype=torch.float64).T, gate.half()
+        if save:
+            pos_weight, gate = pos_weight.bfloat16(), gate.bfloat16()
     call = Call(q, k, v, pos_weight, gate, seed, 3, 4, 0.5, 0.25)
-    numbers = torch.cat((pos_weight.flatten(), gate, torch.tensor(LEFT))).float()
+    expected = torch.cat((pos_weight.flatten(), gate, torch.tensor((3, 4, 0.5, 0.25, 7)))).float()
     addresses = [t.data_ptr() for t in (q, k, v, pos_weight, gate, grad_out)]
 
     out, content, logsumexp = cuda.forward(call, save)
     assert [a == b for a, b in zip(given[:5], addresses, strict=False)] == [not odd] * 5
+    assert torch.equal(torch.tensor(numbers), expected)
+    assert workspaces[save] <= workspace.value <= 1.1 * workspaces[save]
     assert torch.equal(bits(out), bits(q, k, v))
     assert [content is not None, logsumexp is not None] == [save and tiled, save]
-    wanted = workspaces[save]
-    assert wanted <= workspace.value <= 1.1 * wanted
-    if save:
-        assert (logsumexp.shape, logsumexp.is_contiguous()) == ((2, 2, 12), True)
-        assert torch.equal(logsumexp.flatten()[NUMBERS], numbers)
-    if content is not None:
-        assert torch.equal(bits(content), bits(k))
+    assert content is None or torch.equal(bits(content), bits(k))
+    assert logsumexp is None or torch.equal(logsumexp, torch.arange(48.0).view(2, 2, 12))
 
     saved = Saved(v if tiled else q.new_empty(0), torch.randn(2, 2, 12))
-    *grads, sums = torch.ops.gpsa_host.backward(grad_out, *call, *saved)
+    grads = cuda.backward(grad_out, call, saved)
     assert [a == b for a, b in zip(given, addresses, strict=True)] == [not odd] * 6
-    assert torch.equal(bits(grads[0]), bits(q, grad_out))
-    assert torch.equal(bits(grads[1]), bits(k, saved.content) if tiled else bits(k))
-    assert torch.equal(bits(grads[2]), bits(v))
-    assert BACKWARD * tiled <= workspace.value <= 1.1 * BACKWARD * tiled
-    assert (sums.shape, sums.dtype, sums.is_contiguous()) == ((2 * SLOTS, 2 * 4), torch.float32, True)
-    assert torch.equal(sums.flatten()[NUMBERS], numbers)
-    assert torch.equal(sums.flatten()[16:24], saved.logsumexp.flatten()[:8])
-    for t in (out, *grads):
-        assert (t.shape, t.stride(), t.dtype) == ((2, 2, 12, 8), (192, 8, 16, 1), torch.bfloat16)
+    assert torch.equal(torch.tensor(numbers), expected)
+    assert workspaces[2] <= workspace.value <= 1.1 * workspaces[2]
+    assert torch.equal(bits(grads.q), bits(q, grad_out))
+    assert torch.equal(bits(grads.k), bits(k, v) if tiled else bits(k))
+    assert torch.equal(bits(grads.v), bits(v))
+    of_parameters = parameter_gradients(saved.logsumexp.view(2 * SLOTS, 2 * 4), pos_weight, gate)
+    for ours, theirs in zip(grads[3:], of_parameters, strict=True):
+        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert torch.equal(ours, theirs)
+    for t in (out, content, *grads[:3]):
+        assert t is None or (t.shape, t.stride(), t.dtype) == ((2, 2, 12, 8), (192, 8, 16, 1), torch.bfloat16)
+
+
+def test_a_batch_of_nothing_has_gradients_of_zero(launchers):
+    Sizes.in_dll(launchers, "answer").__init__(SLOTS, 0, 0, 0, False)
+    q = tensors(1)[0][:0]
+    pos_weight, gate = torch.randn(2, 3), torch.randn(2).half()
+    call = Call(q, q, q, pos_weight, gate, None, 3, 4, 0.5, 0.0)
+    assert cuda.forward(call, True).out.shape == q.shape
+    grads = cuda.backward(q, call, Saved(None, torch.empty(0, 2, 12)))
+    for grad, like in zip(grads, call[:5], strict=True):
+        assert torch.equal(grad, torch.zeros_like(like))
