@@ -78,6 +78,15 @@ UNREADABLE = {
 }
 
 
+# of calls that are tiled, or save something, or both: their dtypes
+PARAMETERS = {
+    (True, True): (torch.bfloat16, torch.bfloat16),
+    (True, False): (torch.float16, torch.float32),
+    (False, True): (torch.float64, torch.bfloat16),
+    (False, False): (torch.float32, torch.float16),
+}
+
+
 @pytest.mark.parametrize("odd", [None, *UNREADABLE])
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("tiled", [True, False])
@@ -91,15 +100,15 @@ def test_what_the_launchers_are_given_and_what_comes_back(launchers, tiled, save
     pos_weight, gate, seed = torch.randn(2, 3), torch.randn(2), torch.tensor([7])
     if odd:
         q, k, v, grad_out = (UNREADABLE[odd]() for _ in range(4))
-        pos_weight, gate = torch.randn(3, 2, dtype=torch.float64).T, gate.half()
-        if save:
-            pos_weight, gate = pos_weight.bfloat16(), gate.bfloat16()
+        of_weights, of_gates = PARAMETERS[tiled, save]
+        pos_weight, gate = torch.randn(3, 2, dtype=of_weights).T, gate.to(of_gates)
     call = Call(q, k, v, pos_weight, gate, seed, 3, 4, 0.5, 0.25)
     expected = torch.cat((pos_weight.flatten(), gate, torch.tensor((3, 4, 0.5, 0.25, 7)))).float()
+    not_copied = [not odd] * 4 + [gate.dtype == torch.float32, not odd]
     addresses = [t.data_ptr() for t in (q, k, v, pos_weight, gate, grad_out)]
 
     out, content, logsumexp = cuda.forward(call, save)
-    assert [a == b for a, b in zip(given[:5], addresses, strict=False)] == [not odd] * 5
+    assert [a == b for a, b in zip(given[:5], addresses, strict=False)] == not_copied[:5]
     assert torch.equal(torch.tensor(numbers), expected)
     assert workspaces[save] <= workspace.value <= 1.1 * workspaces[save]
     assert torch.equal(bits(out), bits(q, k, v))
@@ -109,7 +118,7 @@ def test_what_the_launchers_are_given_and_what_comes_back(launchers, tiled, save
 
     saved = Saved(v if tiled else q.new_empty(0), torch.randn(2, 2, 12))
     grads = cuda.backward(grad_out, call, saved)
-    assert [a == b for a, b in zip(given, addresses, strict=True)] == [not odd] * 6
+    assert [a == b for a, b in zip(given, addresses, strict=True)] == not_copied
     assert torch.equal(torch.tensor(numbers), expected)
     assert workspaces[2] <= workspace.value <= 1.1 * workspaces[2]
     assert torch.equal(bits(grads.q), bits(q, grad_out))
