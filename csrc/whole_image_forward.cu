@@ -19,6 +19,8 @@ constexpr int blocks_per_multiprocessor =
     : Kernel::channels == 48 && Kernel::key_tiles == 13 && !Kernel::has_dropout ? most_blocks
                                                                                 : 2;
 
+constexpr int system_bytes = 1024;  // of shared memory, that every block takes beside its own
+
 template <typename Kernel>
 __global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor<Kernel>)
     whole_image_forward(const __grid_constant__ Forward call, int row_blocks) {
@@ -29,13 +31,15 @@ __global__ void __launch_bounds__(whole_image_threads, blocks_per_multiprocessor
 
 int whole_image_forward_row_blocks(const Problem& problem, const Device& device) {
     if (!whole_image::forward_fits(problem)) return 0;
-    const int row_blocks = whole_image::row_blocks(problem, device.multiprocessors);
-    int bytes = 0;
+    int row_blocks = 0;
     whole_image::dispatch_forward(problem, [&](auto kernel) {
-        bytes = decltype(kernel)::shared_bytes(problem, row_blocks);
+        const auto bytes = [&](int blocks) { return decltype(kernel)::shared_bytes(problem, blocks); };
+        const int resident = (device.shared_bytes + system_bytes) / (bytes(1) + system_bytes);
+        row_blocks = whole_image::row_blocks(problem, device.multiprocessors, resident);
+        if (bytes(row_blocks) > device.shared_bytes) row_blocks = 0;
         return static_cast<const char*>(nullptr);
     });
-    return bytes <= device.shared_bytes ? row_blocks : 0;
+    return row_blocks;
 }
 
 const char* launch_whole_image_forward(const Forward& call, int row_blocks, const Launcher& launch) {
