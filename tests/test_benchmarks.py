@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import subprocess
@@ -110,8 +109,9 @@ def plant(monkeypatch, *planted: peers.Peer, kept: int) -> None:
 
 
 @pytest.mark.parametrize("section", ["operator", "layer"])
-def test_peers_agree_and_rows_carry_their_floor_and_memory(section):
+def test_peers_agree_and_rows_carry_their_floor_and_memory_and_what_auto_takes(monkeypatch, section):
     directions = DIRECTIONS if section == "operator" else ("both",)
+    monkeypatch.setattr(peers, "select_backend", lambda call: BACKENDS["eager" if torch.is_grad_enabled() else "sdpa"])
     rows = measured(Workload(section, TINY, directions, ("warm",)), *directions)
     expected = {*product(("timm", "gpsa_kernels eager", "gpsa_kernels sdpa", "SDPA alone"), directions)}
     if section == "operator":
@@ -119,6 +119,9 @@ def test_peers_agree_and_rows_carry_their_floor_and_memory(section):
         expected.add(("SDPA + cached map", "forward"))
     assert {rows[place]["status"] for place in expected} == {"ok"}
     assert {row["status"] for row in rows.values()} == {"ok", "unavailable"}
+    assert {one: row["auto"] for (_, one), row in rows.items()} == {
+        one: "sdpa" if one == "forward" else "eager" for one in directions
+    }
     for name, backend in BACKENDS.items():
         assert backend.unavailable() in (None, rows[f"gpsa_kernels {name}", "both"].get("reason"))
     found = rows["gpsa_kernels eager", "both"]
@@ -190,10 +193,10 @@ def test_no_kernel_refuses_a_model_on_a_gpu(monkeypatch, name):
     monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], unavailable=lambda: None))
     with torch._subclasses.FakeTensorMode():
         for workload in workloads.model_workloads("cuda", "full"):
-            models.check_backend(name, workload, "cuda")
+            peers.check_backend(name, *models.attention(workload, "cuda"))
         refused = pytest.raises(peers.Unavailable, match="float32") if name == "cuda" else contextlib.nullcontext()
         with refused:
-            models.check_backend(name, TINY_MODEL, "cuda")
+            peers.check_backend(name, *models.attention(TINY_MODEL, "cuda"))
 
 
 def test_a_model_on_a_gpu_is_timed_to_the_end_of_its_work(monkeypatch):
@@ -251,14 +254,22 @@ def test_attention_without_a_position_runs_in_the_kernel_that_it_names(monkeypat
     assert peer.make(TINY, tensors)(*tensors) == [f"{name.upper()}_ATTENTION"]
 
 
-def test_compiled_layers_are_measured_on_a_gpu(monkeypatch):
-    (workload,) = workloads.attention_workloads("layer", "cuda", "dry")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no machine code
+@pytest.mark.parametrize(("section", "count"), [("layer", 3), ("tuned", 7)])
+def test_compiled_peers_are_measured(monkeypatch, section, count):
+    compiler, subject = torch.compile, measure.subject(section)
+    here = [peer for peer in subject.peers if peer.compiled and peer.make is not peers.flex_twice]
+    here = tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in here)
+    monkeypatch.setattr(measure, "subject", lambda _: dataclasses.replace(subject, peers=here))
+    # no machine code
+    monkeypatch.setattr(torch, "compile", lambda f, mode="", **more: compiler(f, backend="aot_eager", **more))
     monkeypatch.setattr(measure, "probe", lambda *_: None)
-    rows = measured(workload, "forward", "both")
-    compiled = [peer.name for peer in peers.LAYER.peers if peer.compiled]
-    assert len(compiled) == 3
-    assert {rows[place]["status"] for place in product(compiled, ("forward", "both"))} == {"ok"}
+    (workload,) = workloads.attention_workloads(section, "cuda", "dry")
+    status = {place: row["status"] for place, row in measured(workload, "forward", "both").items()}
+    assert len(status) == 2 * count
+    assert status.pop(("SDPA + cached map, compiled", "both"), "unavailable") == "unavailable"
+    assert set(status.values()) == {"ok"}
+    in_reasonable_time = measure.Run(dataclasses.replace(workload, section="compiled"), "cuda", "cold").peers
+    assert not any(peer.tuned for peer in in_reasonable_time)
 
 
 # ---- peers that fail ------------------------------------------------------------------------------------------------
@@ -508,12 +519,12 @@ def test_committed_are_the_newest_runs_of_each_machine_alone():
 
 
 def test_results_are_added_never_replaced_and_read_as_they_were(tmp_path):
-    path = tmp_path / "cpu.jsonl"
+    path, fast = tmp_path / "cpu.jsonl", Rates(9999, 9999)._asdict()
     later = {**RUN, "started": "2026-01-02T04:00:00+00:00"}
     rows = [
         row("timm", 1234.567, memory_mb=1.23456, deviation=1.2345e-7),
         row("SDPA alone", 12.34567),
-        row("timm", 3.0, "both", side=8, max_error=[1, 2.34567], **RATES._asdict()),
+        row("timm", 3.0, "both", side=8, max_error=[1, 2.34567], **fast),
         row("late", 5.0, "both", side=8, timer="events"),
         {"section": "clocks", "workload": "operator", "peer": "before", "status": "ok", "watts": 112.5},
     ]
@@ -528,8 +539,8 @@ def test_results_are_added_never_replaced_and_read_as_they_were(tmp_path):
     assert {**first, "rows": []} == {**RUN, "rows": []}
     kept = {"median_us": 1235, "p20_us": 1111, "p80_us": 1358, "memory_mb": 1.235, "deviation": 1.23e-07}
     short = {"median_us": 12.35, "p20_us": 11.11, "p80_us": 13.58}
-    third = {"max_error": [1, 2.35], "p20_us": 2.7, "p80_us": 3.3, **RATES._asdict()}
-    expected = [{**rows[0], **kept}, {**rows[1], **short}, {**rows[2], **third}, rows[3] | RATES._asdict(), *rows[4:]]
+    third = {"max_error": [1, 2.35], "p20_us": 2.7, "p80_us": 3.3, **fast}
+    expected = [{**rows[0], **kept}, {**rows[1], **short}, {**rows[2], **third}, rows[3] | fast, *rows[4:]]
     assert first["rows"][:5] == list(map(workloads.derived, expected))
     assert workloads.derived(wrong).items() <= first["rows"][5].items()
     assert second["rows"] == [first["rows"][0]]
@@ -591,9 +602,35 @@ SLOW = Rates(copy_gb_s=10.838016 / 0.05, matmul_tflop_s=1000.0)  # the floor of 
 ROWS = [
     row("timm", 400.0),
     row("gpsa_kernels sdpa", 100.0, memory_mb=2.0, deviation=4e-7, **SLOW._asdict()),
+    *(
+        row(peer, us, section="batch")
+        for peer, us in (("timm", 240.0), ("gpsa_kernels sdpa", 120.0), ("SDPA + cached map", 60.0))
+    ),
     *(row("timm", us, "both", "tokens", side) for us, side in ((900.0, 24), (90.0, 8))),
 ]
 SHOWN = {**RUN, "rows": list(map(workloads.derived, ROWS))}
+
+
+def test_the_headline_is_the_median_of_all_its_measurements_and_what_is_faster_is_told():
+    ratios = "3.00× (2.00 to 4.00)"
+    assert (
+        f"| **gpsa_kernels sdpa**, what `auto` takes | {ratios} | | |\n| SDPA + cached map | 4.00× | | |"
+        in report.comparison(SHOWN)
+    )
+    assert "| batch B=8 H=9 14x14 D=48 float32 | forward | SDPA + cached map | 2.00× |" in report.details(SHOWN)
+    for peer in ("sdpa", "eager"):
+        rows = [{**row, "auto": peer, "peer": row["peer"].replace("sdpa", peer)} for row in SHOWN["rows"]]
+        table = report.glance({"cpu": {**RUN, "rows": rows}})
+        assert f"| CPU, `{peer}` | {ratios} | | | |\n| GPU | not measured yet" in table
+
+
+@pytest.mark.parametrize(("us", "bounded"), [(51.0, True), (49.0, False)])
+def test_a_floor_that_somebody_goes_below_is_none(tmp_path, us, bounded):
+    results.append(
+        tmp_path / "r.jsonl", RUN, [row(peer, us, **SLOW._asdict()) for peer, us in (("a", 400.0), ("b", us))]
+    )
+    (run,) = results.read(tmp_path / "r.jsonl")
+    assert ["floor_us" in row for row in run["rows"]] == [bounded] * 2
 
 
 def test_rows_of_the_attention_table():
@@ -613,6 +650,7 @@ def test_every_table_of_the_newest_run_can_be_printed(capsys):
 
 
 def test_pictures(tmp_path):
+    assert all(report.colour(peer.name) for peer in peers.OPERATOR.peers)
     written = report.draw({"cpu": SHOWN}, tmp_path)
     assert {path.name for path in written} == {"cpu-speedups.png", "cpu-time.png"}
     assert all(RUN["started"] in PIL.Image.open(path).text["Description"] for path in written)
