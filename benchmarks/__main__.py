@@ -1,7 +1,7 @@
 """Measures, and adds what it measured to the results' file of this machine and day.
 
 python -m benchmarks               everything, most telling first
-python -m benchmarks --quick       under three minutes on two CPU cores
+python -m benchmarks --quick       a few minutes on two CPU cores
 python -m benchmarks --describe    what this machine is; the last line, in JSON, is how a run of it begins
 """
 

@@ -251,8 +251,9 @@ def test_attention_runs_in_the_kernel_that_its_name_names(monkeypatch, name, cou
 @pytest.mark.parametrize(("section", "count"), [("layer", 6), ("tuned", 13)])
 def test_compiled_peers_are_measured(monkeypatch, section, count):
     compiler = functools.partial(torch.compile, backend="aot_eager")  # no machine code
-    here = [peer for peer in (subject := measure.subject(section)).peers if peer.compiled]
-    here = tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in here if peer.make is not peers.flex_twice)
+    subject = measure.subject(section)
+    here = [peer for peer in subject.peers if peer.compiled and peer.make is not peers.flex_twice]
+    here = tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in here)
     monkeypatch.setattr(measure, "subject", lambda _: dataclasses.replace(subject, peers=here))
     monkeypatch.setattr(torch, "compile", lambda function, mode="", **more: compiler(function, **more))
     monkeypatch.setattr(measure, "probe", lambda *_: None)
