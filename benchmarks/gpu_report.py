@@ -125,7 +125,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         tested("tests", 45, "tests/kernels", "tests/cuda/test_primitives.py"),
         sanitized("racecheck", 20),
         Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20, tool=True),
-        measured("rest", 30, "accuracy", "dispatch", "layer", "models", "batch"),
+        measured("rest", 30, "accuracy", "dispatch", "layer", "models", "batch", "tuned"),
     ]
 
 
@@ -212,7 +212,7 @@ class Report:
             if (run := self.run()) is not None:
                 failed = [row for row in run["rows"] if row["status"] in ("wrong", "failed")]
                 told = [*results.faults(run["rows"], run["device_type"], run["profile"]), *failed]
-                lines += ["", *dict.fromkeys(map(_told, told)), "", tables.summary(run) if tables.compared(run) else ""]
+                lines += ["", *dict.fromkeys(map(_told, told)), "", tables.comparison(run), tables.details(run)]
         except Exception as error:  # the rest is worth showing, whatever the rows are like
             lines.append(f"the rows cannot be shown: {type(error).__name__}: {error}")
         return "\n".join([*lines, ""])
