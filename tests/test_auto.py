@@ -261,6 +261,18 @@ def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind
     assert found == {kind: f"{type(error).__name__}: {error}"}
 
 
+def test_the_cpu_is_checked_for_real(monkeypatch):
+    monkeypatch.setattr(check, "names", lambda: ["sdpa", "eager"])
+    kind = "float32", ShapeClass(32, "training", 14, 64, False)
+    found = check.find_out(torch.device("cpu"), Verdict({}), [kind], [], seconds=60.0)
+    assert found.verdict.times.keys() == found.alone.keys() == {str(kind[1])}
+    assert found.verdict.fastest(kind[1], kind[0]) in ("sdpa", "eager")
+    assert {proof.backend: 0 < answer["error"] < 1e-4 for proof, answer in found.proofs.items()} == {
+        "sdpa": True,
+        "eager": True,
+    }
+
+
 def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     ask = partial(
         check.find_out,
