@@ -121,16 +121,21 @@ def test_what_cannot_run_the_call_gives_way():
     ],
     ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else given,
 )
-def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, given, expected):
+def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, monkeypatch, given, expected):
     answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
     assert auto.choose(call()).name == expected
-    assert len(caplog.messages) == 1
+    wrong = [
+        name for name in ("slow", "quick") if given.get(name) in ("hang", "crash") or "wrong" in str(given.get(name))
+    ]
+    assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "_find_out", None)
+        assert auto.choose(call()).name == expected
     answers(machine="crash")
     auto._verdicts.clear()
-    assert auto.choose(call()).name == expected
     auto._answers.clear()
     assert auto.choose(call()).name == auto.choose(call(grad=True)).name == expected  # out of the file
-    assert len(caplog.messages) == 1
+    assert len(caplog.messages) == 1 + len(wrong)
 
 
 @pytest.mark.parametrize(
