@@ -192,7 +192,7 @@ def test_a_verdict_adds_to_what_is_known(tmp_path):
     verdict.write(known(quick=1.0))
     verdict.write(Verdict(GPU, "2027-01-01", times={str(KIND[1]): {"slow": 1.0}}))
     found = verdict.read(GPU)
-    assert found.times[str(KIND[1])] == {"slow": 1.0}
+    assert found.times == {**known(quick=1.0).times, str(KIND[1]): {"slow": 1.0}}
     assert found.proofs == known(quick=1.0).proofs
     assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
 
@@ -351,6 +351,9 @@ def test_a_layer_tells_its_backend(monkeypatch):
     assert backend_of(layer, x[:, :16]) == "eager"
     with torch.no_grad():
         assert backend_of(layer, x[:, :16], grid_size=(2, 8)) == "sdpa"
+    frozen = layer.requires_grad_(False)
+    assert backend_of(frozen, x[:, :16]) == "sdpa"
+    assert backend_of(frozen, x[:, :16].requires_grad_()) == "eager"
     layer.pos_proj.register_forward_hook(print)
     assert backend_of(layer, x) == "eager"
     with pytest.raises(TypeError, match="layer must be a FusedGPSA, got Linear"):
