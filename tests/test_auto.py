@@ -234,8 +234,14 @@ def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch):
     problem = 1, 2, 5, 7, 16
     assert prove(False, *problem)["error"] > 0
     assert "one mask" in prove(True, *problem)["unsupported"]
-    for scale, what in ((1.001, "out of 5x7 tokens, head_dim 16: error"), (math.nan, "error nan")):
-        wrong = replace(right, forward=lambda c, save, s=scale: (f := right.forward(c, save))._replace(out=s * f.out))
+    for scales, what in (
+        ((1.001, 1.001), "out of 5x7 tokens, head_dim 16: error"),
+        ((1.001, 1.0), "out of 5x7 tokens, head_dim 16: error"),  # in calls without gradients alone
+        ((math.nan, math.nan), "error nan"),
+    ):
+        wrong = replace(
+            right, forward=lambda c, save, s=scales: (f := right.forward(c, save))._replace(out=s[save] * f.out)
+        )
         monkeypatch.setitem(BACKENDS, "quick", wrong)
         assert what in prove(False, *problem)["wrong"]
 
