@@ -301,6 +301,17 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert table["14x14 D=48 dropout"][3:] == ["7.0", "10.0*", "-", "-", "10.0"] * 2
 
 
+def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(quick=5.0, slow=7.0, sdpa=8.0)))
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert main(["check"]) == 0
+    assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
+    assert "5.0*" in said
+    monkeypatch.setattr(check, "one_kind", None)
+    assert {auto.choose(call(dtype=getattr(torch, dtype))).name for dtype in verdict.DTYPES} == {"quick"}
+
+
 @pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
 def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, proofs):
     monkeypatch.setattr(check, "_LIMIT", limit)
