@@ -149,7 +149,10 @@ def _checked(index: int, dtype: str, shape: ShapeClass) -> Verdict:
 
             told = "gpsa_kernels: checking cuda:%d once for calls like %s (at most %d s; GPSA_CHECK=0 never does)"
             _log.warning(told, index, shape, check.SHORT)
-            verdict.write(check.one_kind(torch.device("cuda", index), dtype, shape, found))
+            new = check.one_kind(torch.device("cuda", index), dtype, shape, found)
+            for proof in (key for key, wrong in new.proofs.items() if wrong and key not in found.proofs):
+                _log.warning("gpsa_kernels: %s is not taken: %s", proof, new.proofs[proof])
+            verdict.write(new)
             found = verdict.read(about)
         return found
 

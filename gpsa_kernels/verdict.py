@@ -121,7 +121,7 @@ def machine(index: int) -> dict[str, str]:
     try:
         driver = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
     except OSError:
-        driver = str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+        driver = str(getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")())
     try:
         triton_version = metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -121,16 +121,21 @@ def test_what_cannot_run_the_call_gives_way():
     ],
     ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else given,
 )
-def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, given, expected):
+def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, monkeypatch, given, expected):
     answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
     assert auto.choose(call()).name == expected
-    assert len(caplog.messages) == 1
+    wrong = [
+        name for name in ("slow", "quick") if given.get(name) in ("hang", "crash") or "wrong" in str(given.get(name))
+    ]
+    assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, "_find_out", None)
+        assert auto.choose(call()).name == expected
     answers(machine="crash")
     auto._verdicts.clear()
-    assert auto.choose(call()).name == expected
     auto._answers.clear()
     assert auto.choose(call()).name == auto.choose(call(grad=True)).name == expected  # out of the file
-    assert len(caplog.messages) == 1
+    assert len(caplog.messages) == 1 + len(wrong)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_a_verdict_adds_to_what_is_known(tmp_path):
     verdict.write(known(quick=1.0))
     verdict.write(Verdict(GPU, "2027-01-01", times={str(KIND[1]): {"slow": 1.0}}))
     found = verdict.read(GPU)
-    assert found.times[str(KIND[1])] == {"slow": 1.0}
+    assert found.times == {**known(quick=1.0).times, str(KIND[1]): {"slow": 1.0}}
     assert found.proofs == known(quick=1.0).proofs
     assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
 
@@ -229,8 +234,14 @@ def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch):
     problem = 1, 2, 5, 7, 16
     assert prove(False, *problem)["error"] > 0
     assert "one mask" in prove(True, *problem)["unsupported"]
-    for scale, what in ((1.001, "out of 5x7 tokens, head_dim 16: error"), (math.nan, "error nan")):
-        wrong = replace(right, forward=lambda c, save, s=scale: (f := right.forward(c, save))._replace(out=s * f.out))
+    for scales, what in (
+        ((1.001, 1.001), "out of 5x7 tokens, head_dim 16: error"),
+        ((1.001, 1.0), "out of 5x7 tokens, head_dim 16: error"),  # in calls without gradients alone
+        ((math.nan, math.nan), "error nan"),
+    ):
+        wrong = replace(
+            right, forward=lambda c, save, s=scales: (f := right.forward(c, save))._replace(out=s[save] * f.out)
+        )
         monkeypatch.setitem(BACKENDS, "quick", wrong)
         assert what in prove(False, *problem)["wrong"]
 
@@ -261,6 +272,18 @@ def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind
     assert found == {kind: f"{type(error).__name__}: {error}"}
 
 
+def test_the_cpu_is_checked_for_real(monkeypatch):
+    monkeypatch.setattr(check, "names", lambda: ["sdpa", "eager"])
+    kind = "float32", ShapeClass(32, "training", 14, 64, False)
+    found = check.find_out(torch.device("cpu"), Verdict({}), [kind], [], seconds=60.0)
+    assert found.verdict.times.keys() == found.alone.keys() == {str(kind[1])}
+    assert found.verdict.fastest(kind[1], kind[0]) in ("sdpa", "eager")
+    assert {proof.backend: 0 < answer["error"] < 1e-4 for proof, answer in found.proofs.items()} == {
+        "sdpa": True,
+        "eager": True,
+    }
+
+
 def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     ask = partial(
         check.find_out,
@@ -276,6 +299,17 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert any("quick" in line and "SIGSEGV" in line for line in lines)
     assert table["14x14 D=48 inference"][3:] == ["7.0*", "10.0", "-", "-", "10.0"] * 2
     assert table["14x14 D=48 dropout"][3:] == ["7.0", "10.0*", "-", "-", "10.0"] * 2
+
+
+def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(quick=5.0, slow=7.0, sdpa=8.0)))
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert main(["check"]) == 0
+    assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
+    assert "5.0*" in said
+    monkeypatch.setattr(check, "one_kind", None)
+    assert {auto.choose(call(dtype=getattr(torch, dtype))).name for dtype in verdict.DTYPES} == {"quick"}
 
 
 @pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
@@ -334,6 +368,9 @@ def test_a_layer_tells_its_backend(monkeypatch):
     assert backend_of(layer, x[:, :16]) == "eager"
     with torch.no_grad():
         assert backend_of(layer, x[:, :16], grid_size=(2, 8)) == "sdpa"
+    frozen = layer.requires_grad_(False)
+    assert backend_of(frozen, x[:, :16]) == "sdpa"
+    assert backend_of(frozen, x[:, :16].requires_grad_()) == "eager"
     layer.pos_proj.register_forward_hook(print)
     assert backend_of(layer, x) == "eager"
     with pytest.raises(TypeError, match="layer must be a FusedGPSA, got Linear"):

@@ -74,8 +74,8 @@ def find_out(
 ) -> Findings:
     """Has the backends timed for kinds of calls, each once it is proven, then more of them proven; until time is over.
 
-    A backend that crashes or does not end is wrong. A class of calls has times where every backend was asked, and it is
-    not the machine's fault that there is no kernel among them.
+    A backend that crashes or does not end is wrong. A class of calls has times where there is one of a kernel, or where
+    neither lack of time nor the machine is to blame that there is none.
 
     Raises:
         Refused: the worker does not come to see the machine that ``known`` is about.
@@ -85,10 +85,10 @@ def find_out(
     wrong, end = found.verdict.proofs, time.monotonic() + seconds
     with Worker([*command, str(device)]) as worker:
 
-        def ask(what: str, *about: object) -> Answer:
-            tell(" ".join(map(str, about)))
+        def ask(about: object, what: str, *arguments: object) -> Answer:
+            tell(str(about))
             limit = min(end - time.monotonic(), _LIMIT)
-            answer = worker.ask([what, *about], limit) if limit > 0 else None
+            answer = worker.ask([what, *arguments], limit) if limit > 0 else None
             if answer is None and limit < _LIMIT:
                 return {"skipped": "no time was left"}
             return answer or {"wrong": f"it did not end within {limit:.0f} s"}
@@ -96,7 +96,7 @@ def find_out(
         def prove(proof: Proof) -> Answer:
             error = eager = 0.0
             for problem in _PROBLEMS[proof.tiled, proof.head_dim]:
-                answer = ask("prove", proof.backend, proof.dtype, proof.dropout, *problem)
+                answer = ask(proof, "prove", proof.backend, proof.dtype, proof.dropout, *problem)
                 if "error" not in answer:
                     break
                 error, eager = max(error, answer["error"]), max(eager, answer["eager"])
@@ -112,20 +112,20 @@ def find_out(
                 found.proofs[proof] = prove(proof)
             if wrong.get(str(proof)) != "":
                 return found.proofs.get(proof, {})
-            answer = ask("measure", proof.backend, dtype, *shape)
+            answer = ask(f"{proof.backend} {shape}", "measure", proof.backend, dtype, *shape)
             wrong[str(proof)] = answer.get("wrong", "")
             return answer
 
-        here = ask("machine")
+        here = ask(device, "machine")
         if here.get("machine") != known.machine:
             raise Refused(here.get("wrong") or here.get("cannot") or "the process that checks sees another GPU")
         for dtype, shape in kinds:
             answers = {name: measure(shape.proof(name, dtype), dtype, shape) for name in names()}
             times = {name: answer["us"] for name, answer in answers.items() if "us" in answer}
-            skipped, blamed = (any(key in answer for answer in answers.values()) for key in ("skipped", "cannot"))
-            if not skipped and (not blamed or any(map(_is_kernel, times))):
+            missing = any("skipped" in answer or "cannot" in answer for answer in answers.values())
+            if not missing or any(map(_is_kernel, times)):
                 found.verdict.times[str(shape)] = times
-            found.alone[str(shape)] = ask("measure", ALONE, dtype, *shape).get("us", math.nan)
+            found.alone[str(shape)] = ask(f"{ALONE} {shape}", "measure", ALONE, dtype, *shape).get("us", math.nan)
         found.proofs |= {proof: prove(proof) for proof in proofs if proof not in found.proofs}
     return found
 

@@ -74,9 +74,9 @@ def _progress(total: int, shown: bool) -> Callable[[str], None]:
         nonlocal done
         done += 1
         if shown:
-            bar = "#" * (30 * min(done, total) // total)
-            line = f"[{bar:<30}] {time.monotonic() - start:3.0f} s  {about[:60]:<60}" if about else ""
-            print(f"\r{line:<102}{'' if about else chr(13)}", end="", file=sys.stderr, flush=True)
+            bar = "#" * (20 * min(done, total) // total)
+            line = f"[{bar:<20}] {time.monotonic() - start:3.0f} s  {about[:48]}" if about else ""
+            print(f"\r{line:<78}{'' if about else chr(13)}", end="", file=sys.stderr, flush=True)
 
     return tell
 
