@@ -173,7 +173,7 @@ def _whole(run: Run) -> list[str]:
 
 
 def _losses(run: Run) -> list[str]:
-    lines = ["", *_head("something else is faster than what `auto` takes", "", "what", "times its speed")]
+    lines = []
     for rows in measurements(run):
         times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
         ours = times.get(taken(rows), 0.0)
@@ -183,7 +183,8 @@ def _losses(run: Run) -> list[str]:
             best, first = min(times, key=times.__getitem__), rows[0]
             what = DIRECTION_NAMES.get(first["direction"], first["direction"])
             lines.append(_line([f"{first['section']} {first['workload']}", what, best, _times(ours / times[best])]))
-    return lines
+    head = _head("something else is faster than what `auto` takes", "", "what", "times its speed")
+    return ["", *head, *lines] if lines else []
 
 
 def _dispatch(run: Run) -> list[str]:
@@ -480,10 +481,11 @@ def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+UNMEASURED = "No GPU has run these benchmarks yet.\n"
 BLOCKS: dict[str, Callable[[dict[str, Run]], str]] = {
     "glance": glance,
     "comparison": lambda runs: "\n".join(map(comparison, runs.values())),
-    "details": lambda runs: "\n".join(map(details, runs.values())),
+    "details": lambda runs: "\n".join([*map(details, runs.values()), *([] if "cuda" in runs else [UNMEASURED])]),
     "roofline estimate": lambda runs: estimates(),
 }
 

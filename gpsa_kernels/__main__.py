@@ -74,7 +74,7 @@ def run_demo(epochs: int, output: Path, seed: int) -> int:
     made_by = f"python -m gpsa_kernels demo --epochs {epochs} --seed {seed}"
     for path in demo_plots.draw_all(eager, fused, output, made_by):
         print(f"  {path}")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. {demo.verdict(eager, fused)}")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s.\n{demo.verdict(eager, fused)}")
     for failure in demo.failures([eager, fused]):
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if demo.failures([eager, fused]) else 0

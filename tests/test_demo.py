@@ -64,8 +64,8 @@ def test_one_epoch_through_the_command_line(tmp_path):
     for words in ("test accuracy", "peak memory", "time in training steps", "Largest difference of the loss curves"):
         assert words in done.stdout
     auto, fused = demo.auto_backend(), demo.fused_backend()
-    verdict = rf'"auto" is {auto} here; {fused} trained \d\.\d\d times as fast as eager and kept \d\d% of its memory'
-    assert re.search(verdict, done.stdout.splitlines()[-1])
+    verdict = rf'"auto" is {auto} here; {fused} trained \d\.\d\d times as fast as eager and kept \d\d% of its memory.*'
+    assert re.fullmatch(verdict, done.stdout.splitlines()[-1])
     assert sorted(path.name for path in output.iterdir()) == ["attention.png", "gates.png", "heads.png", "losses.png"]
     for path in output.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -74,6 +74,12 @@ def test_one_epoch_through_the_command_line(tmp_path):
     assert drawn.size == shown.size
     made_by = "python -m gpsa_kernels demo --epochs {} --seed 0"
     assert [picture.text["Description"] for picture in (drawn, shown)] == [made_by.format(1), made_by.format(15)]
+
+
+@pytest.mark.parametrize(("auto", "fused"), [("eager", "sdpa"), ("triton", "triton")])
+def test_the_fused_run_is_never_the_eager_one_again(monkeypatch, auto, fused):
+    monkeypatch.setattr(demo, "select_backend", lambda call: demo.BACKENDS[auto])
+    assert demo.fused_backend() == fused
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "many"])

@@ -466,4 +466,4 @@ def test_rehearsal(tmp_path, capsys):
     assert {name: entry["status"] for name, entry in state.items()} == dict.fromkeys(chosen, "done")
     (run,) = results.read(tmp_path / "results.jsonl")
     assert {r["section"] for r in run["rows"]} == {"accuracy", "dispatch", "layer", "batch", "models"}
-    assert "| layer forward |" in capsys.readouterr().out
+    assert "| layer B=1 H=2 4x4 D=16 float32 forward |" in capsys.readouterr().out
