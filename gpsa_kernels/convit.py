@@ -80,7 +80,7 @@ def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
         ValueError: the image does not divide into patches.
     """
     height, width = image_size
-    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
         raise ValueError(f"height and width must be multiples of the patch size {patch_size}, got {height} x {width}")
     return height // patch_size, width // patch_size
 
@@ -137,7 +137,8 @@ class ConViT(nn.Module):
     """ConViT (arXiv 2103.10697) on :class:`FusedGPSA`, for images of any size that divides into patches.
 
     A grid of patches other than the constructor's resamples the position embedding on the fly, as does
-    ``load_state_dict`` with the position embedding of another, square, grid.
+    ``load_state_dict`` with the position embedding of another, square, grid. For torch.export a height or width that is
+    left open is a multiple of the patch size: ``patch_size * torch.export.Dim("rows")``.
 
     Args:
         image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares.
