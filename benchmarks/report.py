@@ -98,7 +98,7 @@ def glance(runs: dict[str, Run]) -> str:
     lines = _head("times timm's own speed", *titles)
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         if device not in runs:
-            lines.append(_line([name, "not measured yet: `make gpu-report` fills this row", "", "", ""]))
+            lines.append(_line([name, "not measured yet: [`make gpu-report`](docs/benchmarks.md) fills this row"]))
             continue
         run = runs[device]
         columns = [at_headline(run, direction) for direction in ("forward", "both")]
