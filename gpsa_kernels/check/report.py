@@ -49,7 +49,7 @@ def command(name: str | None, seconds: float) -> int:
         device = chosen_device(name)
         known = Verdict(verdict.machine(device.index) if device.type == "cuda" else {})
         kinds, proofs = everything()
-        tell = _progress(1 + 3 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
+        tell = _progress(1 + 2 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
         if device.type == "cpu":
             found = find_out(device, known, kinds, proofs, seconds, tell=tell)
         else:
