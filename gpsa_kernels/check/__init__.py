@@ -24,8 +24,8 @@ from gpsa_kernels.verdict import DTYPES, Proof, ShapeClass, Verdict
 SHORT = 30.0  # seconds that the first call of a kind may take
 ALONE = "alone"  # torch's attention without a position, which is timed beside the backends
 _LIMIT = 20.0  # seconds for one answer
-# (tiled, head_dim) -> batch, heads, grid and head_dim: a usual one, and one that no tile divides; few, as Triton's kernels
-# are compiled for each
+# (tiled, head_dim) -> batch, heads, grid and head_dim: a usual call, and one that no tile divides. Two, because Triton
+# compiles kernels for each.
 _PROBLEMS = {
     (False, 48): [(2, 3, 14, 14, 48), (1, 2, 5, 7, 24)],
     (False, 64): [(1, 2, 14, 14, 64), (1, 2, 9, 7, 128)],
@@ -119,7 +119,8 @@ def find_out(
 
         here = ask(device, "machine")
         if here.get("machine") != known.machine:
-            raise Refused(here.get("wrong") or here.get("cannot") or "the process that checks sees another GPU")
+            reasons = [here[key] for key in ("wrong", "cannot", "skipped") if key in here]
+            raise Refused(*reasons or ["the process that checks sees another GPU"])
         for dtype, shape in kinds:
             answers = {name: measure(shape.proof(name, dtype), dtype, shape) for name in names()}
             times = {name: answer["us"] for name, answer in answers.items() if "us" in answer}
