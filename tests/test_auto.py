@@ -275,7 +275,9 @@ def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind
 def test_the_cpu_is_checked_for_real(monkeypatch):
     monkeypatch.setattr(check, "names", lambda: ["sdpa", "eager"])
     kind = "float32", ShapeClass(32, "training", 14, 64, False)
-    found = check.find_out(torch.device("cpu"), Verdict({}), [kind], [], seconds=60.0)
+    found = check.find_out(
+        torch.device("cpu"), Verdict({}), [kind[1].proof(name, kind[0]) for name in check.names()], [kind], 60.0, 30.0
+    )
     assert found.verdict.times.keys() == found.alone.keys() == {str(kind[1])}
     assert found.verdict.fastest(kind[1], kind[0]) in ("sdpa", "eager")
     assert {proof.backend: 0 < answer["error"] < 1e-4 for proof, answer in found.proofs.items()} == {
@@ -315,8 +317,8 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
 @pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
 def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, proofs):
     monkeypatch.setattr(check, "_LIMIT", limit)
-    settings = {"command": command(sdpa="hang"), "seconds": 1.0}
-    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND], [], **settings)
+    settings = {"command": command(sdpa="hang"), "seconds": 1.0, "reserved": 0.3}
+    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND[1].proof("sdpa", KIND[0])], [KIND], **settings)
     assert list(filter(None, found.verdict.proofs.values())) == proofs
     assert len(found.verdict.times) == len(proofs)
 
