@@ -75,7 +75,7 @@ def find_out(
     command: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker"),
     tell: Callable[[str], None] = lambda about: None,
 ) -> Findings:
-    """Has backends proven, several at a time, then those that are proven timed, for which the last seconds are reserved.
+    """Has backends proven, several at a time, then those that are right timed, for which the last seconds are reserved.
 
     A backend that crashes or does not end is wrong. A class of calls has times where there is one of a kernel, or where
     neither lack of time nor the machine is to blame that there is none.

@@ -45,7 +45,7 @@ class Worker:
             process.stdin.flush()
         if not wait([process.stdout.fileno()], seconds):
             answer: Answer | None = None
-        elif line := process.stdout.readline():
+        elif (line := process.stdout.readline()).endswith("\n"):
             answer = json.loads(line)
         else:
             answer = {"wrong": self._cause_of_death(process)}
