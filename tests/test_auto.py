@@ -31,6 +31,7 @@ for line in sys.stdin:
     answer = {answers}.get(about[0] if about else what, 10.0)
     if answer == "hang": time.sleep(60)
     if answer == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+    if answer == "exit": sys.exit("no such thing")
     if isinstance(answer, float): answer = {{"us": answer}} if what == "measure" else {{"error": 0.1, "eager": 0.2}}
     print(json.dumps(answer), flush=True)
 """
@@ -143,7 +144,8 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers
     [
         ({"quick": {"cannot": "Failed to find C compiler"}, "slow": {"cannot": "out of memory"}}, "out of memory"),
         ({"machine": {"cannot": "CUDA-capable device(s) is/are busy"}}, "are busy"),
-        ({"machine": "crash"}, "SIGSEGV"),
+        ({"machine": "crash"}, "its process died of SIGSEGV"),
+        ({"machine": "exit"}, "its process ended with status 1: no such thing"),
         ({"machine": {"machine": {"gpu": "another"}}}, "another GPU"),
     ],
 )
