@@ -31,6 +31,7 @@ for line in sys.stdin:
     answer = {answers}.get(about[0] if about else what, 10.0)
     if answer == "hang": time.sleep(60)
     if answer == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+    if answer == "exit": sys.exit("no such thing")
     if isinstance(answer, float): answer = {{"us": answer}} if what == "measure" else {{"error": 0.1, "eager": 0.2}}
     print(json.dumps(answer), flush=True)
 """
@@ -143,7 +144,8 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers
     [
         ({"quick": {"cannot": "Failed to find C compiler"}, "slow": {"cannot": "out of memory"}}, "out of memory"),
         ({"machine": {"cannot": "CUDA-capable device(s) is/are busy"}}, "are busy"),
-        ({"machine": "crash"}, "SIGSEGV"),
+        ({"machine": "crash"}, "its process died of SIGSEGV"),
+        ({"machine": "exit"}, "its process ended with status 1: no such thing"),
         ({"machine": {"machine": {"gpu": "another"}}}, "another GPU"),
     ],
 )
@@ -275,7 +277,9 @@ def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind
 def test_the_cpu_is_checked_for_real(monkeypatch):
     monkeypatch.setattr(check, "names", lambda: ["sdpa", "eager"])
     kind = "float32", ShapeClass(32, "training", 14, 64, False)
-    found = check.find_out(torch.device("cpu"), Verdict({}), [kind], [], seconds=60.0)
+    found = check.find_out(
+        torch.device("cpu"), Verdict({}), [kind[1].proof(name, kind[0]) for name in check.names()], [kind], 60.0, 30.0
+    )
     assert found.verdict.times.keys() == found.alone.keys() == {str(kind[1])}
     assert found.verdict.fastest(kind[1], kind[0]) in ("sdpa", "eager")
     assert {proof.backend: 0 < answer["error"] < 1e-4 for proof, answer in found.proofs.items()} == {
@@ -315,8 +319,8 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
 @pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
 def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, proofs):
     monkeypatch.setattr(check, "_LIMIT", limit)
-    settings = {"command": command(sdpa="hang"), "seconds": 1.0}
-    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND], [], **settings)
+    settings = {"command": command(sdpa="hang"), "seconds": 1.0, "reserved": 0.3}
+    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND[1].proof("sdpa", KIND[0])], [KIND], **settings)
     assert list(filter(None, found.verdict.proofs.values())) == proofs
     assert len(found.verdict.times) == len(proofs)
 

@@ -45,7 +45,7 @@ class Worker:
             process.stdin.flush()
         if not wait([process.stdout.fileno()], seconds):
             answer: Answer | None = None
-        elif line := process.stdout.readline():
+        elif (line := process.stdout.readline()).endswith("\n"):
             answer = json.loads(line)
         else:
             answer = {"wrong": self._cause_of_death(process)}
@@ -56,7 +56,8 @@ class Worker:
     def _start(self) -> subprocess.Popen[str]:
         # it finds what this process would import, and nothing that happens to lie in the current folder
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._errors.truncate(0)
+        self._errors.seek(0)
+        self._errors.truncate()
         return subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

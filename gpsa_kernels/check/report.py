@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -48,13 +49,12 @@ def command(name: str | None, seconds: float) -> int:
     try:
         device = chosen_device(name)
         known = Verdict(verdict.machine(device.index) if device.type == "cuda" else {})
-        kinds, proofs = everything()
-        tell = _progress(1 + 3 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
-        if device.type == "cpu":
-            found = find_out(device, known, kinds, proofs, seconds, tell=tell)
-        else:
-            with verdict.lock(seconds):  # asked for first, as it tells a folder that cannot be written
-                found = find_out(device, known, kinds, proofs, seconds, tell=tell)
+        proofs, kinds = everything()
+        tell = _progress(1 + 2 * len(proofs) + len(kinds) * (1 + len(names())), sys.stderr.isatty())
+        # the lock comes first, as it tells a folder that cannot be written
+        with verdict.lock(seconds) if device.type == "cuda" else nullcontext():
+            found = find_out(device, known, proofs, kinds, seconds, reserved=seconds / 3, tell=tell)
+            if device.type == "cuda":
                 verdict.write(found.verdict)
     except (ValueError, OSError, Refused) as error:
         print(f"gpsa_kernels check: {error}", file=sys.stderr)

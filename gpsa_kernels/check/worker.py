@@ -34,7 +34,7 @@ _DROPOUT = 0.3
 _HEADS = {"cuda": 9, "cpu": 4}
 _TOKENS = {"cuda": 128 * 196, "cpu": 8 * 196}  # of all images of a large batch
 _LARGEST_MAPS = {"cuda": 2**28, "cpu": 2**25}  # numbers in the maps of a call that forms them
-_SECONDS = 0.25  # for the samples of a time, or one sample if that takes longer
+_SECONDS = 0.1  # for the samples of a time, or one sample if that takes longer
 
 
 def machine(device: torch.device) -> Answer:
