@@ -69,8 +69,8 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 def known(condition: bool | torch.SymBool) -> bool:
     """A condition on sizes, False where torch.export leaves them open, so that its graph is not tied to an example."""
-    if not isinstance(condition, torch.SymBool):  # of torch.jit.trace it is a tensor
-        return bool(condition)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by now
+    if isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by now
 
-    return statically_known_true(condition)
+        return statically_known_true(condition)
+    return bool(condition)  # a tensor where torch.jit.trace is at work
