@@ -6,6 +6,7 @@ All of it runs once, in four gloo processes, and leaves results behind that the 
 import copy
 import datetime
 import itertools
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +38,8 @@ from gpsa_kernels.parallel import HeadwiseParallel
 WORLD, STEPS, MICRO_BATCHES = 4, 3, 2
 BUILDS = [own, timm_fused]
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+MANY_GPUS = DOCUMENT.split("## Many GPUs\n")[1].partition("\n## ")[0]
+SHARD_PARAMETERS, DIVIDE_HEADS = re.findall(r"(?s)```python\n(.*?)```", MANY_GPUS)
 FULL = StateDictOptions(full_state_dict=True)
 GRID = (3, 7)
 PLACEMENTS = {  # of q, k, v and of the parameters, on a mesh of 2 x 2
@@ -137,8 +140,8 @@ def sharded(rank: int, folder: Path) -> dict:
             optimizer, losses = trained(model, batches)
             states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
             dcp.save(states, checkpoint_id=checkpoint, process_group=pair.get_group())
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            model = fully_shard_blocks(model_of(build).float(), pair, mp_policy=policy)
+            model = model_of(build).float()
+            exec(SHARD_PARAMETERS, {"model": model, "mesh": {"dp": pair}})
             _, mixed = trained(model, [x.float() for x in batches])
             results[build.__name__] = losses, mixed
         dist.barrier()
@@ -147,10 +150,10 @@ def sharded(rank: int, folder: Path) -> dict:
     return results
 
 
-def fully_shard_blocks(model: nn.Module, mesh: DeviceMesh, **kwargs) -> nn.Module:
+def fully_shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, **kwargs)
-    return fully_shard(model, mesh=mesh, **kwargs)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def load(model: nn.Module, checkpoint: Path) -> list[dict]:
@@ -204,9 +207,7 @@ def heads(rank: int, folder: Path) -> dict:
 
 
 def in_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """As the document shows."""
-    block = DOCUMENT.split("```python\n")[2].partition("```")[0]
-    exec(block, {"model": model, "mesh": {"tp": mesh}})
+    exec(DIVIDE_HEADS, {"model": model, "mesh": {"tp": mesh}})
     return model
 
 
@@ -225,8 +226,9 @@ def dtensors(rank: int, folder: Path) -> dict:
             upstream = distribute_tensor(grad_out, mesh, of_calls)
             got = with_gradients(gpsa_attention, placed, upstream, GRID, backend=backend)
             merged = got[0].transpose(1, 2).flatten(2)
-            results[name, backend] = [*map(full, got), full(merged)]
+            results[name, backend] = [*map(full, got), full(merged), got[0].stride()]
     q, k, v, pos_weight, gate = placed
+    results["meshes"] = str(mesh), str(line)
     results["messages"] = [
         message(gpsa_attention, q, k, v, pos_weight, full(gate), GRID),
         message(gpsa_attention, full(q), full(k), full(v), full(pos_weight), gate, GRID, backend="eager"),
@@ -396,7 +398,8 @@ def test_dtensors_pass_through_the_operator(folder, placements, backend):
     tensors, grad_out = call_of(placements)
     expected = with_gradients(gpsa_attention, tensors, grad_out, GRID, backend=backend)
     for results in left(folder, dtensors):
-        *got, merged = results[placements, backend]
+        *got, merged, stride = results[placements, backend]
+        assert stride == expected[0].stride()
         for actual, wanted in zip(got, expected, strict=True):
             atol = 3 * 21**2 * torch.finfo(wanted.dtype).eps * wanted.abs().max()  # a rounding for each term of a sum
             torch.testing.assert_close(actual, wanted, rtol=0, atol=atol.item())
@@ -408,6 +411,6 @@ def test_what_dtensors_cannot_do_is_refused(folder):
         assert results["messages"] == [
             "TypeError: gate must be a DTensor, as another is, got Tensor",
             "TypeError: q must be a DTensor, as another is, got Tensor",
-            "ValueError: gate must be on q's mesh DeviceMesh((2, 2), ...), got DeviceMesh((4,), ...)",
+            "ValueError: gate must be on q's mesh {}, got {}".format(*results["meshes"]),
             "RuntimeError: dropout_p must be 0 for DTensors, whose shards cannot share a mask, got 0.1",
         ]

@@ -62,6 +62,8 @@ def test_an_exported_program_has_operators_of_torch_alone(names):
     run(names, "An exported program")
     assert_served(names["logits"], names)
     assert called(names["program"]) == {"aten"}
+    eager = fuse(timm_model(), backend="eager").float()
+    assert called(torch.export.export(eager, (names["images"],))) == {"aten"}
     double = torch.export.export(names["model"].double(), (names["images"].double(),))
     assert called(double) == {"aten", "gpsa"}
 
