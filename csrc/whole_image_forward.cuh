@@ -122,9 +122,9 @@ private:
     }
 
     /// Of 4 warps with 13 tiles of rows, one has a tile more: by a hash, in every block another one, as each scheduler
-    /// of a multiprocessor has the same warp of all its blocks.
+    /// of a multiprocessor has the same warp of all its blocks. The number of warps is a power of two.
     GPSA_DEVICE static int rotated_warp() {
-        return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) % (whole_image_threads / 32);
+        return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) & (threads() / 32 - 1);
     }
 
     /// Of rows r and r + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
