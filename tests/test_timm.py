@@ -55,14 +55,13 @@ def test_sizes_are_those_of_our_own_models(size, plus):
 
 
 @pytest.mark.parametrize(
-    "kwargs",
+    ("size", "kwargs"),
     [
-        {},
-        {"global_pool": "avg", "in_chans": 1, "num_classes": 7, "qkv_bias": True},
-        {"use_pos_embed": False, "drop_path_rate": 0.5, "locality_strength": 2.0},
+        *((size, {}) for size in SIZES),
+        ("tiny", {"global_pool": "avg", "in_chans": 1, "num_classes": 7, "qkv_bias": True}),
+        ("tiny", {"use_pos_embed": False, "drop_path_rate": 0.5, "locality_strength": 2.0}),
     ],
 )
-@pytest.mark.parametrize("size", SIZES)
 def test_every_output_and_gradient_is_timms(size, kwargs):
     stock, fused = (create(f"{prefix}convit_{size}", **kwargs) for prefix in ("", "fused_"))
     for (name, expected), actual in zip(stock.state_dict().items(), fused.state_dict().values(), strict=True):
