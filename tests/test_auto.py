@@ -23,16 +23,17 @@ from gpsa_kernels.verdict import ShapeClass, Verdict
 ON_CPU = auto._on_cpu
 GPU = {"gpu": "a GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
 KIND = "float32", ShapeClass(32, "inference", 14, 48, False)
-# It answers with what it is given for a backend, or hangs or crashes; a time is the answer of one that is right.
+# What it is given for a backend is the answer to "prove", or the time of one that is right, or that it hangs or dies.
 WORKER = """
 import json, os, signal, sys, time
 for line in sys.stdin:
     what, *about = json.loads(line)
     answer = {answers}.get(about[0] if about else what, 10.0)
     if answer == "hang": time.sleep(60)
-    if answer == "crash": os.kill(os.getpid(), signal.SIGSEGV)
     if answer == "exit": sys.exit("no such thing")
-    if isinstance(answer, float): answer = {{"us": answer}} if what == "measure" else {{"error": 0.1, "eager": 0.2}}
+    if answer == "crash" or (answer, what) == ("crash later", "measure"): os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "measure": answer = {{"us": answer if isinstance(answer, float) else 1.0}}
+    elif not isinstance(answer, dict): answer = {{"error": 0.1, "eager": 0.2}}
     print(json.dumps(answer), flush=True)
 """
 
@@ -117,6 +118,7 @@ def test_what_cannot_run_the_call_gives_way():
         ({"quick": {"wrong": "q: error 1, allowed 0"}}, "slow"),
         ({"quick": "hang", "slow": 5.0}, "slow"),
         ({"quick": "crash", "slow": 5.0}, "slow"),
+        ({"quick": "crash later", "slow": 5.0}, "slow"),
         ({"quick": {"cannot": "Failed to find C compiler"}, "slow": 5.0}, "slow"),
         ({"quick": {"wrong": "it is"}, "slow": {"wrong": "it is"}}, "sdpa"),
     ],
@@ -126,7 +128,9 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers
     answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
     assert auto.choose(call()).name == expected
     wrong = [
-        name for name in ("slow", "quick") if given.get(name) in ("hang", "crash") or "wrong" in str(given.get(name))
+        name
+        for name in ("slow", "quick")
+        if given.get(name) in ("hang", "crash", "crash later") or "wrong" in str(given.get(name))
     ]
     assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
     with monkeypatch.context() as patch:
