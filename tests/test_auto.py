@@ -295,7 +295,7 @@ def test_the_cpu_is_checked_for_real(monkeypatch):
 def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     ask = partial(
         check.find_out,
-        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7.0, quick="crash"),
+        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash"),
     )
     monkeypatch.setattr(report, "find_out", ask)
     monkeypatch.setattr(report.auto, "_on_cpu", ON_CPU)
@@ -305,8 +305,8 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert table["sdpa"] == ["sdpa", *["proven", "1.0e-01", "(2.0e-01)"] * 3]
     assert table["slow"] == ["slow", *["WRONG"] * 3]
     assert any("quick" in line and "SIGSEGV" in line for line in lines)
-    assert table["14x14 D=48 inference"][3:] == ["7.0*", "10.0", "-", "-", "10.0"] * 2
-    assert table["14x14 D=48 dropout"][3:] == ["7.0", "10.0*", "-", "-", "10.0"] * 2
+    assert table["14x14 D=48 inference"][3:] == ["7.00*", "0.01", "-", "-", "0.01"] * 2
+    assert table["14x14 D=48 dropout"][3:] == ["7.00", "0.01*", "-", "-", "0.01"] * 2
 
 
 def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
@@ -315,7 +315,7 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert main(["check"]) == 0
     assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
-    assert "5.0*" in said
+    assert "7.00     5.00*" in said
     monkeypatch.setattr(check, "one_kind", None)
     assert {auto.choose(call(dtype=getattr(torch, dtype))).name for dtype in verdict.DTYPES} == {"quick"}
 

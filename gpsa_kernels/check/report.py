@@ -112,9 +112,10 @@ def _proof(found: Findings, name: str, dtype: str) -> str:
 def _times(found: Findings, device: torch.device, dtype: str, title: str) -> list[str]:
     """A line for each size and mode, a column for each backend and for a small and a large batch."""
     columns = [*names(), ALONE]
+    unit, microseconds = ("µs", 1.0) if device.type == "cuda" else ("ms", 1e3)
     head = "".join(name.rjust(9) for name in columns)
     lines = [
-        f"{'µs a call, ' + title:<24}{head}   {head}",
+        f"{f'{unit} a call, {title}':<24}{head}   {head}",
         f"{'':<24}{'of one image':>{len(head)}}   {'of many':>{len(head)}}",
     ]
     shapes, known = verdict.shapes(dtype), found.verdict.times
@@ -125,13 +126,13 @@ def _times(found: Findings, device: torch.device, dtype: str, title: str) -> lis
         for shape in pair:
             times = {**known.get(str(shape), {}), ALONE: found.alone.get(str(shape), math.nan)}
             taken = _taken(found, device, dtype, shape)
-            line += "".join(_microseconds(times.get(name), name == taken) for name in columns) + "   "
+            line += "".join(_cell(times.get(name, math.nan) / microseconds, name == taken) for name in columns) + "   "
         lines.append(line.rstrip())
     return lines
 
 
-def _microseconds(time: float | None, taken: bool) -> str:
-    digits = "-" if time is None or math.isnan(time) else f"{time:.0f}" if time >= 100 else f"{time:.1f}"
+def _cell(time: float, taken: bool) -> str:
+    digits = "-" if math.isnan(time) else f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f}"
     return f"{digits}{'*' if taken else ' '}".rjust(9)
 
 
