@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test proof lint extension bench gpu-report clean
+.PHONY: demo test proof lint extension wheel bench gpu-report clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/python -m gpsa_kernels demo
@@ -34,6 +34,13 @@ lint: $(VENV)/test-installed
 # the CUDA library, built in place: needs nvcc and a CUDA build of torch, and no GPU
 extension: $(VENV)/test-installed
 	GPSA_BUILD_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+
+# the wheel to publish, in dist/, for all architectures; tagged by the oldest glibc that it runs on
+wheel: $(VENV)/wheel-installed
+	rm -rf build/wheel dist
+	GPSA_BUILD_CUDA=1 $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(BIN):$$PATH auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -m tools.wheel dist/*.whl
 
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks

@@ -1,7 +1,7 @@
 """Measures, and adds what it measured to the results' file of this machine and day.
 
 python -m benchmarks               everything, most telling first
-python -m benchmarks --quick       under three minutes on two CPU cores
+python -m benchmarks --quick       a few minutes on two CPU cores
 python -m benchmarks --describe    what this machine is; the last line, in JSON, is how a run of it begins
 """
 
@@ -24,7 +24,7 @@ from benchmarks import dispatch, measure, models, results, timing
 from benchmarks.workloads import PROFILES, Profile, Rates, attention_workloads, derived, model_workloads
 from gpsa_kernels import BACKENDS, info
 
-SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled")
+SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled", "tuned")
 
 
 class Unit(NamedTuple):
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name = results.file_name(run["device"], run["device_type"], run["started"][:10])
     output = options.output or results.FOLDER / name
-    there: list[results.Row] = []  # what the run's file has
+    started, there = time.perf_counter(), []  # what the run's file has
     begun = results.last(output, run) if options.resume else None  # another machine's run gets one beside it
     if begun is not None:
         run["started"], there = begun["started"], begun["rows"]
@@ -144,7 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
     able = {f"gpsa_kernels {name}" for name, backend in BACKENDS.items() if backend.unavailable() is None}
     found = results.faults(there, options.device, options.profile)
     wrong = sum(row["status"] != "unavailable" or row["peer"] in able for row in found)
-    print(f"written to {output}" + (f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else ""))
+    print(f"written to {output}, after {(time.perf_counter() - started) / 60:.0f} minutes", end="")
+    print(f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else "")
     return 1 if wrong else 0
 
 

@@ -64,7 +64,7 @@ class Effort:
     least: int
 
 
-EFFORTS: dict[Profile, Effort] = {"full": Effort(40, 15.0, 5), "quick": Effort(10, 2.0, 4), "dry": Effort(2, 0.0, 2)}
+EFFORTS: dict[Profile, Effort] = {"full": Effort(40, 10.0, 5), "quick": Effort(10, 2.0, 4), "dry": Effort(2, 0.0, 2)}
 
 
 @contextlib.contextmanager
@@ -191,7 +191,8 @@ class Run:
     def __init__(self, workload: Workload, device: str, temperature: str, lost: Mapping[str, str] = {}) -> None:
         self.workload, self.device, self.temperature, self.lost = workload, device, temperature, lost
         self.case, self.subject = workload.case, subject(workload.section)
-        self.peers = [peer for peer in self.subject.peers if workload.compiled or not peer.compiled]
+        fitting = (peer for peer in self.subject.peers if workload.compiled or not peer.compiled)
+        self.peers = [peer for peer in fitting if workload.section == "tuned" or not peer.tuned]
         self.functions: dict[str, Function] = {}
         self.sets: list[tuple[list[Tensor], Tensor]] = []
 
@@ -219,6 +220,8 @@ class Run:
             self._begin()
         timing.CudaSample.pool = None  # the graphs of the last direction are gone, and with them their pool
         place = {"section": self.workload.section, "workload": str(self.workload), "direction": direction}
+        with torch.set_grad_enabled(direction != "forward"):
+            place["auto"] = peers.auto(self.case, self.subject.attention(self.case, self.sets[0][0]))
         rows = [{**place, "temperature": self.temperature, "peer": peer.name} for peer in self.peers]
         samples: dict[str, timing.Sample] = {}
         for peer, row in zip(self.peers, rows, strict=True):

@@ -26,6 +26,7 @@ from benchmarks.workloads import REFERENCE, Case, ModelWorkload, Rates
 from gpsa_kernels import BACKENDS, fuse
 
 DEIT = "DeiT, SDPA"
+HEADS = {"tiny": 4, "small": 9, "base": 16}  # of ConViT, 48 channels each
 START_SECONDS = 240
 CALL_SECONDS = 120
 
@@ -144,23 +145,28 @@ class _Worker:
         self._process.join()
 
 
-def check_backend(backend: str, workload: ModelWorkload, device: str) -> None:
-    """Raises Unavailable where a backend cannot run the attention of a model: of a head, in the dtype of autocast."""
+def attention(workload: ModelWorkload, device: str) -> tuple[Case, list[Tensor]]:
+    """The attention of a model's GPSA layers, and tensors like theirs, in the dtype of autocast."""
     side = workload.image // 16
-    q = torch.empty(1, 1, side * side, 48, device=device, dtype=getattr(torch, workload.dtype))
-    peers.check_backend(backend, Case(1, 1, side, side, 48, workload.dtype), [q] * 5)
+    case = Case(workload.batch, HEADS[workload.size], side, side, 48, workload.dtype)
+    shape = case.batch, case.heads, case.tokens, case.head_dim
+    q = torch.empty(shape, device=device, dtype=getattr(torch, case.dtype), requires_grad=True)
+    return case, [q] * 5
 
 
 def workload_rows(workload: ModelWorkload, device: str, effort: Effort, rates: Rates | None) -> Iterator[Row]:
     """A row for every peer, whatever became of it; ``rates`` are what a floor is to be computed from, if it is one."""
     name = {"section": workload.section, "workload": str(workload), "direction": workload.direction}
+    operands = attention(workload, device)
+    with torch.set_grad_enabled(workload.direction == "training"):
+        name["auto"] = peers.auto(*operands)
     rows: dict[str, Row] = {peer: {**name, "peer": peer} for peer in backends()}
     workers: dict[str, _Worker] = {}
     reference = _uncompiled_reference(workload, device) if workload.compiled else None
     for peer, backend in backends().items():
         try:
             if backend is not None:
-                check_backend(backend, workload, device)
+                peers.check_backend(backend, *operands)
             workers[peer] = _Worker(peer, workload, device)
         except peers.Unavailable as error:
             rows[peer] |= {"status": "unavailable", "reason": str(error)}

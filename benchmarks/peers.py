@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from benchmarks.workloads import DIRECTIONS, REFERENCE, Case
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends import Call
 from gpsa_kernels.formula import attention_map, relative_offsets
+from gpsa_kernels.functional import select_backend
 
 Function = Callable[..., Tensor]
 Make = Callable[[Case, list[Tensor]], Function]  # prepares a peer for a case and its tensors
@@ -98,6 +98,7 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")  # where it exists
     directions: tuple[str, ...] = DIRECTIONS  # what it can be timed in
     compiled: bool = False  # whether it needs torch.compile
+    tuned: bool = False  # whether that tries many kernels, which takes minutes
 
     def prepare(self, case: Case, tensors: list[Tensor]) -> Function:
         """``make``, after what holds for every peer."""
@@ -113,6 +114,7 @@ class Subject:
     peers: tuple[Peer, ...]
     inputs: Callable[[Case, str, int], list[Tensor]]  # on a device, from a seed: activations, then parameters
     formula: Callable[[Sequence[Tensor], Tensor, Case, torch.dtype], list[Tensor]]  # the truth, as ``formula`` says it
+    attention: Callable[[Case, list[Tensor]], list[Tensor]]  # tensors like those that the operator is called with
     activations: int  # how many of the tensors are new in every call; the rest are parameters
 
 
@@ -164,7 +166,7 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     q, _, _, pos_weight, gate = tensors
     layer = timm_layer(case, q)
     del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
-    layer.qk, layer.v, layer.proj = attrgetter("qk"), attrgetter("v"), nn.Identity()
+    layer.qk, layer.v, layer.proj = lambda x: x.qk, lambda x: x.v, nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
     heads = case.heads, case.head_dim
@@ -191,14 +193,17 @@ def eager(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-def sdpa_and_map(case: Case, tensors: list[Tensor], cached: bool = False) -> Function:
+def sdpa_and_map(
+    case: Case, tensors: list[Tensor], cached: bool = False, kernels: Sequence[SDPBackend] = ()
+) -> Function:
     """torch's attention for the content, the positional map times V for the position; ``cached`` keeps the map."""
+    attention = sdpa_alone(*kernels)(case, tensors)
     offsets = relative_offsets(case.grid_size, tensors[0].device, torch.float32)
     kept = _position(tensors[3].detach(), offsets).to(tensors[0].dtype) if cached else None
 
     def function(q, k, v, pos_weight, gate):
         position = _position(pos_weight, offsets).to(q.dtype) if kept is None else kept
-        content = F.scaled_dot_product_attention(q, k, v)
+        content = attention(q, k, v, pos_weight, gate)
         # einsum folds the batch into the columns of one product a head; matmul would expand the map to the batch
         return torch.lerp(content, torch.einsum("hij,bhjd->bhid", position, v), torch.sigmoid(gate).view(-1, 1, 1))
 
@@ -223,9 +228,18 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-def compiled(make: Make) -> Make:
+sdpa_and_cached_map = partial(sdpa_and_map, cached=True)
+
+
+def compiled(make: Make, **options: str) -> Make:
     """The same peer under torch.compile, for fixed shapes and in one graph."""
-    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False)
+    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False, **options)
+
+
+def tuned(name: str, make: Make) -> Peer:
+    """The same, with the fastest of many kernels for each of its products."""
+    best = compiled(make, mode="max-autotune-no-cudagraphs")
+    return Peer(f"{name}, max-autotune", best, devices=("cuda",), compiled=True, tuned=True)
 
 
 def sdpa_alone(*backends: SDPBackend) -> Make:
@@ -242,7 +256,7 @@ def sdpa_alone(*backends: SDPBackend) -> Make:
 
 
 def ours(name: str) -> Peer:
-    """The operator on one of its backends."""
+    """The operator on one of its backends, or on "auto"."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
         check_backend(name, case, tensors)
@@ -251,8 +265,15 @@ def ours(name: str) -> Peer:
     return Peer(f"gpsa_kernels {name}", make)
 
 
+def auto(case: Case, tensors: list[Tensor]) -> str:
+    """The backend that "auto" takes for these tensors."""
+    return select_backend(Call(*tensors, None, *case.grid_size, case.scale, 0.0)).name
+
+
 def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
-    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors."""
+    """Raises Unavailable, with the backend's own reason, where it cannot run these tensors; "auto" always can."""
+    if name == "auto":
+        return
     backend = BACKENDS[name]
     reason = backend.unavailable() or backend.unsupported(Call(*tensors, None, *case.grid_size, case.scale, 0.0))
     if reason is None and name == "triton" and tensors[0].device.type == "cpu":
@@ -266,7 +287,12 @@ OPERATOR = Subject(
         Peer(REFERENCE, timm),
         Peer("eager, position once", eager),
         Peer("SDPA + positional map", sdpa_and_map),
-        Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",)),
+        Peer(
+            "SDPA + positional map, cuDNN",
+            partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION]),
+            devices=("cuda",),
+        ),
+        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
         *(ours(name) for name in reversed(BACKENDS)),
         Peer("SDPA alone", sdpa_alone(), gpsa=False),
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
@@ -274,10 +300,16 @@ OPERATOR = Subject(
         Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
         Peer("timm, compiled", compiled(timm), compiled=True),
         Peer("eager, position once, compiled", compiled(eager), compiled=True),
+        Peer("SDPA + positional map, compiled", compiled(sdpa_and_map), compiled=True),
+        Peer("SDPA + cached map, compiled", compiled(sdpa_and_cached_map), directions=("forward",), compiled=True),
+        Peer("gpsa_kernels auto, compiled", compiled(ours("auto").make), compiled=True),
         Peer("FlexAttention twice", flex_twice, compiled=True),
+        tuned("eager, position once", eager),
+        tuned("SDPA + positional map", sdpa_and_map),
     ),
     inputs=inputs,
     formula=formula,
+    attention=lambda case, tensors: tensors,
     activations=3,
 )
 
@@ -330,12 +362,15 @@ def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
     return _holding(timm_layer(case, tensors[0]), tensors)
 
 
+def layer_attention(case: Case, tensors: list[Tensor]) -> list[Tensor]:
+    return [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]]
+
+
 def our_layer(name: str) -> Make:
     """FusedGPSA on a backend."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
-        if name != "auto":
-            check_backend(name, case, [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]])
+        check_backend(name, case, layer_attention(case, tensors))
         layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
         return _holding(layer, tensors)
 
@@ -358,5 +393,6 @@ LAYER = Subject(
     ),
     inputs=layer_inputs,
     formula=layer_formula,
+    attention=layer_attention,
     activations=1,
 )

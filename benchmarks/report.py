@@ -8,19 +8,20 @@ python -m benchmarks.report --write            brings those of README.md and doc
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import results
-from benchmarks.results import ROOT, Row, Run
-from benchmarks.workloads import DIRECTION_NAMES, REFERENCE, TENSORS, Case, attention_work, headline
+from benchmarks.results import PLACE, ROOT, Row, Run
+from benchmarks.workloads import DIRECTION_NAMES, OPERATOR_SECTIONS, REFERENCE, TENSORS, Case, attention_work, headline
 
 PLOTS = ROOT / "benchmarks" / "plots"
 FILES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(?s)(<!-- (?!end of )([a-z ]+) -->\n)(.*?)(<!-- end of \2 -->)")
-SHOWN = re.compile(r"\(benchmarks/plots/(.*?)\)")
+SHOWN = re.compile(r"\((?:\.\./)?benchmarks/plots/(.*?)\)")
 
 # ---- choosing rows --------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,14 @@ SHOWN = re.compile(r"\(benchmarks/plots/(.*?)\)")
 def select(run: Run, **fields: Any) -> list[Row]:
     """The rows of a run that have these values."""
     return [row for row in run["rows"] if all(row.get(name) == value for name, value in fields.items())]
+
+
+def measurements(run: Run, **fields: Any) -> list[list[Row]]:
+    """The same, a list for each round of peers."""
+    found: dict[Any, list[Row]] = {}
+    for row in select(run, **fields):
+        found.setdefault(tuple(row.get(name) for name in PLACE), []).append(row)
+    return list(found.values())
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
@@ -43,22 +52,31 @@ def without_position(peer: str) -> bool:
     return peer.startswith(("SDPA alone", "DeiT"))
 
 
-def shown_first(run: Run, direction: str) -> list[Row]:
-    """The peers at the first workload in one direction; on a GPU of the section with torch.compile, if it is there.
-
-    On a CPU nearly everyone is slower beside compiled peers, so these stay in a table of their own.
-    """
-    for section in ("compiled", "operator") if run["device_type"] == "cuda" else ("operator", "compiled"):
-        rows = select(run, section=section, direction=direction)
-        if rows:
-            return [row for row in rows if all(row[name] == rows[0][name] for name in ("workload", "temperature"))]
-    return []
+def taken(rows: Sequence[Row]) -> str:
+    """Our peer that "auto" takes in a measurement; it had no choice in the runs that do not say."""
+    return f"gpsa_kernels {rows[0].get('auto', 'sdpa')}"
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
     """How many times faster than timm's own code every peer is that has a time."""
     times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
     return {peer: times[REFERENCE] / us for peer, us in times.items()} if REFERENCE in times else {}
+
+
+def at_headline(run: Run, direction: str) -> list[list[Row]]:
+    """The measurements of the headline in one direction: one of every section that has it, on a GPU the cold ones."""
+    place = {"workload": str(headline(run["device_type"], run["profile"])), "direction": direction}
+    found = measurements(run, **place, temperature="cold" if run["device_type"] == "cuda" else "warm")
+    return [rows for rows in found if rows[0]["section"] in OPERATOR_SECTIONS and speedups(rows)]
+
+
+def pooled(found: Iterable[Sequence[Row]]) -> dict[str, list[float]]:
+    """The speed-ups of every peer, one of every measurement that it has a time in."""
+    ratios: dict[str, list[float]] = {}
+    for rows in found:
+        for peer, ratio in speedups(rows).items():
+            ratios.setdefault(peer, []).append(ratio)
+    return ratios
 
 
 def header(run: Run) -> str:
@@ -74,51 +92,99 @@ def header(run: Run) -> str:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def compared(run: Run) -> list[tuple[str, list[Row]]]:
-    """The comparisons of the README: a label and the rows of all peers."""
-    names = {direction: DIRECTION_NAMES[direction] for direction in ("forward", "both")}
-    found = [(f"attention {name}", shown_first(run, direction)) for direction, name in names.items()]
-    found += [(f"layer {name}", select(run, section="layer", direction=direction)) for direction, name in names.items()]
-    for row in select(run, section="models", peer=REFERENCE):
-        compiled = ", compiled" if row["compiled"] else ""
-        purpose = "inference" if row["direction"] == "inference" else "training step"
-        label = f"`convit_{row['size']}` {row['image']} px {purpose}{compiled}"
-        found.append((label, select(run, section="models", workload=row["workload"], direction=row["direction"])))
-    return [(label, rows) for label, rows in found if speedups(rows)]
+def glance(runs: dict[str, Run]) -> str:
+    """The README's first figures: the speed of what "auto" takes, a row a device."""
+    titles = "attention forward", "forward + backward", "model inference", "forward + backward"
+    lines = _head("times timm's own speed", *titles)
+    for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
+        if device not in runs:
+            lines.append(_line([name, "not measured yet: [`make gpu-report`](docs/benchmarks.md) fills this row"]))
+            continue
+        run = runs[device]
+        columns = [at_headline(run, direction) for direction in ("forward", "both")]
+        for direction in ("inference", "training"):
+            columns.append(measurements(run, section="models", direction=direction, compiled=False))
+        names = unique(taken(rows).split()[-1] for column in columns for rows in column)
+        cells = [_spread([r for rows in column for r in pooled([rows]).get(taken(rows), [])]) for column in columns]
+        lines.append(_line([f"{name}, `{'` and `'.join(names)}`", *cells]))
+    return "\n".join(lines) + "\n"
 
 
-def summary(run: Run) -> str:
-    """The README's tables: speed-ups over timm, memory, the cost of a call."""
-    rows = compared(run)
-    ratios = [(label, speedups(found)) for label, found in rows]
-    peers = unique(peer for _, found in ratios for peer in found)
-    columns = ["timm, compiled", "eager, position once", "SDPA + positional map", "FlexAttention twice"]
-    columns += [peer for peer in peers if is_ours(peer) and not peer.endswith((" eager", "auto, compiled"))]
-    columns = [peer for peer in columns if peer in peers]
-    rounds = sorted({row["rounds"] for _, found in rows for row in found if "rounds" in row})
-    dtypes = " and ".join(unique(row["dtype"] for _, found in rows for row in found))
+def comparison(run: Run) -> str:
+    """All peers at the headline, the slowest first, and their memory at 24 x 24 tokens."""
+    found = {direction: at_headline(run, direction) for direction in ("forward", "both")}
+    ratios = {direction: pooled(those) for direction, those in found.items()}
+    every = [rows for those in found.values() for rows in those]
+    if not every:
+        return ""
+    ours = unique(map(taken, every))
+    for direction, those in found.items():
+        beside = [rows for rows in those if rows[0]["section"] in ("compiled", "tuned")]
+        ratios[direction]["gpsa_kernels, beside compiled peers"] = [
+            speedups(rows)[taken(rows)] for rows in beside if taken(rows) in speedups(rows)
+        ]
+    excuses = ((row["peer"], row["direction"], row["status"]) for rows in every for row in rows)
+    failed = {(peer, one): status for peer, one, status in excuses if status in ("wrong", "failed")}
+    wide = select(run, section="tokens", direction="both", rows=24, columns=24)
+    memory = {row["peer"]: f"{row['memory_mb']:.1f}" for row in wide if "memory_mb" in row}
+    speed = {peer: statistics.median(r) for one in reversed(ratios.values()) for peer, r in one.items() if r}
+    plain = [peer for peer in sorted(speed, key=speed.__getitem__) if without_position(peer)]
+    on_gpu = run["device_type"] == "cuda"
+    taking = "beyond what was there" if on_gpu else "kept for backward"
+    graphs = ", by replaying CUDA graphs, so without the cost of a call from Python" if on_gpu else ""
     lines = [
-        f"{header(run)} In {dtypes}; medians of {' to '.join(map(str, unique((rounds[0], rounds[-1]))))} interleaved "
-        "rounds.",
-        "How many times faster than timm's own code:",
+        f"{header(run)} {every[0][0]['workload']}: median (smallest to largest) of its "
+        f"{max(map(len, found.values()))} measurements{graphs}.",
         "",
-        *_head("", *columns, "without a position (SDPA, DeiT)"),
+        *_head("times timm's own speed", "forward", "forward + backward", f"MB {taking} at 24×24"),
     ]
-    for label, found in ratios:
-        plain = max((ratio for peer, ratio in found.items() if without_position(peer)), default=None)
-        lines.append(_line([label, *(_times(found.get(peer)) for peer in columns), _times(plain)]))
-    return "\n".join(lines + _memory(run) + _dispatch(run)) + "\n"
+    for peer in sorted(speed.keys() - plain[:-1], key=speed.__getitem__):
+        name = f"**{peer}**, what `auto` takes" if peer in ours else f"{peer}: no position" if peer in plain else peer
+        cells = [_spread(ratios[one].get(peer, [])) or failed.get((peer, one), "") for one in ratios]
+        lines.append(_line([name, *cells, memory.get(peer, "")]))
+    return "\n".join(lines) + "\n"
 
 
-def _memory(run: Run) -> list[str]:
-    rows = [row for row in select(run, section="tokens", direction="both", rows=24, columns=24) if "memory_mb" in row]
-    taken = {row["peer"]: row["memory_mb"] for row in rows}
-    ours = [megabytes for peer, megabytes in taken.items() if is_ours(peer)]
-    if not ours or REFERENCE not in taken:
-        return []
-    what = "it takes beside its inputs" if run["device_type"] == "cuda" else "it keeps for the backward pass"
-    ratio = taken[REFERENCE] / min(ours)
-    return ["", f"At 24×24 tokens the memory that {what} is 1/{ratio:.1f} of what timm's code takes."]
+def details(run: Run) -> str:
+    """Layers and models, where something else is faster, and the cost of a call."""
+    rounds = [row["rounds"] for row in run["rows"] if "rounds" in row]
+    many = f" Medians of {min(rounds)} to {max(rounds)} interleaved rounds." if rounds else ""
+    return "\n".join([f"{header(run)}{many}", *_whole(run), *_losses(run), *_dispatch(run)]) + "\n"
+
+
+def _whole(run: Run) -> list[str]:
+    found = measurements(run, section="layer") + measurements(run, section="models")
+    found = [[row for row in rows if "median_us" in row] for rows in found if speedups(rows)]
+    peers = unique(row["peer"] for rows in found for row in rows if not without_position(row["peer"]))
+    columns = [peer for peer in peers if peer != REFERENCE]
+    lines = ["", *_head("times timm's own speed", *columns, "without a position (SDPA, DeiT)")] if found else []
+    for rows in found:
+        first, cells = rows[0], {}
+        what = "inference" if first["direction"] == "inference" else "forward + backward"
+        (timm,) = (row for row in rows if row["peer"] == REFERENCE)
+        for row in rows:
+            ends = timm["p20_us"] / row["p80_us"], timm["p80_us"] / row["p20_us"]
+            cells[row["peer"]] = f"{speedups(rows)[row['peer']]:.2f}× ({ends[0]:.2f} to {ends[1]:.2f})"
+        plain = max((ratio for peer, ratio in speedups(rows).items() if without_position(peer)), default=None)
+        label = f"{first['section'].replace('models', '')} {first['workload']} "
+        label += DIRECTION_NAMES.get(first["direction"], what)
+        lines.append(_line([label, *(cells.get(peer, "") for peer in columns), _times(plain)]))
+    return lines
+
+
+def _losses(run: Run) -> list[str]:
+    lines = []
+    for rows in measurements(run):
+        times = {row["peer"]: row["median_us"] for row in rows if "median_us" in row}
+        ours = times.get(taken(rows), 0.0)
+        times = {peer: us for peer, us in times.items() if us < ours and not without_position(peer)}
+        times.pop("gpsa_kernels auto, compiled", None)
+        if times:
+            best, first = min(times, key=times.__getitem__), rows[0]
+            what = DIRECTION_NAMES.get(first["direction"], first["direction"])
+            lines.append(_line([f"{first['section']} {first['workload']}", what, best, _times(ours / times[best])]))
+    head = _head("something else is faster than what `auto` takes", "", "what", "times its speed")
+    return ["", *head, *lines] if lines else []
 
 
 def _dispatch(run: Run) -> list[str]:
@@ -132,7 +198,7 @@ def _dispatch(run: Run) -> list[str]:
 def attention(run: Run) -> str:
     """Every peer of every workload of the operator, with times, floors and memory, and what became of the others."""
     lines = [header(run)]
-    for section in ("operator", "compiled", "layer", "tokens", "batch"):
+    for section in ("layer", *OPERATOR_SECTIONS):
         for workload in unique(row["workload"] for row in select(run, section=section)):
             rows = select(run, section=section, workload=workload)
             timed = [row for row in rows if "median_us" in row]
@@ -181,10 +247,10 @@ def models(run: Run) -> str:
     """Images per second and memory of the models."""
     lines = [header(run), "", *_head("", "", "", "images/s", *COMPARED)]
     rows = select(run, section="models")
-    for row in [row for row in rows if "median_us" in row]:
-        same = select(run, section="models", workload=row["workload"], direction=row["direction"])
-        speed = f"{1e6 * row['batch'] / row['median_us']:.1f}"
-        lines.append(_line([row["workload"], row["direction"], row["peer"], speed, *_compared(row, same)]))
+    for same in measurements(run, section="models"):
+        for row in [row for row in same if "median_us" in row]:
+            speed = f"{1e6 * row['batch'] / row['median_us']:.1f}"
+            lines.append(_line([row["workload"], row["direction"], row["peer"], speed, *_compared(row, same)]))
     return "\n".join(lines + _excuses(rows)) + "\n"
 
 
@@ -265,8 +331,15 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
+def _spread(ratios: Sequence[float]) -> str:
+    """The median, and the range where there is one."""
+    ends = unique(f"{end(ratios):.2f}" for end in (min, max) if ratios)
+    return (_times(statistics.median(ratios)) if ratios else "") + (f" ({' to '.join(ends)})" if ends[1:] else "")
+
+
 TABLES: dict[str, Callable[[Run], str]] = {
-    "summary": summary,
+    "comparison": comparison,
+    "details": details,
     "attention": attention,
     "models": models,
     "accuracy": accuracy,
@@ -274,16 +347,13 @@ TABLES: dict[str, Callable[[Run], str]] = {
 
 # ---- pictures, whose library is not everywhere ----------------------------------------------------------------------
 
-# Okabe and Ito's palette, told apart by all kinds of colour vision; ours are the saturated ones
+# by the longest beginning of a peer's name; Okabe and Ito's palette, told apart by all kinds of colour vision
 COLOURS = {
     "timm": "#000000",
-    "timm, compiled": "#7f7f7f",
     "eager, position once": "#E69F00",
-    "eager, position once, compiled": "#E69F00",
-    "SDPA + positional map": "#CC79A7",
-    "SDPA + cached map": "#CC79A7",
+    "SDPA + ": "#CC79A7",
     "FlexAttention twice": "#F0E442",
-    "gpsa_kernels eager": "#56B4E9",
+    "gpsa_kernels": "#56B4E9",
     "gpsa_kernels sdpa": "#0072B2",
     "gpsa_kernels triton": "#009E73",
     "gpsa_kernels cuda": "#D55E00",
@@ -300,8 +370,12 @@ LINES = {
 }
 
 
-def _panels(run: Run, found: dict[str, list[Row]], height: float, what: str) -> tuple[Any, list[tuple[Any, list[Row]]]]:
-    """A figure with a panel for each direction that has rows; below it what was measured, and on what."""
+def colour(peer: str) -> str:
+    return COLOURS[max(filter(peer.startswith, COLOURS), key=len)]
+
+
+def _panels(run: Run, found: dict[str, Any], height: float, what: str) -> tuple[Any, list[tuple[Any, Any]]]:
+    """A figure with a panel for each direction in which something was found; below it what was measured, on what."""
     from matplotlib.figure import Figure
 
     found = {direction: rows for direction, rows in found.items() if rows}
@@ -316,38 +390,31 @@ def _panels(run: Run, found: dict[str, list[Row]], height: float, what: str) -> 
 
 
 def speedup_bars(run: Run) -> Any:
-    """How many times timm's speed every peer reaches at the first workload; None where nothing can be compared."""
-    found = {direction: shown_first(run, direction) for direction in ("forward", "both")}
-    found = {direction: rows for direction, rows in found.items() if speedups(rows)}
-    if not found:
+    """How many times timm's speed every peer reaches at the headline; None where nothing can be compared."""
+    found = {direction: pooled(at_headline(run, direction)) for direction in ("forward", "both")}
+    if not any(found.values()):
         return None
-    count = max(len(speedups(rows)) for rows in found.values())
-    what = " or ".join(unique(rows[0]["workload"] for rows in found.values()))
-    figure, panels = _panels(run, found, 1.4 + 0.3 * count, what)
-    for axes, rows in panels:
-        ratios = speedups(rows)
-        timed = sorted((row for row in rows if row["peer"] in ratios), key=lambda row: ratios[row["peer"]])
-        peers = [row["peer"] for row in timed]
-        widths = [ratios[peer] for peer in peers]
-        # a peer's own ratio times its own spread
-        slow, fast = (
-            [ratios[row["peer"]] * row["median_us"] / row[name] for row in timed] for name in ("p80_us", "p20_us")
-        )
+    count = max(map(len, found.values()))
+    figure, panels = _panels(run, found, 1.4 + 0.3 * count, str(headline(run["device_type"], run["profile"])))
+    for axes, ratios in panels:
+        peers = sorted(ratios, key=lambda peer: statistics.median(ratios[peer]))
+        widths = [statistics.median(ratios[peer]) for peer in peers]
         spread = [
-            [w - s for w, s in zip(widths, slow, strict=True)],
-            [f - w for w, f in zip(widths, fast, strict=True)],
+            [width - min(ratios[peer]) for peer, width in zip(peers, widths, strict=True)],
+            [max(ratios[peer]) - width for peer, width in zip(peers, widths, strict=True)],
         ]
-        colours = [COLOURS["SDPA alone"] if without_position(peer) else COLOURS[peer] for peer in peers]
+        colours = [colour(peer) for peer in peers]
         lines = {"ecolor": "#444444", "elinewidth": 1, "capsize": 2}
         axes.barh(range(len(peers)), widths, color=colours, xerr=spread, error_kw=lines)
-        for place, (width, end) in enumerate(zip(widths, fast, strict=True)):
+        for place, (peer, width) in enumerate(zip(peers, widths, strict=True)):
             offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-            axes.annotate(f"{width:.2f}×", (end, place), **offset)
+            axes.annotate(f"{width:.2f}×", (max(ratios[peer]), place), **offset)
         axes.set_yticks(range(len(peers)), peers, fontsize=8)
         for label in axes.get_yticklabels():
             label.set_fontweight("bold" if is_ours(label.get_text()) else "normal")
         axes.axvline(1, color="#000000", linewidth=0.8)
-        axes.set(xlim=(0, 1.2 * max(fast)), ylim=(-0.7, count - 0.3), xlabel="times timm's speed; lines: p20 to p80")
+        most = 1.2 * max(map(max, ratios.values()))
+        axes.set(xlim=(0, most), ylim=(-0.7, count - 0.3), xlabel="times timm's speed, with its range")
     return figure
 
 
@@ -366,7 +433,7 @@ def time_lines(run: Run) -> Any:
 
         for peer, marker in LINES.items():
             if timed := points("median_us", [row for row in here if row["peer"] == peer]):
-                style = {"color": COLOURS[peer], "marker": marker, "linewidth": 2.4 if is_ours(peer) else 1.4}
+                style = {"color": colour(peer), "marker": marker, "linewidth": 2.4 if is_ours(peer) else 1.4}
                 axes.plot(*zip(*timed, strict=True), label=peer, **style)
         if floors := points("floor_us", here):
             axes.plot(*zip(*floors, strict=True), color="#000000", linestyle=":", linewidth=1.4, label="floor")
@@ -414,17 +481,18 @@ def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def block(marker: str, runs: dict[str, Run]) -> str:
-    """The text between a marker and its end; raises KeyError where there is no such block."""
-    if marker == "roofline estimate":
-        return estimates()
-    device, name = {"cpu results": ("cpu", "CPU"), "gpu results": ("cuda", "GPU")}[marker]
-    return summary(runs[device]) if device in runs else f"No {name} has run these benchmarks yet.\n"
+UNMEASURED = "No GPU has run these benchmarks yet.\n"
+BLOCKS: dict[str, Callable[[dict[str, Run]], str]] = {
+    "glance": glance,
+    "comparison": lambda runs: "\n".join(map(comparison, runs.values())),
+    "details": lambda runs: "\n".join([*map(details, runs.values()), *([] if "cuda" in runs else [UNMEASURED])]),
+    "roofline estimate": lambda runs: estimates(),
+}
 
 
 def filled(text: str, runs: dict[str, Run]) -> str:
-    """``text`` with every marked block made anew."""
-    return MARKED.sub(lambda found: found[1] + block(found[2], runs) + found[4], text)
+    """``text`` with every marked block made anew; raises KeyError where there is no such block."""
+    return MARKED.sub(lambda found: found[1] + BLOCKS[found[2]](runs) + found[4], text)
 
 
 def main(arguments: list[str] | None = None) -> None:

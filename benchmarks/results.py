@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 EXCUSES = ("wrong", "failed", "unavailable")
 PLACE = ("section", "workload", "direction", "temperature")
-SHARED = (*PLACE, "timer", "rounds", "copy_gb_s", "matmul_tflop_s", "dim")
+SHARED = (*PLACE, "timer", "rounds", "copy_gb_s", "matmul_tflop_s", "dim", "auto")
 ERRORS = ("deviation", "max_error", "rms_error")
 READINGS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
 
@@ -151,10 +151,17 @@ def _parsed(path: Path) -> tuple[list[Run], Row]:
                     rows[peer] = {**common, "peer": peer, "status": "ok", **figures}
             for peer, excuse in excuses.items():
                 rows[peer] = {**common, "peer": peer, **rows.get(peer, {}), **excuse}
-            runs[-1]["rows"] += [derived(_checked(row)) for row in rows.values()]
+            runs[-1]["rows"] += bounded([derived(_checked(row)) for row in rows.values()])
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
     return runs, shared
+
+
+def bounded(rows: list[Row]) -> list[Row]:
+    """The rows of a measurement, without their floor where somebody went below it: it was none."""
+    if all(row.get("floor_share", 0) <= 1 for row in rows):
+        return rows
+    return [{name: value for name, value in row.items() if not name.startswith("floor")} for row in rows]
 
 
 def _checked(row: Row) -> Row:

@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from benchmarks import measure, timing
-from benchmarks.workloads import Workload, attention_workloads
+from benchmarks.workloads import OPERATOR_SECTIONS, Workload, attention_workloads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     profile = "quick" if metafunc.config.getoption("quick") else "full"
-    sections = ("operator", "layer", "tokens", "batch", "compiled")
     chosen = [
         pytest.param(workload, direction, profile, id=f"{section}-{workload}-{direction}".replace(" ", "-"))
-        for section in sections
+        for section in ("layer", *OPERATOR_SECTIONS)
         for workload in attention_workloads(section, DEVICE, profile)
         for direction in workload.directions
     ]

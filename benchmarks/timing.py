@@ -153,7 +153,7 @@ def measure_rates(device: str, dtype: str, small: bool = False) -> Rates:
     """
     elements = 2**16 if small else 2**28 if device == "cuda" else 2**26
     side = 64 if small else 8192 if device == "cuda" else 1024
-    source = torch.ones(elements, dtype=torch.float32, device=device)
+    source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, side, side, device=device).to(getattr(torch, dtype)).unbind()
     product = torch.empty_like(a)

@@ -19,6 +19,7 @@ REFERENCE = "timm"  # the peer that speed-ups are relative to
 PROFILES: tuple[Profile, ...] = ("full", "quick", "dry")
 DIRECTION_NAMES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 DIRECTIONS = tuple(DIRECTION_NAMES)
+OPERATOR_SECTIONS = ("operator", "tokens", "batch", "compiled", "tuned")
 GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TENSORS = ("out", "q", "k", "v", "pos_weight", "gate")  # whose exactness is told
@@ -67,7 +68,7 @@ class Case:
 class Workload:
     """One case of the operator or the layer, timed by all peers, interleaved."""
 
-    section: str  # operator, layer, tokens, batch or compiled
+    section: str  # operator, layer, or another of OPERATOR_SECTIONS
     case: Case
     directions: tuple[str, ...]  # of DIRECTIONS
     temperatures: tuple[str, ...]  # "cold": sets of inputs rotate that together exceed the L2 cache; or "warm"
@@ -107,7 +108,7 @@ def headline(device: str, profile: Profile) -> Case:
 
 
 def attention_workloads(section: str, device: str, profile: Profile) -> list[Workload]:
-    """The workloads of "operator", "layer", "tokens", "batch" or "compiled".
+    """The workloads of "layer" or of one of OPERATOR_SECTIONS.
 
     The dry profile has one small workload a section: it rehearses, and measures nothing.
     """
@@ -125,14 +126,18 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
         return chosen + [Workload(section, case, DIRECTIONS, cold) for case in others if full]
     cases = [head]
     if section == "tokens":
-        grids = GRIDS if full else ((4, 4), (5, 5)) if dry else GRIDS[:3]
+        # at 64 x 64 a round of everybody takes 40 s on a CPU
+        grids = ((4, 4), (5, 5)) if dry else GRIDS if gpu and full else GRIDS[:5] if full else GRIDS[:3]
         # about as many tokens in every point, so that time is for the same work per token
         tokens = 0 if dry else 196 * (128 if gpu else 8 if full else 2)
         cases = [vary(rows=rows, columns=columns, batch=max(1, tokens // (rows * columns))) for rows, columns in grids]
     elif section == "batch":
-        batches = (BATCHES if gpu else BATCHES[:6]) if full else (1, 2) if dry else (1, 4)
+        batches = (BATCHES if gpu else (1, 8, 32)) if full else (1, 2) if dry else (1, 4)
         cases = [vary(batch=batch) for batch in batches]
-    compiled = section == "compiled" or (section == "layer" and gpu)  # a layer takes minutes to compile for a CPU
+    elif section == "tuned" and not gpu:
+        return []  # torch tunes for GPUs
+    # a layer takes minutes to compile for a CPU
+    compiled = section in ("compiled", "tuned") or (section == "layer" and gpu)
     quick = section == "compiled" and profile == "quick" and not gpu
     return [Workload(section, case, ("forward",) if quick else ("forward", "both"), cold, compiled) for case in cases]
 
@@ -146,8 +151,8 @@ def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
     chosen = []
     sizes = ("small", "tiny", "base") if gpu else ("tiny", "small", "base")
     for compiled, image, size, direction in product((False, True), (224, 384), sizes, ("inference", "training")):
-        if compiled and not gpu and (size == "base" or image == 384):
-            continue  # minutes of compilation each, on a CPU
+        if not gpu and ((compiled and (size, image) != ("tiny", 224)) or (size, image) == ("base", 384)):
+            continue  # minutes each
         batch = (128 if image == 224 else 32) if gpu else {"tiny": 4, "small": 2, "base": 1}[size]
         chosen.append(ModelWorkload(size, image, batch, dtype, direction, compiled))
     return chosen if profile == "full" else chosen[:2]

@@ -1,16 +1,19 @@
 // The operators of namespace gpsa_cuda: tensors in, the structs of gpsa.h out, one launcher called.
 //
-// Only libtorch's stable ABI is used, so that one library serves every torch from 2.10 on. What comes in was allocated
-// by gpsa_kernels/backends/cuda.py; checked here is what would make a kernel read or write where it must not. The
-// device is checked last, so that all other checks can be tested where there is no GPU.
+// Only libtorch's stable ABI is used, so that one library serves every torch from 2.10 on. All of a call is here, since
+// in Python it takes as long as a small kernel: what the kernels cannot read as it lies is copied, what they write is
+// allocated, and what would make them read where they must not is refused. The device is checked last, so that all else
+// can be tested where there is no GPU.
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "gpsa.h"
@@ -53,45 +56,60 @@ gpsa::Problem problem_of(
     return problem;
 }
 
-/// `t` of q's shape and dtype, with rows that can be read 16 bytes at a time.
-gpsa::Tensor tokens_of(const char* name, const Tensor& t, const Tensor& q) {
+/// `t` in new memory, without gaps.
+Tensor copy_of(const Tensor& t, ScalarType dtype) {
+    constexpr auto same = std::nullopt;
+    return torch::stable::to(t, dtype, same, same, same, false, true, torch::headeronly::MemoryFormat::Contiguous);
+}
+
+gpsa::Tensor struct_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+/// `t`, of q's shape and dtype. Where its rows cannot be read 16 bytes at a time, a copy that `copies` keeps.
+gpsa::Tensor tokens_of(const char* name, const Tensor& t, const Tensor& q, std::vector<Tensor>& copies) {
     check_device(name, t, q);
     STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
     STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+    bool readable = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % row_alignment == 0;
     for (int axis = 0; axis < 4; ++axis) {
         STD_TORCH_CHECK(
             t.size(axis) == q.size(axis), name, " must have q's size ", q.size(axis), " in dimension ", axis, ", got ",
             t.size(axis));
+        readable &= axis == 3 || t.size(axis) <= 1 || t.stride(axis) * element_bytes % row_alignment == 0;
     }
-    STD_TORCH_CHECK(t.stride(3) == 1, name, " must have stride 1 in its last dimension, got ", t.stride(3));
-    bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % row_alignment == 0;
-    for (int axis = 0; axis < 3; ++axis) {
-        aligned &= t.size(axis) <= 1 || t.stride(axis) * element_bytes % row_alignment == 0;
-    }
-    STD_TORCH_CHECK(aligned, name, " must have rows that start at multiples of ", row_alignment, " bytes");
-    return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+    return struct_of(readable ? t : copies.emplace_back(copy_of(t, t.scalar_type())));
 }
 
-gpsa::Tensor tokens_of(const char* name, const std::optional<Tensor>& t, const Tensor& q) {
-    return t ? tokens_of(name, *t, q) : gpsa::Tensor{};
-}
-
-float* floats_of(const char* name, const Tensor& t, int64_t count, const Tensor& q) {
+/// `count` numbers without gaps in float32, copied into `copies` if they are not.
+const float* floats_of(const char* name, const Tensor& t, int64_t count, const Tensor& q, std::vector<Tensor>& copies) {
     check_device(name, t, q);
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), name, " must be float32 and contiguous");
     STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-    return static_cast<float*>(t.data_ptr());
+    const bool readable = t.scalar_type() == ScalarType::Float && t.is_contiguous();
+    return static_cast<float*>((readable ? t : copies.emplace_back(copy_of(t, ScalarType::Float))).data_ptr());
 }
 
-void* workspace_of(const std::optional<Tensor>& t, int64_t bytes, const Tensor& q) {
-    if (bytes == 0) {
-        return nullptr;
-    }
-    STD_TORCH_CHECK(t.has_value(), "a workspace of ", bytes, " bytes is needed");
-    check_device("workspace", *t, q);
-    const int64_t size = t->numel() * static_cast<int64_t>(t->element_size());
-    STD_TORCH_CHECK(t->is_contiguous() && size >= bytes, "workspace must be contiguous and of ", bytes, " bytes");
-    return t->data_ptr();
+/// New memory on q's device, as are the next two.
+template <size_t dimensions>
+Tensor empty(const int64_t (&sizes)[dimensions], const int64_t (&strides)[dimensions], int32_t dtype, const Tensor& q) {
+    int32_t device = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device));
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dimensions, sizes, strides, dtype, device, q.get_device_index(), &made));
+    return Tensor(made);
+}
+
+/// (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view.
+Tensor empty_output(const Tensor& q) {
+    const int64_t heads = q.size(1), tokens = q.size(2), dim = q.size(3);
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+    return empty({q.size(0), heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype, q);
+}
+
+/// What the kernels of a call keep between them. It may be freed once they are launched: what uses its memory next
+/// runs after them, on the same stream.
+std::optional<Tensor> empty_workspace(int64_t bytes, const Tensor& q) {
+    return bytes ? std::optional(empty({bytes}, {1}, aoti_torch_dtype_uint8(), q)) : std::nullopt;
 }
 
 gpsa::Sizes sizes_for(const gpsa::Problem& problem, const Tensor& q) {
@@ -112,86 +130,108 @@ void launch_on(const Tensor& q, const char* (*launch)(const Arguments&, cudaStre
     STD_TORCH_CHECK(error == nullptr, "gpsa_cuda: ", error);
 }
 
-void forward(
+std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight, const Tensor& gate,
-    const std::optional<Tensor>& seed, const Tensor& out, const std::optional<Tensor>& content,
-    const std::optional<Tensor>& logsumexp, const std::optional<Tensor>& workspace, int64_t rows, int64_t columns,
-    double scale, double dropout_p) {
+    const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale, double dropout_p, bool save) {
     gpsa::Forward call{};
+    std::vector<Tensor> copies;
     call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
-    call.q = tokens_of("q", q, q);
-    call.k = tokens_of("k", k, q);
-    call.v = tokens_of("v", v, q);
-    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q);
-    call.gate = floats_of("gate", gate, q.size(1), q);
-    call.out = tokens_of("out", out, q);
-    call.content = tokens_of("content", content, q);
-    if (logsumexp) {
-        call.logsumexp = floats_of("logsumexp", *logsumexp, q.size(0) * q.size(1) * q.size(2), q);
+    call.q = tokens_of("q", q, q, copies);
+    call.k = tokens_of("k", k, q, copies);
+    call.v = tokens_of("v", v, q, copies);
+    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q, copies);
+    call.gate = floats_of("gate", gate, q.size(1), q, copies);
+    const gpsa::Sizes sizes = sizes_for(call.problem, q);
+    const Tensor out = empty_output(q);
+    call.out = struct_of(out);
+    std::optional<Tensor> content, logsumexp;
+    if (save && sizes.content) {
+        content = empty_output(q);
+        call.content = struct_of(*content);
     }
-    const gpsa::Sizes sizes = sizes_for(call.problem, q);
-    call.workspace = workspace_of(workspace, content ? sizes.forward_workspace : sizes.inference_workspace, q);
+    if (save) {
+        const int64_t heads = q.size(1), tokens = q.size(2);
+        logsumexp = empty({q.size(0), heads, tokens}, {heads * tokens, tokens, 1}, aoti_torch_dtype_float32(), q);
+        call.logsumexp = static_cast<float*>(logsumexp->data_ptr());
+    }
+    const auto workspace = empty_workspace(save ? sizes.forward_workspace : sizes.inference_workspace, q);
+    call.workspace = workspace ? workspace->data_ptr() : nullptr;
     launch_on(q, gpsa::launch_forward, call);
+    return {out, content, logsumexp};
 }
 
-void backward(
+/// The numbers of `total` from `first` on in the shape and dtype of `like`: a view where the dtype is total's.
+Tensor part_of(const Tensor& total, int64_t first, const Tensor& like) {
+    const int64_t strides[] = {like.dim() == 2 ? like.size(1) : 1, 1};
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(total.get(), like.dim(), like.sizes().data(), strides, first, &view));
+    const ScalarType dtype = like.scalar_type();
+    return total.scalar_type() == dtype ? Tensor(view) : torch::stable::to(Tensor(view), dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight,
-    const Tensor& gate, const std::optional<Tensor>& seed, const std::optional<Tensor>& content,
-    const Tensor& logsumexp, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& sums,
-    const std::optional<Tensor>& workspace, int64_t rows, int64_t columns, double scale, double dropout_p) {
+    const Tensor& gate, const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale,
+    double dropout_p, const std::optional<Tensor>& content, const Tensor& logsumexp) {
     gpsa::Backward call{};
+    std::vector<Tensor> copies;
     call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
-    call.grad_out = tokens_of("grad_out", grad_out, q);
-    call.q = tokens_of("q", q, q);
-    call.k = tokens_of("k", k, q);
-    call.v = tokens_of("v", v, q);
-    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q);
-    call.gate = floats_of("gate", gate, q.size(1), q);
-    call.content = tokens_of("content", content, q);
-    call.logsumexp = floats_of("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2), q);
-    call.grad_q = tokens_of("grad_q", grad_q, q);
-    call.grad_k = tokens_of("grad_k", grad_k, q);
-    call.grad_v = tokens_of("grad_v", grad_v, q);
+    call.grad_out = tokens_of("grad_out", grad_out, q, copies);
+    call.q = tokens_of("q", q, q, copies);
+    call.k = tokens_of("k", k, q, copies);
+    call.v = tokens_of("v", v, q, copies);
+    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q, copies);
+    call.gate = floats_of("gate", gate, q.size(1), q, copies);
+    call.logsumexp = floats_of("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2), q, copies);
     const gpsa::Sizes sizes = sizes_for(call.problem, q);
-    call.sums = floats_of("sums", sums, q.size(0) * q.size(1) * sizes.slots * 4, q);
-    call.workspace = workspace_of(workspace, sizes.backward_workspace, q);
+    if (content && sizes.content) call.content = tokens_of("content", *content, q, copies);
+    const Tensor grad_q = empty_output(q), grad_k = empty_output(q), grad_v = empty_output(q);
+    call.grad_q = struct_of(grad_q);
+    call.grad_k = struct_of(grad_k);
+    call.grad_v = struct_of(grad_v);
+    const int64_t numbers = 4 * q.size(1);
+    const Tensor sums = empty({q.size(0) * sizes.slots, numbers}, {numbers, 1}, aoti_torch_dtype_float32(), q);
+    call.sums = static_cast<float*>(sums.data_ptr());
+    const auto workspace = empty_workspace(sizes.backward_workspace, q);
+    call.workspace = workspace ? workspace->data_ptr() : nullptr;
     launch_on(q, gpsa::launch_backward, call);
+    const int64_t first = 0;
+    Tensor total = torch::stable::sum(sums, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
+    const ScalarType dtype = pos_weight.scalar_type();
+    if (dtype == gate.scalar_type() && dtype != ScalarType::Float) total = torch::stable::to(total, dtype);  // at once
+    return {grad_q, grad_k, grad_v, part_of(total, 0, pos_weight), part_of(total, pos_weight.numel(), gate)};
 }
 
-/// What backends/cuda.py has to allocate for a device, as gpsa.h says.
-std::tuple<int64_t, int64_t, int64_t, int64_t, bool> sizes(
-    int64_t batch, int64_t heads, int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p,
-    int64_t device) {
+/// Whether backward of a shape, for any batch and heads, reads the content branch's own output on a device.
+bool saves_content(int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p, int64_t device) {
     gpsa::Problem problem{};
-    problem.batch = batch;
-    problem.heads = static_cast<int>(heads);
+    problem.batch = problem.heads = 1;
     problem.rows = static_cast<int>(rows);
     problem.columns = static_cast<int>(columns);
     problem.head_dim = static_cast<int>(head_dim);
     problem.dropout_p = static_cast<float>(dropout_p);
     problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
-    const gpsa::Sizes sizes = gpsa::sizes(problem, static_cast<int>(device));
-    return {sizes.slots, sizes.inference_workspace, sizes.forward_workspace, sizes.backward_workspace, sizes.content};
+    return gpsa::sizes(problem, static_cast<int>(device)).content;
 }
 
 }  // namespace
 
+// In the order of Call, in backends/base.py.
 STABLE_TORCH_LIBRARY(gpsa_cuda, library) {
     library.def(
-        "forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, Tensor(a!) out, "
-        "Tensor(b!)? content, Tensor(c!)? logsumexp, Tensor(d!)? workspace, int rows, int columns, float scale, "
-        "float dropout_p) -> ()");
+        "forward(Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, int rows, int columns, "
+        "float scale, float dropout_p, bool save) -> (Tensor out, Tensor? content, Tensor? logsumexp)");
     library.def(
         "backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor pos_weight, Tensor gate, Tensor? seed, "
-        "Tensor? content, Tensor logsumexp, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, Tensor(d!) sums, "
-        "Tensor(e!)? workspace, int rows, int columns, float scale, float dropout_p) -> ()");
+        "int rows, int columns, float scale, float dropout_p, Tensor? content, Tensor logsumexp) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_pos_weight, Tensor grad_gate)");
     library.def(
-        "sizes(int batch, int heads, int rows, int columns, int head_dim, bool bfloat16, float dropout_p, int device) "
-        "-> (int slots, int inference_workspace, int forward_workspace, int backward_workspace, bool content)");
+        "saves_content(int rows, int columns, int head_dim, bool bfloat16, float dropout_p, int device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpsa_cuda, CompositeExplicitAutograd, library) {
     library.impl("forward", TORCH_BOX(&forward));
     library.impl("backward", TORCH_BOX(&backward));
-    library.impl("sizes", TORCH_BOX(&sizes));
+    library.impl("saves_content", TORCH_BOX(&saves_content));
 }

@@ -68,7 +68,7 @@ struct TiledForward {
             }
         }
 
-        const float log2_scale = Softmax::log2_scale(problem.scale, &q[0][0], row_tiles * (channels / 16));
+        const float log2_scale = log2_scale_of(problem.scale, &q[0][0], row_tiles * (channels / 16));
         const Mask mask(call, arguments.statistics, block);
         const auto key_offsets = RightOffsets<channels>::over_channels();
         const auto value_offsets = RightOffsets<channels>::over_tokens();
@@ -166,16 +166,6 @@ private:
     struct Softmax {
         static constexpr float most = 1024;  // of the exponentials that a lane adds up at a time; float16 holds 65504
         float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0}, next[2];
-
-        /// |scale| in the exponent of 2, whose sign the queries get.
-        GPSA_DEVICE static float log2_scale(float scale, Left* q, int count) {
-#pragma unroll
-            for (int n = 0; n < count; ++n) {
-                for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
-            }
-            // A scale of 0 is replaced by one whose products vanish beside 1 but still keep -inf.
-            return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
-        }
 
         /// Subtracts the largest of these scores from now on, if it is larger; scores of keys that do not exist are
         /// -inf.

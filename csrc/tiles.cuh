@@ -318,18 +318,14 @@ GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens,
     });
 }
 
-/// |scale| in the exponent of 2; the scores take its sign. A scale of 0 becomes one whose products vanish beside 1 but
-/// still keep -inf.
-template <int count>
-GPSA_DEVICE float log2_scale_of(float scale, Sum* scores) {
-    if (scale < 0) {
-        scale = -scale;
+/// |scale| in the exponent of 2, whose sign the queries get. A scale of 0 becomes one whose products vanish beside 1
+/// but still keep -inf.
+GPSA_DEVICE float log2_scale_of(float scale, Left* q, int count) {
 #pragma unroll
-        for (int n = 0; n < count; ++n) {
-            for (float& s : scores[n].values) s = -s;
-        }
+    for (int n = 0; n < count; ++n) {
+        for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
     }
-    return scale == 0 ? FLT_MIN : scale * log2_e;
+    return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
 }
 
 /// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of the largest exponential, and

@@ -5,8 +5,9 @@
 
 namespace gpsa {
 
-constexpr int whole_image_tokens = 256;  // the most that a row of scores in registers can have
-constexpr int whole_image_threads = 128;
+constexpr int whole_image_tokens = 256;         // the most that a row of scores in registers can have
+constexpr int whole_image_threads = 128;        // of a block of which several share a multiprocessor
+constexpr int whole_image_threads_alone = 256;  // of one that has it alone, in as many registers as two
 
 /// What a kernel is compiled for: element type, channels of a row in shared memory, tiles of 16 keys in a score row.
 template <typename E_, int channels_, int key_tiles_>
@@ -41,15 +42,16 @@ inline bool forward_fits(const Problem& problem) {
            (problem.dropout_p == 0 || problem.head_dim <= dropout_channels);
 }
 
-/// Into how many blocks the query rows of a (batch, head) are split: enough to give every multiprocessor one, and no
-/// more than there are tiles of 16 rows for all warps of a block.
-inline int row_blocks(const Problem& problem, int multiprocessors) {
+/// Into how many blocks the query rows of a (batch, head) are split: as many as have a multiprocessor each, or, where
+/// there are more (batch, head)s than these, as many as run at once, `resident` on each; and no more than there are
+/// tiles of 16 rows for all `warps` of a block.
+inline int row_blocks(const Problem& problem, int multiprocessors, int resident, int warps) {
     const int tiles = (problem.rows * problem.columns + 15) / 16;
-    const int most = (tiles + whole_image_threads / 32 - 1) / (whole_image_threads / 32);
+    const int most = (tiles + warps - 1) / warps;
     const int64_t batch_heads = problem.batch * problem.heads;
-    const int64_t wanted = batch_heads > 0 ? (multiprocessors + batch_heads - 1) / batch_heads : 1;
-    const int64_t row_blocks = wanted < most ? wanted : most;
-    return row_blocks > 1 ? static_cast<int>(row_blocks) : 1;
+    const int64_t at_once = batch_heads > multiprocessors ? int64_t{multiprocessors} * resident : multiprocessors;
+    const int64_t row_blocks = batch_heads > 0 ? at_once / batch_heads : 1;
+    return row_blocks < 1 ? 1 : row_blocks < most ? static_cast<int>(row_blocks) : most;
 }
 
 /// Query rows of a block, but for the last one's.

@@ -84,8 +84,8 @@ struct WholeImageForward {
 #pragma unroll 1
         for (int row = 16 * rotated_warp(); row < row_count; row += 16 * (threads() / 32)) {
             Sum scores[2 * key_tiles] = {};
-            score(scores, q, row, row_count, k);
-            const Softmax softmax = exponentiate(scores, problem.scale, tokens);
+            const float log2_scale = score(scores, q, row, row_count, k, problem.scale);
+            const Softmax softmax = exponentiate(scores, log2_scale, tokens);
             const int token = first_row + row;
             if (call.logsumexp) {
                 const Global<float> to = Global<float>(call.logsumexp) + static_cast<int64_t>(block_x()) * tokens;
@@ -122,9 +122,9 @@ private:
     }
 
     /// Of 4 warps with 13 tiles of rows, one has a tile more: by a hash, in every block another one, as each scheduler
-    /// of a multiprocessor has the same warp of all its blocks.
+    /// of a multiprocessor has the same warp of all its blocks. The number of warps is a power of two.
     GPSA_DEVICE static int rotated_warp() {
-        return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) % (whole_image_threads / 32);
+        return (warp() + static_cast<int>(block_x() * 0x9e3779b9u >> 28)) & (threads() / 32 - 1);
     }
 
     /// Of rows r and r + 8: log2 of the largest exponential, and the sum of exponentials relative to it.
@@ -132,14 +132,16 @@ private:
         float shift[2], sum[2];
     };
 
-    /// scores = Q K^T for 16 rows of Q and all keys. K's fragments serve one tile of rows, Q's all tiles of keys.
-    GPSA_DEVICE static void score(
-        Sum* scores, const Rows<E, channels>& q, int row, int row_count, const Rows<E, channels>& k) {
+    /// scores = sign(scale) Q K^T for 16 rows of Q and all keys. K's fragments serve one tile of rows, Q's all tiles of
+    /// keys. Returns |scale| in the exponent of 2.
+    GPSA_DEVICE static float score(
+        Sum* scores, const Rows<E, channels>& q, int row, int row_count, const Rows<E, channels>& k, float scale) {
         Left a[channels / 16];
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
             a[s] = load_left<E>(s, [&](int i, int chunk) { return q.chunk(smaller(row + i, row_count - 1), chunk); });
         }
+        const float log2_scale = log2_scale_of(scale, a, channels / 16);
 #pragma unroll
         for (int tile = 0; tile < key_tiles; ++tile) {
 #pragma unroll
@@ -149,11 +151,11 @@ private:
                 multiply<E>(&scores[2 * tile], a[s], b);
             }
         }
+        return log2_scale;
     }
 
-    /// scores = exp(scale (scores - the row's largest)), exactly 0 for keys that do not exist.
-    GPSA_DEVICE static Softmax exponentiate(Sum* scores, float scale, int tokens) {
-        const float log2_scale = log2_scale_of<2 * key_tiles>(scale, scores);
+    /// scores = exp of the scores, in the exponent of 2, less the row's largest; exactly 0 for keys that do not exist.
+    GPSA_DEVICE static Softmax exponentiate(Sum* scores, float log2_scale, int tokens) {
         if (tokens <= keys - 16) mask<0, key_tiles - 1>(scores, tokens);  // a branch that 14 x 14 tokens skip
         mask<key_tiles - 1, key_tiles>(scores, tokens);
         float largest[2] = {-INFINITY, -INFINITY};

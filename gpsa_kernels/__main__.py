@@ -71,9 +71,10 @@ def run_demo(epochs: int, output: Path, seed: int) -> int:
     )
     eager, fused = (demo.in_own_process(backend, epochs, seed) for backend in ("eager", demo.fused_backend()))
     print(f"\n{demo.summary(eager, fused)}\n")
-    for path in demo_plots.draw_all(eager, fused, output):
+    made_by = f"python -m gpsa_kernels demo --epochs {epochs} --seed {seed}"
+    for path in demo_plots.draw_all(eager, fused, output, made_by):
         print(f"  {path}")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s.")
+    print(f"\nDone in {time.perf_counter() - started:.0f} s.\n{demo.verdict(eager, fused)}")
     for failure in demo.failures([eager, fused]):
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if demo.failures([eager, fused]) else 0

@@ -7,7 +7,8 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpsa_kernels.arguments import as_pair, check_integer
 from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
-from gpsa_kernels.tensors import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype, known
 
 
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -34,6 +35,18 @@ def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: t
     image = pos_embed.unflatten(1, old_grid).permute(0, 3, 1, 2).to(accumulation_dtype(pos_embed.dtype))
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return image.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+def fit_pos_embed(state_dict: dict[str, Any], key: str, grid_size: tuple[int, int]) -> None:
+    """Resamples the position embedding of another, square, grid to ``grid_size`` (rows, columns), in a state_dict.
+
+    A length that is no square is left as it is, for torch to report.
+    """
+    loaded = state_dict.get(key)
+    if loaded is not None and loaded.dim() == 3 and loaded.shape[1] != grid_size[0] * grid_size[1]:
+        side = math.isqrt(loaded.shape[1])
+        if side * side == loaded.shape[1]:
+            state_dict[key] = resample_pos_embed(loaded, (side, side), grid_size)
 
 
 class PatchEmbedding(nn.Module):
@@ -124,10 +137,11 @@ class ConViT(nn.Module):
     """ConViT (arXiv 2103.10697) on :class:`FusedGPSA`, for images of any size that divides into patches.
 
     A grid of patches other than the constructor's resamples the position embedding on the fly, as does
-    ``load_state_dict`` with the position embedding of another, square, grid.
+    ``load_state_dict`` with the position embedding of another, square, grid. For torch.export a height or width that is
+    left open is a multiple of the patch size: ``patch_size * torch.export.Dim("rows")``.
 
     Args:
-        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares; timm's ``img_size``.
+        image_size: the (height, width) that ``pos_embed`` is made for, or an int for squares.
         patch_size: side of a patch.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none, an identity.
@@ -142,6 +156,7 @@ class ConViT(nn.Module):
         local_up_to_layer: the number of GPSA blocks, which come first. The class token joins after them.
         locality_strength: alpha of the convolutional initialisation, see :meth:`FusedGPSA.local_init`.
         use_pos_embed: whether to add a learned position embedding to the patch tokens.
+        img_size: timm's name of ``image_size``, which it takes the place of.
         backend: of the attention layers, see :func:`gpsa_kernels.gpsa_attention` and :class:`SelfAttention`.
         device: where the parameters are created.
         dtype: of the parameters.
@@ -172,6 +187,7 @@ class ConViT(nn.Module):
         local_up_to_layer: int = 10,
         locality_strength: float = 1.0,
         use_pos_embed: bool = True,
+        img_size: int | tuple[int, int] | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -181,6 +197,7 @@ class ConViT(nn.Module):
         counts = {"depth": depth, "num_classes": num_classes, "local_up_to_layer": local_up_to_layer}
         for name, count in counts.items():
             check_integer(name, count, least=0)
+        image_size = image_size if img_size is None else img_size
         image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_features = self.embed_dim = embed_dim
@@ -239,6 +256,11 @@ class ConViT(nn.Module):
         """Names of the parameters that an optimizer should not decay."""
         return {"pos_embed", "cls_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm's optimizers tell from a parameter's name how deep it is, for learning rates that decay by layer."""
+        blocks = [(r"blocks\.(\d+)", None), (r"norm", (99999,))]  # 99999: with the last block
+        return {"stem": r"cls_token|pos_embed|patch_embed", "blocks": blocks}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the blocks' inputs and computes the rest again in the backward pass."""
         self.grad_checkpointing = enable
@@ -249,20 +271,77 @@ class ConViT(nn.Module):
         Raises:
             ValueError: ``x`` is no batch of images, or does not divide into patches.
         """
+        return self.norm(self._forward_blocks(x, range(0))[0])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """What the blocks hand on, of the patch tokens, and what :meth:`forward_features` returns; as in timm.
+
+        Args:
+            x: images (B, in_chans, height, width).
+            indices: of the blocks, negative ones from the end; the last n for an int n, all for None.
+            norm: whether to normalise the intermediates, too, by the last layer norm.
+            stop_early: whether to leave out the blocks after the last one asked for.
+            output_fmt: "NCHW" for (B, C, rows, columns), "NLC" for (B, N, C).
+            intermediates_only: whether to return the intermediates alone.
+
+        Returns:
+            The normalised tokens and the intermediates, in the blocks' order, or the latter alone.
+
+        Raises:
+            ValueError: ``indices`` are not those of blocks, or ``output_fmt`` is unknown; see :meth:`forward_features`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        x, kept, grid_size = self._forward_blocks(x, self._block_indices(indices), stop_early)
+        count = grid_size[0] * grid_size[1]
+        kept = [(self.norm(tokens) if norm else tokens)[:, -count:] for tokens in kept]
+        if output_fmt == "NCHW":
+            kept = [tokens.transpose(1, 2).unflatten(2, grid_size).contiguous() for tokens in kept]
+        return kept if intermediates_only else (self.norm(x), kept)
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> Sequence[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            return range(depth)
+        chosen = range(-indices, 0) or (depth,) if isinstance(indices, int) else indices
+        if not all(isinstance(index, int) and -depth <= index < depth for index in chosen):
+            raise ValueError(f"indices must be some of {depth} blocks', or how many of the last, got {indices!r}")
+        return [index % depth for index in chosen]
+
+    def _forward_blocks(
+        self, x: Tensor, wanted: Sequence[int], stop_early: bool = False
+    ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
+        """The last block's tokens, those of the ``wanted`` blocks, and the grid of the patch tokens."""
         x = self.patch_embed(x)
         grid_size = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)
-        if self.pos_embed is not None:
-            same = grid_size == self.grid_size
-            x = x + (self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size))
-        x = self.pos_drop(x)
-        blocks = list(self.blocks)
-        for block in blocks[: self.local_up_to_layer]:
-            x = self._run(block, x, grid_size)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        for block in blocks[self.local_up_to_layer :]:
-            x = self._run(block, x)
-        return self.norm(x)
+        x = self.pos_drop(self._add_pos_embed(x.flatten(2).transpose(1, 2), grid_size))
+        kept: list[Tensor] = []
+        blocks = list(self.blocks)[: max(wanted, default=-1) + 1 if stop_early else None]
+        for index, block in enumerate(blocks):
+            if index == self.local_up_to_layer:
+                x = self._join_class_token(x)
+            x = self._run(block, x, *(grid_size,) if index < self.local_up_to_layer else ())
+            if index in wanted:
+                kept.append(x)
+        return x if len(blocks) > self.local_up_to_layer else self._join_class_token(x), kept, grid_size
+
+    def _add_pos_embed(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        if self.pos_embed is None:
+            return x
+        (rows, columns), own = grid_size, self.grid_size
+        same = known(rows == own[0]) and known(columns == own[1])  # resampled to its own grid it stays as it is
+        return x + (self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size))
+
+    def _join_class_token(self, x: Tensor) -> Tensor:
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
         # where nothing is kept, torch's checkpoint still reads the random generators, which a CUDA graph cannot capture
@@ -279,13 +358,7 @@ class ConViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = prefix + "pos_embed"
-        loaded = state_dict.get(key)
-        if self.pos_embed is not None and loaded is not None and loaded.dim() == 3:
-            side = round(loaded.shape[1] ** 0.5)
-            # a length that is no square cannot be resampled, and torch reports the mismatch
-            if loaded.shape[1] != self.pos_embed.shape[1] and side * side == loaded.shape[1]:
-                state_dict[key] = resample_pos_embed(loaded, (side, side), self.grid_size)
+        fit_pos_embed(state_dict, prefix + "pos_embed", self.grid_size)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

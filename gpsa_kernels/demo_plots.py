@@ -7,11 +7,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import PIL.Image
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL.PngImagePlugin import PngInfo
 
 from gpsa_kernels.analysis import non_locality
 from gpsa_kernels.demo import GATE_LEARNING_RATE, GRID, LEARNING_RATE, Run
@@ -45,12 +47,18 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_all(eager: Run, fused: Run, folder: Path) -> list[Path]:
-    """Writes every picture into ``folder`` and returns their paths."""
+def draw_all(eager: Run, fused: Run, folder: Path, made_by: str) -> list[Path]:
+    """Writes every picture into ``folder`` and returns their paths; in the one of the README is what it was made by."""
     with matplotlib.rc_context(STYLE):
         figures = {"losses.png": losses(eager, fused), "gates.png": gates(fused), "attention.png": attention(fused)}
+        figures["heads.png"] = heads(fused)
         for name, figure in figures.items():
             figure.savefig(folder / name)
+    text = PngInfo()
+    text.add_text("Description", made_by)
+    # few colours, for few bytes: it is shown in the README
+    few = PIL.Image.open(folder / "heads.png").convert("RGB").quantize(48, PIL.Image.Quantize.FASTOCTREE)
+    few.save(folder / "heads.png", optimize=True, pnginfo=text)
     return [folder / name for name in figures]
 
 
@@ -144,11 +152,7 @@ def attention(run: Run) -> Figure:
     parts: Any = figure.subfigures(1, 3, width_ratios=(0.62, 1, 1))
     left, middle, right = parts
     axis = left.add_axes((0.14, 0.405, 0.8, 0.376))
-    axis.imshow(digit, cmap="gray_r")
-    axis.set(xticks=[], yticks=[])
-    axis.grid(False)
-    axis.spines[:].set(visible=True, color="#CCCCCC")
-    _mark(axis, query, 2.0)
+    _digit(axis, digit, query)
     axis.set_title("digit and query patch", color=INK)
 
     for panel, maps, gate, title in (
@@ -160,12 +164,7 @@ def attention(run: Run) -> Figure:
         panel.text(0.1, 0.855, title, size=10, weight="bold", color=INK)
         for layer, head in np.ndindex(layers, heads):
             axis = axes[layer, head]
-            picture = axis.imshow(maps[layer, head], cmap="viridis", norm=colours)
-            _outline(axis, digit)
-            _mark(axis, query, 1.2)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            axis.spines[:].set_visible(False)
+            picture = _map(axis, maps[layer, head], colours, digit, query)
             column = f"head {head + 1}\n" if layer == 0 else ""
             axis.set_title(f"{column}gate {gate[layer][head]:.2f}", size=7.5, pad=3, color=INK)
             if head == 0:
@@ -176,6 +175,49 @@ def attention(run: Run) -> Figure:
     bar.update_ticks()
     bar.set_label(f"attention weight, square-root scale\n(alike for all patches: {1 / N:.3f})")
     return figure
+
+
+def heads(run: Run) -> Figure:
+    """The layer with the gate that moved most, before and after training, in a row."""
+    digit, gate = np.array(run.digit), np.array(run.gates)[[0, -1]]
+    query = _query(digit)
+    layer = np.abs(gate[1] - gate[0]).max(axis=1).argmax()
+    maps = np.array([run.maps_before, run.maps_after])[:, layer, :, query].reshape(2, -1, *GRID)
+    colours = PowerNorm(0.5, vmin=0, vmax=maps.max())
+    count = maps.shape[1]
+    figure = Figure(figsize=(11.4, 1.85))
+    left, *columns = figure.subplots(1, 2 * count + 3, width_ratios=[1, *([0.3] + [1] * count) * 2])
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.7, bottom=0.02, wspace=0.08)
+    _digit(left, digit, query)
+    left.set_title("query patch", size=9, color=INK)
+    for moment, title in enumerate((f"Heads of layer {layer + 1} before training", "and after")):
+        gap, *axes = columns[moment * (count + 1) :][: count + 1]
+        gap.set_axis_off()
+        for head, axis in enumerate(axes):
+            _map(axis, maps[moment, head], colours, digit, query)
+            axis.set_title(f"gate {gate[moment, layer, head]:.2f}", size=9, color=INK)
+        axes[0].text(-0.5, -3, title, size=11, weight="bold", color=INK)
+    return figure
+
+
+def _digit(axis: Any, digit: Any, query: int) -> None:
+    """The digit, with the patch that is looked from."""
+    axis.imshow(digit, cmap="gray_r")
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set(visible=True, color="#CCCCCC")
+    _mark(axis, query, 2.0)
+
+
+def _map(axis: Any, weights: Any, colours: PowerNorm, digit: Any, query: int) -> Any:
+    """A head's attention of one patch, over the digit; returns the image, for a colour bar."""
+    picture = axis.imshow(weights, cmap="viridis", norm=colours)
+    _outline(axis, digit)
+    _mark(axis, query, 1.2)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    return picture
 
 
 def _query(digit: Any) -> int:

@@ -12,6 +12,7 @@ from gpsa_kernels.auto import choose
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.derivatives import first_order
 from gpsa_kernels.operators import attention
+from gpsa_kernels.sharding import are_distributed, on_shards
 from gpsa_kernels.tensors import autocast_inputs, without_autocast
 
 _LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -83,6 +84,8 @@ def gpsa_attention(
             call = call._replace(seed=torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device))
         return attention(call, chosen)
     assert chosen.compose is not None, f"backend {chosen.name!r} has no kernels for {q.device.type}"
+    if are_distributed(q, k, v, pos_weight, gate):
+        return on_shards(lambda call: gpsa_attention(*call[:5], grid_size, scale=scale, backend=chosen.name), call)
     q, k, v = autocast_inputs(q, k, v)
     if not chosen.all_derivatives:
         q, k, v, pos_weight, gate = first_order(q, k, v, pos_weight, gate)

@@ -51,15 +51,15 @@ def is_plain(child: Any, expected: type[nn.Module]) -> bool:
     )
 
 
-def _split_heads(packed: Tensor, count: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, N, count * C) as ``count`` views (B, H, N, head_dim)."""
+def _split_heads(packed: Tensor, count: int, head_dim: int) -> tuple[Tensor, ...]:
+    """(B, N, count * H * head_dim) as ``count`` views (B, H, N, head_dim), H fewer than the layer's where sharded."""
     batch, tokens, dim = packed.shape
     # view infers no size where the batch is empty
-    return packed.view(batch, tokens, count, num_heads, dim // (count * num_heads)).permute(2, 0, 3, 1, 4).unbind()
+    return packed.view(batch, tokens, count, dim // (count * head_dim), head_dim).permute(2, 0, 3, 1, 4).unbind()
 
 
-def _pos_weight(pos_proj: nn.Linear) -> Tensor:
-    weight, bias = pos_proj.weight, pos_proj.bias
+def position_weight(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(H, 3), from the parameters of ``pos_proj``."""
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
         return weight
     # The bias is constant along the keys and cancels in the softmax. Taking it along and slicing it off gives it
@@ -108,6 +108,8 @@ class FusedGPSA(nn.Module):
         TypeError, ValueError: ``dim`` is not a multiple of ``num_heads``, ``grid_size`` no pair of positive integers,
             ``locality_strength`` not finite, or ``backend`` unknown.
     """
+
+    _split_heads = staticmethod(_split_heads)
 
     def __init__(
         self,
@@ -197,8 +199,9 @@ class FusedGPSA(nn.Module):
         _check_tokens(x, self.dim)
         batch, tokens, dim = x.shape
         grid_size = self._grid(tokens, grid_size)
+        head_dim = dim // self.num_heads
         v = self.v(x)
-        v = v.view(batch, tokens, self.num_heads, v.shape[2] // self.num_heads).transpose(1, 2)
+        v = v.view(batch, tokens, v.shape[2] // head_dim, head_dim).transpose(1, 2)
         attn_drop, pos_proj = self.attn_drop, self.pos_proj
         if is_plain(attn_drop, nn.Dropout) and is_plain(pos_proj, nn.Linear):
             q, k = self._queries_and_keys(x)
@@ -206,8 +209,7 @@ class FusedGPSA(nn.Module):
                 q,
                 k,
                 v,
-                _pos_weight(pos_proj),
-                self.gating_param,
+                *self._position_and_gate(),
                 grid_size,
                 scale=self.scale,
                 dropout_p=attn_drop.p if attn_drop.training else 0.0,
@@ -216,7 +218,7 @@ class FusedGPSA(nn.Module):
         else:
             _may_call("pos_proj" if is_plain(attn_drop, nn.Dropout) else "attn_drop", self.backend)
             out = self.get_attention(x, grid_size) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def get_attention(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The mixed attention map (B, H, N, N) of ``x`` (B, N, dim), after attention dropout, with gradients."""
@@ -226,10 +228,12 @@ class FusedGPSA(nn.Module):
         dtype = accumulation_dtype(q.dtype)
         with without_autocast(x.device.type):
             if is_plain(self.pos_proj, nn.Linear):
-                position = position_scores(_pos_weight(self.pos_proj).to(dtype), grid_size)
+                pos_weight, gate = self._position_and_gate()
+                position = position_scores(pos_weight.to(dtype), grid_size)
             else:
+                gate = self.gating_param
                 position = self.pos_proj(self._rel_indices(grid_size))[0].permute(2, 0, 1).to(dtype)
-            attention = gated_map(q.to(dtype), k.to(dtype), position, self.gating_param, self.scale)
+            attention = gated_map(q.to(dtype), k.to(dtype), position, gate, self.scale)
         return self.attn_drop(attention.to(q.dtype))
 
     def get_attention_map(
@@ -268,9 +272,12 @@ class FusedGPSA(nn.Module):
             self._last_grid = grid_size
         return grid_size
 
+    def _position_and_gate(self) -> tuple[Tensor, Tensor]:
+        return position_weight(self.pos_proj.weight, self.pos_proj.bias), self.gating_param
+
     def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, N, head_dim) views of the packed projection."""
-        q, k = _split_heads(self.qk(x), 2, self.num_heads)
+        q, k = self._split_heads(self.qk(x), 2, self.dim // self.num_heads)
         return q, k
 
 
@@ -318,6 +325,8 @@ class SelfAttention(nn.Module):
         ValueError: ``dim`` is not a multiple of ``num_heads``, or ``backend`` unknown.
     """
 
+    _split_heads = staticmethod(_split_heads)
+
     def __init__(
         self,
         dim: int,
@@ -353,7 +362,7 @@ class SelfAttention(nn.Module):
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         _check_tokens(x, self.dim)
-        return _split_heads(self.qkv(x), 3, self.num_heads)
+        return self._split_heads(self.qkv(x), 3, self.dim // self.num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over all tokens of ``x`` (B, N, dim); returns (B, N, dim)."""
@@ -370,7 +379,7 @@ class SelfAttention(nn.Module):
             q, k, v = first_order(q, k, v)
             dropout_p = attn_drop.p if attn_drop.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def get_attention(self, x: Tensor) -> Tensor:
         """The attention map (B, H, N, N) of ``x`` (B, N, dim)."""

@@ -24,6 +24,7 @@ from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.backends.base import Forward, Gradients, Saved
 from gpsa_kernels.derivatives import check_transforms, first_order_gradients, transformed
+from gpsa_kernels.sharding import are_distributed, on_shards
 from gpsa_kernels.tensors import accumulation_dtype, as_output, autocast_dtype, autocast_inputs, empty_output
 
 _CALL = (
@@ -163,32 +164,32 @@ def _vmap(operator: Any, seed: int, info: Any, dims: tuple[int | None, ...], *ar
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``run`` is the operator, or what it would run."""
+    def forward(
+        ctx: Any, run: Callable[..., Any], constants: tuple[Any, ...], *inputs: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``run`` is the operator, or what it would run; ``constants`` are the arguments after ``inputs``."""
         with torch._C._AutoDispatchBelowAutograd():
-            out, content, logsumexp = run(*arguments, True)
-        ctx.settings = arguments[_DIFFERENTIABLE + 1 :]
-        ctx.save_for_backward(*arguments[: _DIFFERENTIABLE + 1], content, logsumexp)
+            out, content, logsumexp = run(*inputs, *constants, True)
+        ctx.constants = constants
+        ctx.save_for_backward(*inputs, content, logsumexp)
         ctx.mark_non_differentiable(*(t for t in (content, logsumexp) if t is not None))
         ctx.set_materialize_grads(False)
         return out, content, logsumexp
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        constant = (None,) * (1 + len(ctx.settings))
         if grad_out is None:
-            return None, *(None,) * _DIFFERENTIABLE, *constant
-        *tensors, content, logsumexp = ctx.saved_tensors
-        *settings, backend = ctx.settings
+            return None, None, *(None,) * _DIFFERENTIABLE
+        *inputs, content, logsumexp = ctx.saved_tensors
+        *settings, backend = ctx.constants
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)  # by autograd.grad's is_grads_batched
-        if torch.is_grad_enabled() or batched or _is_observed(grad_out, *tensors[:_DIFFERENTIABLE]):
+        if torch.is_grad_enabled() or batched or _is_observed(grad_out, *inputs):
             content = grad_out.new_empty(0) if content is None else content
-            grads = torch.ops.gpsa.attention_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
+            grads = torch.ops.gpsa.attention_backward(grad_out, *inputs, *settings, content, logsumexp, backend)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _run_backward(grad_out, *tensors, *settings, content, logsumexp, backend)
-        needed = zip(grads, ctx.needs_input_grad[1:], strict=False)
-        return None, *(grad if need else None for grad, need in needed), *constant
+                grads = _run_backward(grad_out, *inputs, *settings, content, logsumexp, backend)
+        return None, None, *grads
 
 
 def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +197,7 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if transformed():
         check_transforms(*inputs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Attention.apply(torch.ops.gpsa.attention_forward, *arguments[: _FIELDS + 1])
+        return _Attention.apply(torch.ops.gpsa.attention_forward, arguments[_DIFFERENTIABLE : _FIELDS + 1], *inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.gpsa.attention_forward(*arguments)
 
@@ -260,6 +261,8 @@ def attention(call: Call, backend: Backend) -> Tensor:
     """The result of ``backend``'s kernels."""
     q, k, v, pos_weight, gate, *_ = call
     if _is_observed(q, k, v, pos_weight, gate):
+        if are_distributed(q, k, v, pos_weight, gate):
+            return on_shards(lambda shards: attention(shards, backend), call)
         return torch.ops.gpsa.attention_forward(*call, backend.name)[0]
     if autocast_dtype(q.device.type) is None:
         return _attention(call, backend)
@@ -268,11 +271,14 @@ def attention(call: Call, backend: Backend) -> Tensor:
         return _attention(call._replace(q=q, k=k, v=v), backend)
 
 
+_apply = super(torch.autograd.Function, _Attention).apply  # which would look for transforms once more
+
+
 def _attention(call: Call, backend: Backend) -> Tensor:
     q, k, v, pos_weight, gate, *_ = call
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
     if needs_grad and torch.is_grad_enabled():
-        return _Attention.apply(_run_forward, *call, backend.name)[0]
+        return _apply(_run_forward, (*call[_DIFFERENTIABLE:], backend.name), q, k, v, pos_weight, gate)[0]
     assert backend.forward is not None
     with torch._C._AutoDispatchBelowAutograd():
         return backend.forward(call, False).out

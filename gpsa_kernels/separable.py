@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpsa_kernels.tensors import accumulation_dtype
+from gpsa_kernels.tensors import accumulation_dtype, known
 
 
 def _axis_offsets(size: int, like: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def axis_factors(pos_weight: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor
     weight = pos_weight.to(accumulation_dtype(pos_weight.dtype))
     wx, wy, wd = weight.view(-1, 3, 1, 1).unbind(1)
     dx = _axis_offsets(columns, weight)
-    dy = dx if rows == columns else _axis_offsets(rows, weight)
+    dy = dx if known(rows == columns) else _axis_offsets(rows, weight)
     # w*d + wd*d^2 as d*(w + wd*d): one pass less, and exact at d = 0
     ax = torch.softmax(dx * (wx + wd * dx), dim=-1)
     ay = torch.softmax(dy * (wy + wd * dy), dim=-1)

@@ -65,3 +65,12 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
         return q, k, v
     q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     return q, k, v
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """A condition on sizes, False where torch.export leaves them open, so that its graph is not tied to an example."""
+    if isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by now
+
+        return statically_known_true(condition)
+    return bool(condition)  # a tensor where torch.jit.trace is at work

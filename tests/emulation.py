@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gpsa_kernels.tensors import parameter_gradients
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "cuda" / "emulator"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra")
@@ -185,7 +187,7 @@ def _call(
     outputs: dict[str, Tensor | None],
     *,
     row_blocks: int | None = None,
-    dropout_seed: int = 0,
+    dropout_seed: int | Tensor | None = 0,
     device: Device = H100,
     schedule: int = 0,
     deferred_copies: bool = False,
@@ -193,7 +195,9 @@ def _call(
 ) -> Result:
     for name in ("pos_weight", "gate"):
         inputs[name] = inputs[name].float().contiguous()
-    inputs.setdefault("seed", torch.tensor([dropout_seed]))
+    inputs["seed"] = torch.tensor([dropout_seed]) if isinstance(dropout_seed, int) else dropout_seed
+    if inputs["q"].numel() == 0:
+        row_blocks = None  # nothing is launched
     run = getattr(module or kernels(), direction)
     counts = run(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
     return Result({name: t for name, t in outputs.items() if t is not None}, counts)
@@ -228,9 +232,9 @@ def forward(
     outputs = {"out": empty_like_output(q) if out is None else out}
     if save:
         outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
-    if save and row_blocks == 0:
-        outputs["content"] = empty_like_output(q)
     problem, inputs = _problem(q, grid_size, scale, dropout_p), dict(zip(INPUTS, tensors, strict=True))
+    if save and (row_blocks == 0 or (row_blocks is None and kernels().sizes(problem, H100)[-1])):
+        outputs["content"] = empty_like_output(q)
     return _call("forward", problem, inputs, outputs, row_blocks=row_blocks, **how)
 
 
@@ -262,27 +266,31 @@ class Library:
     def __init__(self, tiled: bool) -> None:
         self.row_blocks = 0 if tiled else None
 
-    def sizes(self, *problem: int | float) -> Sizes:
-        *shape, dropout_p, _ = problem
-        settings = (*shape, 1.0, dropout_p)
-        if self.row_blocks is None:
-            return Sizes(*kernels().sizes(settings, H100))
-        return Sizes(kernels().tiled_slots(settings), 0, 0, 0, True)
+    def saves_content(self, *shape: float) -> bool:
+        *shape, dropout_p, _ = shape
+        return self.row_blocks == 0 or Sizes(*kernels().sizes((1, 1, *shape, 1.0, dropout_p), H100)).content
 
-    def forward(self, *arguments: Tensor | float | None) -> None:
-        *tensors, _, rows, columns, scale, dropout_p = arguments
-        named = dict(zip((*INPUTS, "seed", "out", "content", "logsumexp"), tensors, strict=True))
-        outputs = {name: named.pop(name) for name in ("out", "content", "logsumexp")}
-        row_blocks = self.row_blocks if named["q"].numel() else None
-        _call("forward", _problem(named["q"], (rows, columns), scale, dropout_p), named, outputs, row_blocks=row_blocks)
+    def forward(self, *arguments: Tensor | float | None) -> tuple[Tensor | None, ...]:
+        *tensors, seed, rows, columns, scale, dropout_p, save = arguments
+        settings = {"save": save, "dropout_p": dropout_p, "dropout_seed": seed, "row_blocks": self.row_blocks}
+        made = forward([*map(_readable, tensors)], (rows, columns), scale, **settings).tensors
+        return tuple(made.get(name) for name in ("out", "content", "logsumexp"))
 
-    def backward(self, *arguments: Tensor | float | None) -> None:
-        *tensors, _, rows, columns, scale, dropout_p = arguments
-        named = dict(zip(("grad_out", *INPUTS, "seed", "content", "logsumexp", *GRADIENTS), tensors, strict=True))
-        outputs = {name: named.pop(name) for name in GRADIENTS}
-        problem = _problem(named["q"], (rows, columns), scale, dropout_p)
-        row_blocks = self.row_blocks if named["q"].numel() else None
-        _call("backward", problem, named, outputs, row_blocks=row_blocks)
+    def backward(self, grad_out: Tensor, *arguments: Tensor | float | None) -> tuple[Tensor, ...]:
+        *tensors, seed, rows, columns, scale, dropout_p, content, logsumexp = arguments
+        q, saved = tensors[0], {"logsumexp": logsumexp}
+        if self.saves_content(rows, columns, q.size(3), q.dtype == torch.bfloat16, dropout_p, -1):
+            saved["content"] = content
+        settings = {"dropout_p": dropout_p, "dropout_seed": seed}
+        made = backward(_readable(grad_out), [*map(_readable, tensors)], saved, (rows, columns), scale, **settings)
+        *grads, sums = made.tensors.values()
+        return *grads, *parameter_gradients(sums, *tensors[3:])
+
+
+def _readable(t: Tensor) -> Tensor:
+    """As csrc/register.cpp hands it on: in rows that can be read 16 bytes at a time."""
+    fits = t.stride(-1) == 1 and all(s % 8 == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_head: int, transposed: bool) -> Tensor:

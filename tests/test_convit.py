@@ -8,7 +8,9 @@ import timm
 import torch
 from models import assert_rounded, assert_trains_like, gradients, randomized, timm_convit
 from timm.layers import resample_abs_pos_embed
+from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.export import Dim, export
 
 import gpsa_kernels
 from gpsa_kernels import ConViT, FusedGPSA, SelfAttention
@@ -111,7 +113,7 @@ def test_arguments_reach_their_place():
     assert {block.attn.backend for block in model.blocks} == {"eager"}
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model.eval()(torch.zeros(2, 1, 32, 16, dtype=torch.float64)).shape == (2, 24)
-    assert model.no_weight_decay() == {"cls_token", "pos_embed"}
+    assert small(img_size=(32, 16)).grid_size == (4, 2)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (1, 1)])
@@ -196,6 +198,66 @@ def test_every_dropout_draws_what_timms_draws():
         torch.manual_seed(1)
         results.append(model(x).detach())
     assert_rounded(*results, ours)
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_timms_optimizers_see_the_same_groups_as_in_timms_model(layer_decay):
+    def groups(model: nn.Module) -> dict:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        made = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=layer_decay)
+        settings = [(group["params"], group["weight_decay"], group.get("lr_scale")) for group in made.param_groups]
+        return {names[id(parameter)]: rest for parameters, *rest in settings for parameter in parameters}
+
+    theirs = timm_convit(**SHALLOW)
+    assert groups(like(theirs, **SHALLOW)) == groups(theirs)
+
+
+INDICES = [None, 2, (0, -1), [1]]
+
+
+@pytest.mark.parametrize("indices", INDICES, ids=map(str, INDICES))
+@pytest.mark.parametrize("kwargs", [{}, {"norm": True, "output_fmt": "NLC"}, {"stop_early": True}])
+def test_intermediates_are_timms(indices, kwargs):
+    theirs, x = timm_convit(**SHALLOW), images(2, 64)
+    ours = like(theirs, **SHALLOW)
+    expected, kept = theirs.forward_intermediates(x, indices, **kwargs)
+    tokens, *actual = ours.forward_intermediates(x, indices, **kwargs)
+    for mine, other in zip(actual[0], kept, strict=True):
+        assert_rounded(mine, other, ours)
+    assert_rounded(tokens[:, -16:], expected[:, -16:], ours)
+    assert tokens.shape == (2, 17, 192)  # the class token is there wherever it stops
+    alone = ours.forward_intermediates(x, indices, intermediates_only=True, **kwargs)
+    torch.testing.assert_close(alone, actual[0], rtol=0, atol=0)
+
+
+def test_intermediates_of_images_of_any_size():
+    kept = small().forward_intermediates(images(2, 16, 40), intermediates_only=True)
+    assert [t.shape for t in kept] == 3 * [(2, 24, 2, 5)]
+
+
+@pytest.mark.parametrize("indices", [0, 4, -1, (3,), (0, -4), (0.0,)])
+def test_intermediates_of_blocks_that_are_not_there(indices):
+    message = f"indices must be some of 3 blocks', or how many of the last, got {indices}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small().forward_intermediates(images(1, 32), indices)
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
+        small().forward_intermediates(images(1, 32), output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # plain PyTorch, and the operator
+def test_exported_for_images_of_any_size(dtype):
+    model = small(image_size=64).to(dtype)
+    rows, columns = Dim("rows"), Dim("columns")
+    shape = {0: Dim("batch"), 2: 8 * rows, 3: 8 * columns}
+    exported = export(model, (images(2, 64).to(dtype),), dynamic_shapes=(shape,)).module()
+    for batch, height, width in [(2, 64, 64), (1, 40, 72), (3, 96, 48), (2, 16, 24)]:
+        x = images(batch, height, width).to(dtype)
+        assert_rounded(exported(x), model(x), model)
+
+
+def test_exported_for_images_of_its_size_nothing_is_resampled():
+    graph = export(small(), (images(2, 32),)).graph
+    assert not [node for node in graph.nodes if "bicubic" in str(node.target)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -60,10 +63,23 @@ def test_one_epoch_through_the_command_line(tmp_path):
     assert done.stderr.count("FAILED: ") == 2
     for words in ("test accuracy", "peak memory", "time in training steps", "Largest difference of the loss curves"):
         assert words in done.stdout
-    assert sorted(path.name for path in output.iterdir()) == ["attention.png", "gates.png", "losses.png"]
+    auto, fused = demo.auto_backend(), demo.fused_backend()
+    verdict = rf'"auto" is {auto} here; {fused} trained \d\.\d\d times as fast as eager and kept \d\d% of its memory.*'
+    assert re.fullmatch(verdict, done.stdout.splitlines()[-1])
+    assert sorted(path.name for path in output.iterdir()) == ["attention.png", "gates.png", "heads.png", "losses.png"]
     for path in output.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+    drawn, shown = (PIL.Image.open(folder / "heads.png") for folder in (output, Path(__file__).parent.parent / "docs"))
+    assert drawn.size == shown.size
+    made_by = "python -m gpsa_kernels demo --epochs {} --seed 0"
+    assert [picture.text["Description"] for picture in (drawn, shown)] == [made_by.format(1), made_by.format(15)]
+
+
+@pytest.mark.parametrize(("auto", "fused"), [("eager", "sdpa"), ("triton", "triton")])
+def test_the_fused_run_is_never_the_eager_one_again(monkeypatch, auto, fused):
+    monkeypatch.setattr(demo, "select_backend", lambda call: demo.BACKENDS[auto])
+    assert demo.fused_backend() == fused
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "many"])

@@ -9,7 +9,6 @@ import torch
 from models import assert_rounded, assert_same_gradients, gradients, randomized
 from timm.models.convit import ConVit as TimmConViT
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -99,42 +98,6 @@ def replicate(model: nn.Module) -> nn.Module:
 def test_data_parallel_replicas(build):
     model = build()
     assert_runs_like(lambda x: torch.cat([replicate(model)(part) for part in x.chunk(2)]), model, images())
-
-
-def steps(model: nn.Module, forward: nn.Module, batches: list[torch.Tensor]) -> list[dict]:
-    """The gradients of training steps."""
-    optimizer, history = torch.optim.SGD(model.parameters(), lr=0.1), []
-    for x in batches:
-        optimizer.zero_grad()
-        forward(x).sin().mean().backward()
-        history.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        optimizer.step()
-    return history
-
-
-def ddp_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.manual_seed(rank)  # timm's models start apart: DDP takes rank 0's parameters
-    for build in (own, timm_fused):
-        model = build()
-        wrapped = DistributedDataParallel(model, find_unused_parameters=False)
-        state = copy.deepcopy(model.state_dict())
-        history = steps(model, wrapped, images(8).chunk(4)[rank::2])
-        torch.save([state, *history], f"{folder}/{build.__name__}{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_distributed_data_parallel(tmp_path):
-    """Two steps on two ranks: gradients equal on both, and those of one process on the joint batch."""
-    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=2)
-    for build in (own, timm_fused):
-        (state, *first), (_, *second) = (torch.load(tmp_path / f"{build.__name__}{rank}.pt") for rank in (0, 1))
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        single = build()
-        single.load_state_dict(state)
-        for actual, expected in zip(first, steps(single, single, images(8).chunk(2)), strict=True):
-            assert_same_gradients(actual, expected, single)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

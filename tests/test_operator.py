@@ -192,6 +192,22 @@ def test_sdpa_blends_its_branches_in_float32(dtype, gate, grid_size, head_dim):
     assert_as_exact_as_eager(partial(composed, sdpa), tensors, grid_size, **rule)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid_size", [(2, 3), (5, 7)], ids=str)
+@torch.no_grad()
+def test_sdpa_gradients_in_16_bits_are_those_of_float32_rounded_once(dtype, grid_size):
+    *tensors, pos_weight, gate = inputs(2, 3, grid_size, 16, dtype)
+    grad_out = torch.randn_like(tensors[0])
+    content = sdpa.forward(Call(*tensors, pos_weight, gate, None, *grid_size, 0.25, 0.0), save=True)[1:]
+
+    def gradients(dtype):
+        made = Call(*(t.to(dtype) for t in tensors), pos_weight, gate, None, *grid_size, 0.25, 0.0)
+        return sdpa.backward(grad_out.to(dtype), made, sdpa.Saved(content[0].to(dtype), content[1]))
+
+    for grad, exact in zip(gradients(dtype), gradients(torch.float32), strict=True):
+        assert torch.equal(grad, exact.to(grad.dtype))
+
+
 @backends
 @dtypes
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import gpsa_kernels
+from tools.wheel import problems
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,11 @@ def test_the_wheel_is_pure_python_and_typed(source):
     assert "gpsa_kernels/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".cu", ".cpp", ".h"))]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"gpsa_kernels"}
+    # to be published it lacks the library, and nothing but that
+    assert problems(wheel) == [f"gpsa_kernels/_cuda/{name} is missing" for name in ("build.json", "gpsa_cuda.so")]
+    with zipfile.ZipFile(wheel, "a") as packed:
+        packed.writestr("tests/test_packaging.py", "")
+    assert problems(wheel)[2:] == ["tests/test_packaging.py does not belong in it"]
 
 
 def test_the_source_distribution_has_what_the_library_is_built_from(source):
@@ -61,7 +67,7 @@ def test_an_old_setuptools_is_refused_with_the_command_that_mends_it(tmp_path):
 
 
 def test_importing_loads_nothing_of_the_extras():
-    extras = "{'timm', 'sklearn', 'matplotlib', 'tqdm', 'pytest'}"
+    extras = "{'timm', 'sklearn', 'matplotlib', 'tqdm', 'pytest', 'torch.distributed.tensor'}"
     script = "import sys, torch; before = set(sys.modules); import gpsa_kernels; "  # torch loads tqdm by itself
     script += f"print(*{extras} & sys.modules.keys() - before)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

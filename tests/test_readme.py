@@ -1,8 +1,10 @@
 """What the README shows is true: its code runs, its commands exist, its figures are the measured ones."""
 
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -36,11 +38,20 @@ def test_usages_are_short():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)(?= |`)", README))))
 def test_make_commands_exist(target):
-    assert f"make {target} " in README
     plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert {"demo": "python -m gpsa_kernels demo", "test": "python -m pytest"}[target] in plan
+    assert {"demo": "-m gpsa_kernels demo", "gpu-report": "-m benchmarks.gpu_report"}.get(target, "-m pytest") in plan
+
+
+@pytest.mark.parametrize("command", re.findall(r"`python -m (.*?)`", README))
+def test_modules_shown_can_be_run(monkeypatch, command):
+    module, *arguments = command.split()
+    monkeypatch.setattr("sys.argv", [module, *arguments, "--help"])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # other tests import it
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module(module, run_name="__main__")
+    assert done.value.code == 0
 
 
 def test_every_backend_is_in_the_table():
@@ -55,8 +66,9 @@ def test_figures_are_the_measured_ones(name):
     assert report.filled(text, results.newest()) == text
 
 
-def test_pictures_are_of_the_newest_runs():
-    shown = set(report.SHOWN.findall(README))
+def test_pictures_are_there_and_of_the_newest_runs():
+    assert all((ROOT / path).stat().st_size < 25_000 for path in re.findall(r"!\[.*?\]\((.*?)\)", README))
+    shown = set(report.SHOWN.findall("".join(path.read_text() for path in report.FILES)))
     assert shown == {path.name for path in report.PLOTS.iterdir()}
     for name in shown:
         run = results.newest()[name.partition("-")[0]]

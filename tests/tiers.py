@@ -19,6 +19,7 @@ EVERYDAY_SHARES = {
     r"tests/test_fuzz\.py": 0.05,
     r"kernels/.*triton": 0.25,
     r"kernels/.*emulated": 0.5,
+    r"test_serving\.py::test_a_package": 0,
     r"test_demo\.py::test_one_epoch": 0.2,
 }
 

@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
-from gpsa_kernels.tensors import autocast_dtype, empty_output, parameter_gradients
+from gpsa_kernels.tensors import autocast_dtype
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
-_ALIGNMENT = 16  # bytes: the kernels read and write rows 16 bytes at a time
 _WHOLE_IMAGE_TOKENS = 256  # above which every kernel is tiled, and backward reads the content branch's own output
 
 
@@ -140,19 +139,9 @@ def unsupported_tensors(call: Call) -> str | None:
     return strided_channels(call)
 
 
-class _Sizes(NamedTuple):
-    slots: int  # of `sums`, for a batch element
-    inference_workspace: int  # bytes, of a forward pass that saves nothing
-    forward_workspace: int  # of one that saves what backward reads
-    backward_workspace: int
-    content: bool  # whether backward reads the content branch's own output
-
-
 @functools.lru_cache(maxsize=1024)
-def _sizes(
-    batch: int, heads: int, rows: int, columns: int, head_dim: int, bfloat16: bool, dropout_p: float, device: int
-) -> _Sizes:
-    return _Sizes(*torch.ops.gpsa_cuda.sizes(batch, heads, rows, columns, head_dim, bfloat16, dropout_p, device))
+def _saves_content(rows: int, columns: int, head_dim: int, bfloat16: bool, dropout_p: float, device: int) -> bool:
+    return torch.ops.gpsa_cuda.saves_content(rows, columns, head_dim, bfloat16, dropout_p, device)
 
 
 def _device_index(q: Tensor) -> int:
@@ -161,65 +150,21 @@ def _device_index(q: Tensor) -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else -1
 
 
-def _sizes_for(call: Call) -> _Sizes:
-    batch, heads, _, head_dim = call.q.shape
-    bfloat16 = call.q.dtype == torch.bfloat16
-    return _sizes(batch, heads, *call.grid_size, head_dim, bfloat16, call.dropout_p, _device_index(call.q))
-
-
 def saves_content(call: Call) -> bool:
     q = call.q
     if q.size(2) > _WHOLE_IMAGE_TOKENS:  # the library says so, too; not asked, it leaves the sizes symbolic
         return True
-    shape = (1, 1, int(call.rows), int(call.columns), int(q.size(3)))  # for any batch and heads
+    shape = int(call.rows), int(call.columns), int(q.size(3))
     with _disable_current_modes():  # which are for operators on tensors
-        return _sizes(*shape, q.dtype == torch.bfloat16, call.dropout_p, _device_index(q)).content
-
-
-def _workspace(q: Tensor, size: int) -> Tensor | None:
-    return q.new_empty(size, dtype=torch.uint8) if size else None
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """``t``, copied if its rows do not start where the kernels can read them, or its channels are not contiguous."""
-    batch, head, token, channel = t.stride()
-    if channel == 1 and (batch | head | token) % (_ALIGNMENT // 2) == 0 and t.data_ptr() % _ALIGNMENT == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def _float32(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
-
-
-def _inputs(call: Call) -> tuple[Tensor | None, ...]:
-    """What every kernel reads, as it can be read."""
-    q, k, v, pos_weight, gate, seed, *_ = call
-    return _aligned(q), _aligned(k), _aligned(v), _float32(pos_weight), _float32(gate), seed
+        return _saves_content(*shape, q.dtype == torch.bfloat16, call.dropout_p, _device_index(q))
 
 
 def forward(call: Call, save: bool) -> Forward:
-    q, sizes = call.q, _sizes_for(call)
-    out = empty_output(q)
-    content = empty_output(q) if save and sizes.content else None
-    logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32) if save else None
-    workspace = _workspace(q, sizes.forward_workspace if save else sizes.inference_workspace)
-    settings = (*call.grid_size, call.scale, call.dropout_p)
-    torch.ops.gpsa_cuda.forward(*_inputs(call), out, content, logsumexp, workspace, *settings)
-    return Forward(out, content, logsumexp)
+    return Forward(*torch.ops.gpsa_cuda.forward(*call, save))
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
-    q, sizes = call.q, _sizes_for(call)
-    grads = empty_output(q), empty_output(q), empty_output(q)
-    sums = q.new_empty((q.size(0) * sizes.slots, 4 * q.size(1)), dtype=torch.float32)
-    content = saved.content if sizes.content else None
-    workspace = _workspace(q, sizes.backward_workspace)
-    settings = (*call.grid_size, call.scale, call.dropout_p)
-    torch.ops.gpsa_cuda.backward(
-        _aligned(grad_out), *_inputs(call), content, saved.logsumexp, *grads, sums, workspace, *settings
-    )
-    return Gradients(*grads, *parameter_gradients(sums, call.pos_weight, call.gate))
+    return Gradients(*torch.ops.gpsa_cuda.backward(grad_out, *call, *saved))
 
 
 BACKEND = Backend(

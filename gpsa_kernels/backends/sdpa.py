@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
 from gpsa_kernels.separable import axis_factors, axis_factors_backward, separable_product
-from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output
+from gpsa_kernels.tensors import accumulation_dtype, as_output, empty_output, known
 
 _FEW_TOKENS = 16  # in a row shorter than a CPU's vector, torch's flash attention loses NaN
 _WORKSPACE_ELEMENTS = 2**20  # 4 MiB of float32 a buffer, enough that Python does not show
@@ -55,7 +55,7 @@ def compose(call: Call) -> Tensor:
     if torch.is_grad_enabled():
         common = _in_common(v)
         v = v - common
-    if call.q.size(2) <= _FEW_TOKENS:
+    if known(call.q.size(2) <= _FEW_TOKENS):
         content = _content_map(call) @ v.to(g.dtype)
     else:
         content = F.scaled_dot_product_attention(call.q, call.k, v, scale=call.scale).to(g.dtype)
@@ -72,18 +72,20 @@ def _content(call: Call, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(call.q, call.k, v, scale=call.scale)
 
 
-def _content_backward(grad_out: Tensor, call: Call, v: Tensor, saved: Saved) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v."""
-    if call.q.size(2) > _FEW_TOKENS:
+def _content_backward(
+    grad_out: Tensor, call: Call, v: Tensor, content: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, computed in float32: in 16 bits torch's are slower than that on every CPU."""
+    dtype = accumulation_dtype(call.q.dtype)
+    q, k, v, grad_out, content = (t.to(dtype) for t in (call.q, call.k, v, grad_out, content))
+    if q.size(2) > _FEW_TOKENS:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, call.q, call.k, v, *saved, 0.0, False, scale=call.scale
+            grad_out, q, k, v, content, logsumexp, 0.0, False, scale=call.scale
         )
     content_map = _content_map(call)
-    q, k, v, grad_out = (t.to(content_map.dtype) for t in (call.q, call.k, v, grad_out))
     grad_map = grad_out @ v.mT
     grad_scores = content_map * (grad_map - (content_map * grad_map).sum(-1, keepdim=True)) * call.scale
-    grads = grad_scores @ k, grad_scores.mT @ q, content_map.mT @ grad_out
-    return tuple(t.to(call.q.dtype) for t in grads)
+    return grad_scores @ k, grad_scores.mT @ q, content_map.mT @ grad_out
 
 
 class _Buffer(NamedTuple):
@@ -160,15 +162,15 @@ def forward(call: Call, save: bool) -> Forward:
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     ax, ay, g = _factors_and_gate(call)
     share = g.view(-1, 1, 1)
-    content, _ = saved
+    content, logsumexp = saved
     assert content is not None, "forward fills it"
 
     # Flash attention's gradients are linear in the one it is given, so its share of dO is applied to its results:
     # in place, where a scaled copy of dO would be a new tensor.
     v, _ = _split(call.v)
-    grad_q, grad_k, grad_v = map(as_output, _content_backward(grad_out, call, v, saved))
-    grad_q.mul_((1 - share).to(grad_q.dtype))
-    grad_k.mul_((1 - share).to(grad_k.dtype))
+    grad_q, grad_k, grad_v = map(as_output, _content_backward(grad_out, call, v, content, logsumexp))
+    grad_q.mul_(1 - share)
+    grad_k.mul_(1 - share)
 
     # O_pos = Ax (Ay V), and back along the same two contractions, unscaled
     ax_backward, ay_backward = ax.transpose(1, 2).repeat_interleave(call.rows, dim=0), ay.transpose(1, 2)
@@ -193,7 +195,8 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     along_position = (ax * grad_ax).sum((1, 2))
     grad_gate = g * (1 - g) * (along_position - along_content)
     grad_pos_weight = axis_factors_backward(ax, ay, share * grad_ax, share * grad_ay)
-    return Gradients(grad_q, grad_k, grad_v, grad_pos_weight.to(call.pos_weight.dtype), grad_gate.to(call.gate.dtype))
+    grads = (grad_q, grad_k, grad_v, grad_pos_weight, grad_gate)
+    return Gradients(*(grad.to(t.dtype) for grad, t in zip(grads, call[:5], strict=True)))
 
 
 def unsupported(call: Call) -> str | None:

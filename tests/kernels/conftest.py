@@ -139,9 +139,9 @@ def _emulated(request, target, monkeypatch):
         pytest.skip(reason)
     monkeypatch.setitem(BACKENDS, target.backend, backend)
     monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
-    cuda._sizes.cache_clear()
+    cuda._saves_content.cache_clear()
     yield
-    cuda._sizes.cache_clear()
+    cuda._saves_content.cache_clear()
 
 
 @pytest.fixture
