@@ -23,16 +23,17 @@ from gpsa_kernels.verdict import ShapeClass, Verdict
 ON_CPU = auto._on_cpu
 GPU = {"gpu": "a GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
 KIND = "float32", ShapeClass(32, "inference", 14, 48, False)
-# It answers with what it is given for a backend, or hangs or crashes; a time is the answer of one that is right.
+# What it is given for a backend is the answer to "prove", or the time of one that is right, or that it hangs or dies.
 WORKER = """
 import json, os, signal, sys, time
 for line in sys.stdin:
     what, *about = json.loads(line)
     answer = {answers}.get(about[0] if about else what, 10.0)
     if answer == "hang": time.sleep(60)
-    if answer == "crash": os.kill(os.getpid(), signal.SIGSEGV)
     if answer == "exit": sys.exit("no such thing")
-    if isinstance(answer, float): answer = {{"us": answer}} if what == "measure" else {{"error": 0.1, "eager": 0.2}}
+    if answer == "crash" or (answer, what) == ("crash later", "measure"): os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "measure": answer = {{"us": answer if isinstance(answer, float) else 1.0}}
+    elif not isinstance(answer, dict): answer = {{"error": 0.1, "eager": 0.2}}
     print(json.dumps(answer), flush=True)
 """
 
@@ -117,6 +118,7 @@ def test_what_cannot_run_the_call_gives_way():
         ({"quick": {"wrong": "q: error 1, allowed 0"}}, "slow"),
         ({"quick": "hang", "slow": 5.0}, "slow"),
         ({"quick": "crash", "slow": 5.0}, "slow"),
+        ({"quick": "crash later", "slow": 5.0}, "slow"),
         ({"quick": {"cannot": "Failed to find C compiler"}, "slow": 5.0}, "slow"),
         ({"quick": {"wrong": "it is"}, "slow": {"wrong": "it is"}}, "sdpa"),
     ],
@@ -126,7 +128,9 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers
     answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
     assert auto.choose(call()).name == expected
     wrong = [
-        name for name in ("slow", "quick") if given.get(name) in ("hang", "crash") or "wrong" in str(given.get(name))
+        name
+        for name in ("slow", "quick")
+        if given.get(name) in ("hang", "crash", "crash later") or "wrong" in str(given.get(name))
     ]
     assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
     with monkeypatch.context() as patch:
@@ -291,7 +295,7 @@ def test_the_cpu_is_checked_for_real(monkeypatch):
 def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     ask = partial(
         check.find_out,
-        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7.0, quick="crash"),
+        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash"),
     )
     monkeypatch.setattr(report, "find_out", ask)
     monkeypatch.setattr(report.auto, "_on_cpu", ON_CPU)
@@ -301,8 +305,8 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert table["sdpa"] == ["sdpa", *["proven", "1.0e-01", "(2.0e-01)"] * 3]
     assert table["slow"] == ["slow", *["WRONG"] * 3]
     assert any("quick" in line and "SIGSEGV" in line for line in lines)
-    assert table["14x14 D=48 inference"][3:] == ["7.0*", "10.0", "-", "-", "10.0"] * 2
-    assert table["14x14 D=48 dropout"][3:] == ["7.0", "10.0*", "-", "-", "10.0"] * 2
+    assert table["14x14 D=48 inference"][3:] == ["7.00*", "0.01", "-", "-", "0.01"] * 2
+    assert table["14x14 D=48 dropout"][3:] == ["7.00", "0.01*", "-", "-", "0.01"] * 2
 
 
 def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
@@ -311,7 +315,7 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert main(["check"]) == 0
     assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
-    assert "5.0*" in said
+    assert "7.00     5.00*" in said
     monkeypatch.setattr(check, "one_kind", None)
     assert {auto.choose(call(dtype=getattr(torch, dtype))).name for dtype in verdict.DTYPES} == {"quick"}
 

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import groupby
 
 import torch
 
@@ -107,31 +106,33 @@ def _proof(found: Findings, name: str, dtype: str) -> str:
     if reasons := [answer[key] for answer in answers for key in ("cannot", "skipped") if key in answer]:
         return reasons[0][:22]
     errors = [(answer["error"], answer["eager"]) for answer in answers if "error" in answer]
-    return "proven {:.1e} ({:.1e})".format(*map(max, *errors)) if errors else "-"
+    return "proven {:.1e} ({:.1e})".format(*map(max, zip(*errors, strict=True))) if errors else "-"
 
 
 def _times(found: Findings, device: torch.device, dtype: str, title: str) -> list[str]:
     """A line for each size and mode, a column for each backend and for a small and a large batch."""
     columns = [*names(), ALONE]
+    unit, microseconds = ("µs", 1.0) if device.type == "cuda" else ("ms", 1e3)
     head = "".join(name.rjust(9) for name in columns)
     lines = [
-        f"{'µs a call, ' + title:<24}{head}   {head}",
+        f"{f'{unit} a call, {title}':<24}{head}   {head}",
         f"{'':<24}{'of one image':>{len(head)}}   {'of many':>{len(head)}}",
     ]
-    for (side, head_dim, mode), pair in groupby(
-        verdict.shapes(dtype), key=lambda shape: (shape.side, shape.head_dim, shape.mode)
-    ):
-        line = f"{side}x{side} D={head_dim} {mode}".ljust(24)
+    shapes, known = verdict.shapes(dtype), found.verdict.times
+    for pair in zip(shapes[::2], shapes[1::2], strict=True):  # a small and a large batch
+        if not any(str(shape) in known for shape in pair):
+            continue
+        line = f"{pair[0].side}x{pair[0].side} D={pair[0].head_dim} {pair[0].mode}".ljust(24)
         for shape in pair:
-            times = {**found.verdict.times.get(str(shape), {}), ALONE: found.alone.get(str(shape), math.nan)}
+            times = {**known.get(str(shape), {}), ALONE: found.alone.get(str(shape), math.nan)}
             taken = _taken(found, device, dtype, shape)
-            line += "".join(_microseconds(times.get(name), name == taken) for name in columns) + "   "
+            line += "".join(_cell(times.get(name, math.nan) / microseconds, name == taken) for name in columns) + "   "
         lines.append(line.rstrip())
     return lines
 
 
-def _microseconds(time: float | None, taken: bool) -> str:
-    digits = "-" if time is None or math.isnan(time) else f"{time:.0f}" if time >= 100 else f"{time:.1f}"
+def _cell(time: float, taken: bool) -> str:
+    digits = "-" if math.isnan(time) else f"{time:.{2 if time < 10 else 1 if time < 100 else 0}f}"
     return f"{digits}{'*' if taken else ' '}".rjust(9)
 
 
