@@ -229,6 +229,7 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
 
 
 sdpa_and_cached_map = partial(sdpa_and_map, cached=True)
+cudnn_and_map = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
 
 
 def compiled(make: Make, **options: str) -> Make:
@@ -287,11 +288,7 @@ OPERATOR = Subject(
         Peer(REFERENCE, timm),
         Peer("eager, position once", eager),
         Peer("SDPA + positional map", sdpa_and_map),
-        Peer(
-            "SDPA + positional map, cuDNN",
-            partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION]),
-            devices=("cuda",),
-        ),
+        Peer("SDPA + positional map, cuDNN", cudnn_and_map, devices=("cuda",)),
         Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
         *(ours(name) for name in reversed(BACKENDS)),
         Peer("SDPA alone", sdpa_alone(), gpsa=False),

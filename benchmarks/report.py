@@ -79,6 +79,11 @@ def pooled(found: Iterable[Sequence[Row]]) -> dict[str, list[float]]:
     return ratios
 
 
+def reached(found: Iterable[Sequence[Row]]) -> list[float]:
+    """The speed-up of what "auto" takes, one of every measurement that has it."""
+    return [speedups(rows)[taken(rows)] for rows in found if taken(rows) in speedups(rows)]
+
+
 def header(run: Run) -> str:
     """Where, when and with what a run was measured."""
     on_gpu = run["device_type"] == "cuda"
@@ -105,8 +110,7 @@ def glance(runs: dict[str, Run]) -> str:
         for direction in ("inference", "training"):
             columns.append(measurements(run, section="models", direction=direction, compiled=False))
         names = unique(taken(rows).split()[-1] for column in columns for rows in column)
-        cells = [_spread([r for rows in column for r in pooled([rows]).get(taken(rows), [])]) for column in columns]
-        lines.append(_line([f"{name}, `{'` and `'.join(names)}`", *cells]))
+        lines.append(_line([f"{name}, `{'` and `'.join(names)}`", *(_spread(reached(column)) for column in columns)]))
     return "\n".join(lines) + "\n"
 
 
@@ -120,9 +124,7 @@ def comparison(run: Run) -> str:
     ours = unique(map(taken, every))
     for direction, those in found.items():
         beside = [rows for rows in those if rows[0]["section"] in ("compiled", "tuned")]
-        ratios[direction]["gpsa_kernels, beside compiled peers"] = [
-            speedups(rows)[taken(rows)] for rows in beside if taken(rows) in speedups(rows)
-        ]
+        ratios[direction]["gpsa_kernels, beside compiled peers"] = reached(beside)
     excuses = ((row["peer"], row["direction"], row["status"]) for rows in every for row in rows)
     failed = {(peer, one): status for peer, one, status in excuses if status in ("wrong", "failed")}
     wide = select(run, section="tokens", direction="both", rows=24, columns=24)
@@ -201,14 +203,11 @@ def attention(run: Run) -> str:
     for section in ("layer", *OPERATOR_SECTIONS):
         for workload in unique(row["workload"] for row in select(run, section=section)):
             rows = select(run, section=section, workload=workload)
-            timed = [row for row in rows if "median_us" in row]
-            if timed:
+            if any("median_us" in row for row in rows):
                 head = _head("", "direction", "µs", "p20 to p80", *COMPARED)
                 lines += ["", f"**{section}: {workload}**", "", *head]
-            for row in timed:
-                same = [
-                    r for r in timed if (r["direction"], r["temperature"]) == (row["direction"], row["temperature"])
-                ]
+            found = measurements(run, section=section, workload=workload)
+            for row, same in [(row, peers) for peers in found for row in peers if "median_us" in row]:
                 where = f"{DIRECTION_NAMES[row['direction']]}, {row['temperature']}"
                 times = [_time(row["median_us"]), f"{_time(row['p20_us'])} to {_time(row['p80_us'])}"]
                 lines.append(_line([row["peer"], where, *times, *_compared(row, same)]))
