@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -71,14 +72,12 @@ def _on_gpu(call: Call) -> str:
     q = call.q
     batch, heads, tokens, head_dim = q.shape
     mode = "dropout" if call.has_dropout else "training" if _wants_gradients(call) else "inference"
-    if torch.compiler.is_compiling():  # a batch that is left open stays open, and counts as large
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        large = not statically_known_true(batch * heads * tokens < verdict.LARGE)
-    else:
-        large = batch * heads * tokens >= verdict.LARGE
-    dtype = autocast_dtype("cuda") or q.dtype
-    return _fastest(q.device.index, dtype, mode, *verdict.size(tokens, head_dim), large)
+    holds: Callable[[bool], bool] = bool
+    if torch.compiler.is_compiling():  # sizes that are left open stay open, and count as large
+        from torch.fx.experimental.symbolic_shapes import statically_known_true as holds
+    side, timed_dim = verdict.size(tokens, head_dim, holds)
+    large = not holds(batch * heads * tokens < verdict.LARGE)
+    return _fastest(q.device.index, autocast_dtype("cuda") or q.dtype, mode, side, timed_dim, large)
 
 
 # ---- what is known about the GPUs of this process ------------------------------------------------------------------

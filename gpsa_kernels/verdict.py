@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -73,9 +73,14 @@ class ShapeClass(NamedTuple):
         return Proof(backend, dtype, self.side**2 > _WHOLE_IMAGE_TOKENS, self.mode == "dropout", self.head_dim)
 
 
-def size(tokens: int, head_dim: int) -> tuple[int, int]:
+def size(tokens: int, head_dim: int, holds: Callable[[bool], bool] = bool) -> tuple[int, int]:
     """The side and head_dim that are timed for calls with as many tokens and channels."""
-    side = 14 if tokens <= _WHOLE_IMAGE_TOKENS else 24 if tokens <= 768 else 32 if tokens <= 2048 else 64
+    if holds(tokens <= _WHOLE_IMAGE_TOKENS):
+        side = 14
+    elif holds(tokens <= 768):
+        side = 24
+    else:
+        side = 32 if holds(tokens <= 2048) else 64
     return side, 48 if head_dim <= 48 else 64
 
 

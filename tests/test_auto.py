@@ -231,6 +231,21 @@ def test_a_compiled_call_is_one_graph_for_any_batch(answers, first):
     assert ["'quick'" in graph.code for graph in graphs] == [True]
 
 
+def test_a_call_is_exported_for_any_batch_and_any_grid():
+    verdict.write(known(quick=1.0, sdpa=2.0))
+
+    class Attention(nn.Module):
+        def forward(self, q, *rest):
+            return gpsa_attention(q, *rest, (1, q.shape[2]))
+
+    sizes = {0: torch.export.Dim("batch", max=9999), 2: torch.export.Dim("tokens", max=9999)}
+    tensors = tuple(t.detach() for t in inputs(2, 3, (1, 20), 8, torch.float32))
+    exported = torch.export.export(
+        Attention(), tensors, dynamic_shapes={"q": sizes, "rest": (sizes, sizes, None, None)}
+    )
+    assert "'quick'" in exported.graph_module.code
+
+
 # ---- what is proven and timed ---------------------------------------------------------------------------------------
 
 
