@@ -358,44 +358,27 @@ COLOURS = {
     "gpsa_kernels cuda": "#D55E00",
     "SDPA alone": "#bdbdbd",
 }
-LINES = {
-    "timm": "s",
-    "eager, position once": "D",
-    "SDPA + positional map": "v",
-    "gpsa_kernels sdpa": "^",
-    "gpsa_kernels triton": "o",
-    "gpsa_kernels cuda": "X",
-    "SDPA alone": "x",
-}
 
 
 def colour(peer: str) -> str:
     return COLOURS[max(filter(peer.startswith, COLOURS), key=len)]
 
 
-def _panels(run: Run, found: dict[str, Any], height: float, what: str) -> tuple[Any, list[tuple[Any, Any]]]:
-    """A figure with a panel for each direction in which something was found; below it what was measured, on what."""
-    from matplotlib.figure import Figure
-
-    found = {direction: rows for direction, rows in found.items() if rows}
-    figure = Figure(figsize=(4.5 * len(found), height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
-    panels = figure.subplots(1, len(found), squeeze=False)[0]
-    for axes, direction in zip(panels, found, strict=True):
-        axes.set_title(f"attention {DIRECTION_NAMES[direction]}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0.01, 0.008, f"{what}. {header(run)}", fontsize=7, color="#444444", ha="left", va="bottom")
-    return figure, list(zip(panels, found.values(), strict=True))
-
-
 def speedup_bars(run: Run) -> Any:
     """How many times timm's speed every peer reaches at the headline; None where nothing can be compared."""
     found = {direction: pooled(at_headline(run, direction)) for direction in ("forward", "both")}
-    if not any(found.values()):
+    found = {direction: ratios for direction, ratios in found.items() if ratios}
+    if not found:
         return None
+    from matplotlib.figure import Figure
+
     count = max(map(len, found.values()))
-    figure, panels = _panels(run, found, 1.4 + 0.3 * count, str(headline(run["device_type"], run["profile"])))
-    for axes, ratios in panels:
+    figure = Figure(figsize=(4.5 * len(found), 1.4 + 0.3 * count), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.06, 1, 0.94))
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (direction, ratios) in zip(panels, found.items(), strict=True):
+        axes.set_title(f"attention {DIRECTION_NAMES[direction]}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
         peers = sorted(ratios, key=lambda peer: statistics.median(ratios[peer]))
         widths = [statistics.median(ratios[peer]) for peer in peers]
         spread = [
@@ -414,41 +397,13 @@ def speedup_bars(run: Run) -> Any:
         axes.axvline(1, color="#000000", linewidth=0.8)
         most = 1.2 * max(map(max, ratios.values()))
         axes.set(xlim=(0, most), ylim=(-0.7, count - 0.3), xlabel="times timm's speed, with its range")
+    about = f"{headline(run['device_type'], run['profile'])}. {header(run)}"
+    figure.text(0.01, 0.008, about, fontsize=7, color="#444444", ha="left", va="bottom")
     return figure
-
-
-def time_lines(run: Run) -> Any:
-    """Time of one image against tokens, with the floor, both axes logarithmic; None where there are no two grids."""
-    rows = [row for row in select(run, section="tokens") if "median_us" in row]
-    grids = {row["rows"] * row["columns"]: f"{row['rows']}×{row['columns']}" for row in rows}
-    if len(grids) < 2:
-        return None
-    found = {direction: [row for row in rows if row["direction"] == direction] for direction in ("forward", "both")}
-    figure, panels = _panels(run, found, 4.8, f"{rows[0]['heads']} heads, D={rows[0]['head_dim']}, {rows[0]['dtype']}")
-    for axes, here in panels:
-
-        def points(name: str, rows: list[Row]) -> list[tuple[int, float]]:
-            return sorted({(row["rows"] * row["columns"], row[name] / row["batch"]) for row in rows if name in row})
-
-        for peer, marker in LINES.items():
-            if timed := points("median_us", [row for row in here if row["peer"] == peer]):
-                style = {"color": colour(peer), "marker": marker, "linewidth": 2.4 if is_ours(peer) else 1.4}
-                axes.plot(*zip(*timed, strict=True), label=peer, **style)
-        if floors := points("floor_us", here):
-            axes.plot(*zip(*floors, strict=True), color="#000000", linestyle=":", linewidth=1.4, label="floor")
-        axes.set(xscale="log", yscale="log", xlabel="grid of tokens", ylabel="µs an image")
-        axes.set_xticks(list(grids), grids.values(), fontsize=8, rotation=30)
-        axes.set_xticks([], minor=True)
-        axes.grid(which="major", color="#dddddd", linewidth=0.6)
-        axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
-PICTURES = {"speedups": speedup_bars, "time": time_lines}
 
 
 def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None) -> list[Path]:
-    """The pictures ``wanted``, or all that every device type has the data for; the files written.
+    """The speed-ups of every device type that has the data, or those pictures that are ``wanted``; the files written.
 
     They have the colours above and shades of grey, which take a third of the bytes of all colours; a picture's metadata
     says which run it shows.
@@ -464,16 +419,15 @@ def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for device, run in runs.items():
-        for name, picture in PICTURES.items():
-            path = folder / f"{device}-{name}.png"
-            figure = picture(run) if wanted is None or path.name in wanted else None
-            if figure is not None:
-                drawn, text = BytesIO(), PngInfo()
-                figure.savefig(drawn, dpi=96)
-                text.add_text("Description", f"from the run of {run['started']}")
-                reduced = PIL.Image.open(drawn).convert("RGB").quantize(palette=palette, dither=PIL.Image.Dither.NONE)
-                reduced.save(path, optimize=True, pnginfo=text)
-                written.append(path)
+        path = folder / f"{device}-speedups.png"
+        figure = speedup_bars(run) if wanted is None or path.name in wanted else None
+        if figure is not None:
+            drawn, text = BytesIO(), PngInfo()
+            figure.savefig(drawn, dpi=96)
+            text.add_text("Description", f"from the run of {run['started']}")
+            reduced = PIL.Image.open(drawn).convert("RGB").quantize(palette=palette, dither=PIL.Image.Dither.NONE)
+            reduced.save(path, optimize=True, pnginfo=text)
+            written.append(path)
     return written
 
 
