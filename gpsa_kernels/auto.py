@@ -54,9 +54,13 @@ def choose(call: Call) -> Backend:
 
 
 def _wants_gradients(call: Call) -> bool:
-    q, k, v, pos_weight, gate, *_ = call
-    needed = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
-    return needed and torch.is_grad_enabled()
+    return torch.is_grad_enabled() and (
+        call.q.requires_grad
+        or call.k.requires_grad
+        or call.v.requires_grad
+        or call.pos_weight.requires_grad
+        or call.gate.requires_grad
+    )
 
 
 def _on_cpu(call: Call) -> str:
