@@ -83,8 +83,6 @@ def test_a_package_is_served_by_a_program_without_python(names, tmp_path):
 
 
 def test_onnx(names):
-    for needed in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(needed)
     run(names, "ONNX")
     assert_served(torch.from_numpy(names["logits"]), names)
     assert {node.domain for node in names["program"].model.graph} == {""}
