@@ -56,6 +56,7 @@ _KINDS = {
     "atomics": r"RED(?!UX)|ATOM",
 }
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
+_ADDRESS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", re.MULTILINE)
 _LEGEND = f"# {' '.join(Code._fields)}: one figure, or each of {'/'.join(f'sm_{code}' for code in ARCHITECTURES)}"
 
 
@@ -89,10 +90,10 @@ def read(binary: Path = LIBRARY) -> Kernels:
     """
     resources = {
         key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-        for key, text in _functions(binary, "-res-usage", r" Function (\S+):$")
+        for key, text in functions(binary, "-res-usage", r" Function (\S+):$")
     }
     codes = {}
-    for key, text in _functions(binary, "-sass", r"\t\tFunction : (\S+)$"):
+    for key, text in functions(binary, "-sass", r"\t\tFunction : (\S+)$"):
         instructions = _INSTRUCTION.findall(text)
         counts = Counter(map(kind, instructions))
         usage = resources[key]
@@ -107,7 +108,15 @@ def read(binary: Path = LIBRARY) -> Kernels:
     return {(architecture, names[name]): code for (architecture, name), code in codes.items()}
 
 
-def _functions(binary: Path, option: str, heading: str) -> Iterator[tuple[tuple[str, str], str]]:
+def in_loops(text: str) -> list[str]:
+    """The instructions of a kernel, as ``cuobjdump`` prints it, between a branch backwards and where it leads."""
+    code = [(int(address, 16), words) for address, words in _ADDRESS.findall(text)]
+    branches = [(address, re.match(r"BRA\b.*?\b0x([0-9a-f]+)", words)) for address, words in code]
+    loops = [(int(found[1], 16), address) for address, found in branches if found and int(found[1], 16) < address]
+    return [words for address, words in code if any(start <= address <= end for start, end in loops)]
+
+
+def functions(binary: Path, option: str, heading: str) -> Iterator[tuple[tuple[str, str], str]]:
     """What ``cuobjdump`` prints of each kernel: ((architecture, mangled name), text)."""
     dumped = subprocess.run([tool(), option, binary], check=True, capture_output=True, text=True).stdout
     pieces = re.split(rf"(?m)^(?:arch = (\w+)|{heading})", dumped)

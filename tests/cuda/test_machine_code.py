@@ -52,6 +52,28 @@ def test_there_are_no_atomics(codes):
     assert {name: code for name, code in codes.items() if code.atomics} == {}
 
 
+DIVISION = re.compile(r"I2F\S*\.RP|FCHK")  # how an integer's begins, and what chooses the slow path of a float's
+
+
+def test_no_loop_of_a_whole_image_kernel_divides(library):
+    """But forward's over an axis of more than 16, by its lines: once for the tile and once for the line."""
+    checked = 0
+    for (_, name), text in machine_code.functions(library, "-sass", r"\t\tFunction : (\S+)$"):
+        if "WholeImage" in name:
+            loops = machine_code.in_loops(text)
+            assert any(words.startswith("HMMA") for words in loops), name
+            allowed = 2 if "WholeImageForward" in name and "Lb0E" in name else 0  # Lb0E: no dropout
+            assert sum(map(bool, map(DIVISION.match, loops))) <= allowed, name
+            checked += 1
+    assert checked > 50
+
+
+def test_in_loops():
+    lines = ["FCHK P0, R1", "I2F.RP R2, R3", "@P0 BRA 0x30", "HMMA R4", "@!P1 BRA.U 0x10", "BRA `(.L_1) 0x50", "EXIT"]
+    text = "\n".join(f"        /*{16 * i:04x}*/    {line} ;   /* 0x0 */" for i, line in enumerate(lines))
+    assert machine_code.in_loops(text) == ["I2F.RP R2, R3 ", "BRA 0x30 ", "HMMA R4 ", "BRA.U 0x10 "]
+
+
 @pytest.mark.parametrize(
     ("instruction", "kind"),
     [
