@@ -166,14 +166,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, run: Callable[..., Any], constants: tuple[Any, ...], *inputs: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """``run`` is the operator, or what it would run; ``constants`` are the arguments after ``inputs``."""
         with torch._C._AutoDispatchBelowAutograd():
             out, content, logsumexp = run(*inputs, *constants, True)
         ctx.constants = constants
         ctx.save_for_backward(*inputs, content, logsumexp)
-        ctx.mark_non_differentiable(*(t for t in (content, logsumexp) if t is not None))
         ctx.set_materialize_grads(False)
+        if run is _run_forward:  # nobody asks for the others
+            return out
+        ctx.mark_non_differentiable(content, logsumexp)
         return out, content, logsumexp
 
     @staticmethod
@@ -278,7 +280,7 @@ def _attention(call: Call, backend: Backend) -> Tensor:
     q, k, v, pos_weight, gate, *_ = call
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
     if needs_grad and torch.is_grad_enabled():
-        return _apply(_run_forward, (*call[_DIFFERENTIABLE:], backend.name), q, k, v, pos_weight, gate)[0]
+        return _apply(_run_forward, (*call[_DIFFERENTIABLE:], backend.name), q, k, v, pos_weight, gate)
     assert backend.forward is not None
     with torch._C._AutoDispatchBelowAutograd():
         return backend.forward(call, False).out

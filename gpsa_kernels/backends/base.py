@@ -48,8 +48,6 @@ class Call(NamedTuple):
 
 def strided_channels(call: Call) -> str | None:
     """Why kernels that read rows of channels cannot run a call, or None."""
-    if call.q.stride(-1) == call.k.stride(-1) == call.v.stride(-1) == 1:  # nearly always
-        return None
     for name, t in (("q", call.q), ("k", call.k), ("v", call.v)):
         if t.stride(-1) != 1 and t.size(-1) > 1:
             return f"{name}'s last dimension has stride {t.stride(-1)}, and it must be contiguous (stride 1)"
