@@ -12,16 +12,16 @@ constexpr int most_blocks = 3;
 constexpr int most_blocks = 2;
 #endif
 
-/// Of whole_image_threads; there are registers for as many.
+/// Of a multiprocessor; there are registers for as many.
 template <typename Kernel>
-constexpr int blocks_per_multiprocessor =
-    Kernel::channels > 64                                                       ? 2
-    : Kernel::key_tiles == 4                                                    ? 3
-    : Kernel::channels == 48 && Kernel::key_tiles == 13 && !Kernel::has_dropout ? most_blocks
-                                                                                : 2;
+constexpr int most_threads =
+    whole_image_threads * (Kernel::channels > 64                                                       ? 2
+                           : Kernel::key_tiles == 4                                                    ? 3
+                           : Kernel::channels == 48 && Kernel::key_tiles == 13 && !Kernel::has_dropout ? most_blocks
+                                                                                                       : 2);
 
 template <typename Kernel>
-__global__ void __launch_bounds__(whole_image_threads* blocks_per_multiprocessor<Kernel>)
+__global__ void __launch_bounds__(most_threads<Kernel>)
     whole_image_forward(const __grid_constant__ Forward call, int row_blocks) {
     Kernel::run(call, row_blocks);
 }
