@@ -14,7 +14,7 @@ test proof: lint
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going $(SUITES:%=$@-%)
 
 # two at a time, each on one core; Triton's kernels are interpreted in a process of their own
-SUITES := cuda triton rest
+SUITES := rest cuda triton
 export OMP_NUM_THREADS ?= 1
 test-%: TIER := -m "not proof"
 test-cuda proof-cuda:
