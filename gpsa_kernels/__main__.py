@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="show versions, the device, and which backends run here")
     check = commands.add_parser("check", help="prove and time the backends on this machine's GPU, for 'auto' to go by")
     check.add_argument("--device", help="cuda:0, say, or cpu; the GPU if there is one kind of it")
-    check.add_argument("--seconds", type=_positive, default=120, help="time limit (%(default)s)")
+    check.add_argument("--seconds", type=_positive, default=180, help="time limit (%(default)s)")
     demo = commands.add_parser("demo", help="train a small ConViT on handwritten digits, eager and fused, and compare")
     demo.add_argument("--epochs", type=_positive, default=15, help="passes over the training digits (%(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures (%(default)s)")
