@@ -23,7 +23,7 @@ import torch
 from gpsa_kernels import verdict
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.derivatives import transformed
-from gpsa_kernels.tensors import autocast_dtype
+from gpsa_kernels.tensors import cast_dtype
 from gpsa_kernels.verdict import ShapeClass, Verdict
 
 _log = logging.getLogger("gpsa_kernels")
@@ -53,35 +53,24 @@ def choose(call: Call) -> Backend:
     raise AssertionError("eager runs every call")
 
 
-def _wants_gradients(call: Call) -> bool:
-    return torch.is_grad_enabled() and (
-        call.q.requires_grad
-        or call.k.requires_grad
-        or call.v.requires_grad
-        or call.pos_weight.requires_grad
-        or call.gate.requires_grad
-    )
-
-
 def _on_cpu(call: Call) -> str:
     q = call.q
-    if torch.compiler.is_compiling() or q.size(2) > _MOST_EAGER_TOKENS or not _wants_gradients(call):
+    if torch.compiler.is_compiling() or q.size(2) > _MOST_EAGER_TOKENS or not call.wants_gradients:
         return "sdpa"
-    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype("cpu") or q.dtype  # as it will be cast
-    few = q.size(2) <= _EAGER_TOKENS[dtype] and torch._C._get_tracing_state() is None  # a trace serves other sizes
-    return "eager" if few else "sdpa"
+    traced = torch._C._get_tracing_state() is not None  # and serves other sizes, too
+    return "eager" if q.size(2) <= _EAGER_TOKENS[cast_dtype(q)] and not traced else "sdpa"
 
 
 def _on_gpu(call: Call) -> str:
     q = call.q
     batch, heads, tokens, head_dim = q.shape
-    mode = "dropout" if call.has_dropout else "training" if _wants_gradients(call) else "inference"
+    mode = "dropout" if call.has_dropout else "training" if call.wants_gradients else "inference"
     holds: Callable[[bool], bool] = bool
     if torch.compiler.is_compiling():  # sizes that are left open stay open, and count as large
         from torch.fx.experimental.symbolic_shapes import statically_known_true as holds
     side, timed_dim = verdict.size(tokens, head_dim, holds)
     large = not holds(batch * heads * tokens < verdict.LARGE)
-    return _fastest(q.device.index, autocast_dtype("cuda") or q.dtype, mode, side, timed_dim, large)
+    return _fastest(q.device.index, cast_dtype(q), mode, side, timed_dim, large)
 
 
 # ---- what is known about the GPUs of this process ------------------------------------------------------------------

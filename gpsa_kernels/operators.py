@@ -277,10 +277,8 @@ _apply = super(torch.autograd.Function, _Attention).apply  # which would look fo
 
 
 def _attention(call: Call, backend: Backend) -> Tensor:
-    q, k, v, pos_weight, gate, *_ = call
-    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or pos_weight.requires_grad or gate.requires_grad
-    if needs_grad and torch.is_grad_enabled():
-        return _apply(_run_forward, (*call[_DIFFERENTIABLE:], backend.name), q, k, v, pos_weight, gate)
+    if call.wants_gradients:
+        return _apply(_run_forward, (*call[_DIFFERENTIABLE:], backend.name), *call[:_DIFFERENTIABLE])
     assert backend.forward is not None
     with torch._C._AutoDispatchBelowAutograd():
         return backend.forward(call, False).out

@@ -58,13 +58,16 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
+def cast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype that autocast makes of a tensor, by SDPA's rule: float64 stays as it is."""
+    return t.dtype if t.dtype == torch.float64 else autocast_dtype(t.device.type) or t.dtype
+
+
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in the autocast dtype of their device, by SDPA's rule: float64 stays as it is."""
-    dtype = autocast_dtype(q.device.type)
-    if dtype is None:
+    """q, k and v in the autocast dtype of their device."""
+    if autocast_dtype(q.device.type) is None:
         return q, k, v
-    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    return q, k, v
+    return q.to(cast_dtype(q)), k.to(cast_dtype(k)), v.to(cast_dtype(v))
 
 
 def known(condition: bool | torch.SymBool) -> bool:

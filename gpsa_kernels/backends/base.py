@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -44,6 +45,17 @@ class Call(NamedTuple):
     @property
     def has_dropout(self) -> bool:
         return self.dropout_p > 0
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether autograd records the call."""
+        return torch.is_grad_enabled() and (
+            self.q.requires_grad
+            or self.k.requires_grad
+            or self.v.requires_grad
+            or self.pos_weight.requires_grad
+            or self.gate.requires_grad
+        )
 
 
 def strided_channels(call: Call) -> str | None:
