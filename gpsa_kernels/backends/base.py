@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gpsa_kernels.tensors import accumulation_dtype, empty_output
 
 
 class Call(NamedTuple):
@@ -83,6 +85,14 @@ class Forward(NamedTuple):
     content: Tensor | None
     logsumexp: Tensor | None
 
+    @staticmethod
+    def empty(q: Tensor, save: bool, saves_content: bool = True) -> Forward:
+        """For a kernel to fill."""
+        if not save:
+            return Forward(empty_output(q), None, None)
+        content = empty_output(q) if saves_content else None
+        return Forward(empty_output(q), content, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype)))
+
 
 class Saved(NamedTuple):
     """What a kernel's backward pass is given beside the call: of :class:`Forward`."""
@@ -105,8 +115,8 @@ class Gradients(NamedTuple):
 class Backend:
     """One way to compute GPSA.
 
-    A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or a ``forward`` and
-    ``backward`` pair (kernels, which a registered operator runs), or both: then the kernels serve eager mode on
+    A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or ``forward`` and
+    ``backward`` (kernels, which a registered operator runs), or both: then the kernels serve eager mode on
     ``kernel_devices`` and ``compose`` serves everything else.
 
     Attributes:
@@ -129,6 +139,6 @@ class Backend:
     compose: Callable[[Call], Tensor] | None = None
     forward: Callable[[Call, bool], Forward] | None = None
     backward: Callable[[Tensor, Call, Saved], Gradients] | None = None
-    kernel_devices: frozenset[str] = field(default_factory=frozenset)
+    kernel_devices: frozenset[str] = frozenset()
     saves_content: Callable[[Call], bool] = lambda call: True
     all_derivatives: bool = False
