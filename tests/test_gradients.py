@@ -39,23 +39,6 @@ def test_any_subset_may_be_frozen(backend, trained):
         torch.testing.assert_close(leaf.grad, gradient if train else None)
 
 
-@backends
-def test_backward_twice_with_a_retained_graph(backend):
-    tensors = inputs(1, 2, (2, 3), 4)
-    out = gpsa_attention(*tensors, (2, 3), backend=backend)
-    assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), tensors, retain_graph=True) for _ in range(2))))
-
-
-@backends
-def test_inputs_are_left_alone(backend):
-    tensors = [*inputs(2, 2, (2, 3), 4), torch.randn(2, 2, 6, 4, dtype=torch.float64)]
-    copies = [t.detach().clone() for t in tensors]
-    gpsa_attention(*tensors[:5], (2, 3), backend=backend).backward(tensors[5])
-    with torch.no_grad():
-        gpsa_attention(*tensors[:5], (2, 3), backend=backend)
-    assert all(map(torch.equal, copies, tensors))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @backends
 def test_parameters_of_another_dtype_keep_theirs(backend, dtype):
