@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 
 from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.tensors import autocast_dtype
@@ -20,7 +20,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Ten
     for name, t in (("q", q), ("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout is not torch.strided or t.is_nested:
+        if t.layout is not strided or t.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {'nested' if t.is_nested else t.layout}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
@@ -30,17 +30,22 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Ten
     _, heads, tokens, head_dim = shape
     if heads == 0 or tokens == 0 or head_dim == 0:
         raise ValueError(f"q must have at least one head, token and channel, got shape {tuple(shape)}")
-    parameters = ("pos_weight", pos_weight, (heads, 3)), ("gate", gate, (heads,))
-    for name, t, expected in (("k", k, shape), ("v", v, shape), *parameters):
+    for name, t, expected in (
+        ("k", k, shape),
+        ("v", v, shape),
+        ("pos_weight", pos_weight, (heads, 3)),
+        ("gate", gate, (heads,)),
+    ):
         if t.shape != expected:
             wanted = f"q's shape {tuple(shape)}" if expected is shape else f"shape {expected} for {heads} heads"
             raise ValueError(f"{name} must have {wanted}, got {tuple(t.shape)}")
         if t.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {t.device}")
-    for name, t in (("k", k), ("v", v)):
+    if not dtype == k.dtype == v.dtype:
         # under autocast q, k and v are cast to one dtype before any work, as SDPA's are, unless they are float64
-        if t.dtype != dtype and (autocast_dtype(device.type) is None or torch.float64 in (t.dtype, dtype)):
-            raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
+        for name, t in (("k", k), ("v", v)):
+            if t.dtype != dtype and (autocast_dtype(device.type) is None or torch.float64 in (t.dtype, dtype)):
+                raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
 
 
 def check_backend(name: Any) -> None:
