@@ -136,16 +136,12 @@ bool run(const uint16_t* input, uint32_t* output) {
 template <typename E>
 bool run(const uint16_t* input, uint32_t* output) {
     emulator::Machine machine;
-    const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-    const auto in = std::make_shared<emulator::Region>("in", emulator::Use::input);
-    const auto out = std::make_shared<emulator::Region>("out", emulator::Use::output);
-    in->add(address(input), 2, {elements}, {1});
-    out->add(address(output), 4, {words}, {1});
-    machine.regions = {{address(input), in}, {address(output), out}};
+    machine.know("in", emulator::Use::input, input, 2, {elements}, {1});
+    machine.know("out", emulator::Use::output, output, 4, {words}, {1});
     machine.launch(blocks_x, blocks_y, warps * lanes, shared_bytes, [&] {
         conformance<E>(reinterpret_cast<const E*>(input), output);
     });
-    out->finish();
+    machine.region(output).finish();
     return true;
 }
 

@@ -23,18 +23,16 @@ BLOCKS_X, BLOCKS_Y, WARPS = 2, 3, 3
 @pytest.fixture(scope="module", params=["emulator", "device"])
 def program(request, tmp_path_factory):
     """The conformance program, for the emulator or for a GPU."""
-    made = tmp_path_factory.mktemp("conformance") / request.param
-    includes = [f"-I{emulation.ROOT / 'csrc'}", f"-I{emulation.EMULATOR}"]
-    sources = [emulation.EMULATOR / "emulator.cpp", emulation.EMULATOR / "primitives_host.cpp"]
+    source = HERE / "conformance.cu"
     if request.param == "emulator":
-        command = ["g++", "-std=c++17", "-O1", "-x", "c++", HERE / "conformance.cu", *sources, *includes]
-    elif not torch.cuda.is_available():
+        includes = [emulation.CSRC, emulation.EMULATOR]
+        return emulation.built([source, emulation.EMULATOR / "emulator.cpp"], [], includes, [])
+    if not torch.cuda.is_available():
         pytest.skip("no GPU: what the primitives do on one is not checked, only what they do on the emulator")
-    elif shutil.which("nvcc") is None:
+    if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH: what the primitives do on this GPU is not checked")
-    else:
-        command = ["nvcc", "-std=c++17", "-arch=native", HERE / "conformance.cu", includes[0]]
-    subprocess.run([*map(str, command), "-o", made], check=True)
+    made = tmp_path_factory.mktemp("conformance") / "device"
+    subprocess.run(["nvcc", "-std=c++17", "-arch=native", source, f"-I{emulation.CSRC}", "-o", made], check=True)
     return made
 
 
@@ -155,7 +153,7 @@ def test_an_access_that_bypasses_the_checks_does_not_compile(access):
             return {access};
         }}"""
     command = ["g++", "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    command += [f"-I{emulation.ROOT / 'csrc'}", f"-I{emulation.EMULATOR}"]
+    command += [f"-I{emulation.CSRC}", f"-I{emulation.EMULATOR}"]
 
     def compiles(source):
         return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0

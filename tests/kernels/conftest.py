@@ -7,17 +7,26 @@ process either interprets or compiles.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from itertools import chain, product
 from typing import NamedTuple
 
 import emulation
 import pytest
 import torch
+from reference import (
+    NAMES,
+    SEED,
+    assert_as_exact_as_eager,
+    assert_what_backward_reads_is_exact,
+    attention,
+    inputs,
+)
 
-from gpsa_kernels import BACKENDS
-from gpsa_kernels.backends import Call, cuda
+from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels.backends import cuda
 from gpsa_kernels.backends.triton import INTERPRETED
+from gpsa_kernels.check.exactness import kept_by_dropout
 
 Shape = tuple[int, int, tuple[int, int], int]  # batch, heads, grid_size, head_dim
 
@@ -113,38 +122,75 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("target", *names), cases)
 
 
-def _whole_image_only(call: Call) -> str | None:
-    if call.q.size(2) > cuda._WHOLE_IMAGE_TOKENS:
-        return "the whole-image kernels serve images of up to 256 tokens"
-    return cuda.unsupported_tensors(call)
-
-
 @pytest.fixture(autouse=True)
-def _emulated(request, target, monkeypatch):
-    """backends/cuda.py on CPU tensors, the emulated kernels in its library's place; no grid that the target refuses."""
+def _emulated(request, target):
+    """The emulated kernels as a backend, for grids that the target is about."""
     if target.backend not in _EMULATED:
         yield
         return
     tiled = target.backend == "emulated-tiled"
-    backend = replace(
-        cuda.BACKEND,
-        name=target.backend,
-        unavailable=lambda: None,
-        unsupported=cuda.unsupported_tensors if tiled else _whole_image_only,
-        kernel_devices=frozenset({"cpu"}),
-    )
-    rows, columns = request.node.callspec.params.get("grid_size", (1, 1))
-    q = torch.empty(1, 1, rows * columns, 8, dtype=target.dtypes[0])
-    if reason := backend.unsupported(Call(q, q, q, q, q, None, rows, columns, 1.0, 0.0)):
-        pytest.skip(reason)
-    monkeypatch.setitem(BACKENDS, target.backend, backend)
-    monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
-    cuda._saves_content.cache_clear()
-    yield
-    cuda._saves_content.cache_clear()
+    if not tiled and math.prod(request.node.callspec.params.get("grid_size", (1, 1))) > cuda._WHOLE_IMAGE_TOKENS:
+        pytest.skip("the whole-image kernels serve images of up to 256 tokens")
+    with emulation.using(name=target.backend, **{"row_blocks": 0} if tiled else {}):
+        yield
 
 
 @pytest.fixture
 def widest(target):
     """The dtype in which a target computes most exactly."""
     return target.dtypes[0]
+
+
+@pytest.fixture
+def given(target):
+    """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
+
+    def given(batch, heads, grid_size, head_dim, dtype):
+        tensors = [t.detach().to(target.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
+        return tensors, torch.randn(tensors[0].shape).to(target.device, dtype)
+
+    return given
+
+
+@pytest.fixture
+def run(target):
+    """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+
+    def run(tensors, grad_out, grid_size, **kwargs):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = gpsa_attention(*leaves, grid_size, backend=target.backend, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    return run
+
+
+@pytest.fixture
+def assert_same_bits():
+    def assert_same_bits(got, expected):
+        for name, a, b in zip(NAMES, got, expected, strict=True):
+            assert torch.equal(a, b), name
+
+    return assert_same_bits
+
+
+@pytest.fixture
+def check(target):
+    """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
+
+    def check(tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
+        q, settings, mask, seed = tensors[0], {"backend": target.backend}, None, None
+        if dropout_p:
+            settings["dropout_p"] = dropout_p
+            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, target.device, **settings)
+        settings |= {"device": target.device, "scale": scale, "mask": mask, **kwargs}
+        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
+        if saved:
+            if dropout_p:
+                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
+                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)
+            there = [t.detach().to(target.device) for t in tensors]
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, target.backend, True)
+            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
+
+    return check

@@ -1,8 +1,5 @@
 #include "emulator.h"
 
-#include <algorithm>
-#include <sstream>
-
 #if defined(__x86_64__)
 asm(R"(
     .text
@@ -32,17 +29,17 @@ gpsa_switch_stack:
 
 namespace gpsa::emulator {
 
+Settings settings;
 Machine* machine = nullptr;
 
 // Global memory.
 
-void Region::add(uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+void Region::add(int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
     int64_t last = 0, count = 1;
     for (size_t axis = 0; axis < sizes.size(); ++axis) {
         last += (sizes[axis] - 1) * strides[axis];
         count *= sizes[axis];
     }
-    begin = data;
     if (count == 0) return;
     cells.resize(std::max(cells.size(), static_cast<size_t>((last + 1) * element / 2)));
     for (int64_t i = 0; i < count; ++i) {
@@ -52,38 +49,36 @@ void Region::add(uintptr_t data, int element, const std::vector<int64_t>& sizes,
     }
 }
 
-size_t Region::cell(uintptr_t address, int bytes, const char* verb) const {
+size_t Region::cell(const void* pointer, int bytes, const char* verb) const {
+    const auto address = reinterpret_cast<uintptr_t>(pointer);
     const size_t first = (address - begin) / 2;
     bool inside = address >= begin && address % bytes == 0 && first + bytes / 2 <= cells.size();
     for (int i = 0; inside && i < bytes / 2; ++i) inside = cells[first + i] & valid;
     if (!inside) {
-        std::ostringstream message;
-        message << verb << " of " << bytes << " bytes outside of " << name << " (or not aligned), at byte "
-                << static_cast<int64_t>(address - begin);
-        throw Error(message.str());
+        const auto at = static_cast<int64_t>(address - begin);
+        throw Error(text(verb, " of ", bytes, " bytes outside of ", name, " (or not aligned), at byte ", at));
     }
     return first;
 }
 
-void Region::read(uintptr_t address, int bytes, int64_t thread) {
+void Region::read(const void* address, int bytes, int64_t thread) {
     const size_t first = cell(address, bytes, "read");
-    for (int i = 0; use != Use::input && i < bytes / 2; ++i) {
-        if (cells[first + i] & written) throw Error("read of " + name + " in the launch that writes it");
-        if (!(cells[first + i] & initialised)) throw Error("read of " + name + " before it is written");
-        int64_t& reader = readers[first + i];
-        reader = reader == nobody || reader == thread ? thread : several;
+    for (size_t i = first; use != Use::input && i < first + bytes / 2; ++i) {
+        if (cells[i] & written) throw Error("read of " + name + " in the launch that writes it");
+        if (!(cells[i] & initialised)) throw Error("read of " + name + " before it is written");
+        readers[i] = readers[i] == nobody || readers[i] == thread ? thread : several;
     }
 }
 
-void Region::write(uintptr_t address, int bytes, int64_t thread) {
+void Region::write(const void* address, int bytes, int64_t thread) {
     if (use == Use::input) throw Error("write to the input " + name);
     const size_t first = cell(address, bytes, "write");
-    for (int i = 0; i < bytes / 2; ++i) {
-        if (cells[first + i] & written) throw Error(name + " is written twice at byte " + std::to_string(2 * first));
-        if (readers[first + i] != nobody && readers[first + i] != thread) {
-            throw Error("write to " + name + " at byte " + std::to_string(2 * first) + ", read by another thread");
+    for (size_t i = first; i < first + bytes / 2; ++i) {
+        if (cells[i] & written) throw Error(text(name, " is written twice at byte ", 2 * first));
+        if (readers[i] != nobody && readers[i] != thread) {
+            throw Error(text("write to ", name, " at byte ", 2 * first, ", read by another thread"));
         }
-        cells[first + i] |= written;
+        cells[i] |= written;
     }
 }
 
@@ -96,9 +91,7 @@ void Region::next_launch() {
 
 void Region::finish() const {
     const auto missing = std::count(cells.begin(), cells.end(), valid);
-    if (use == Use::output && missing > 0) {
-        throw Error(std::to_string(2 * missing) + " bytes of " + name + " were never written");
-    }
+    if (use == Use::output && missing > 0) throw Error(text(2 * missing, " bytes of ", name, " were never written"));
 }
 
 // Bank conflicts and coalescing.
@@ -120,7 +113,7 @@ void AccessLog::clear() {
     std::fill(std::begin(counts), std::end(counts), 0);
 }
 
-void count_wavefronts(Wavefronts& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
+void count_access(Accesses& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
     // 128 bytes a wavefront: 8 lanes' 16 bytes at a time, or the 4 bytes of all 32 lanes
     const int step = bytes == 16 ? 8 : 32, words = std::max(bytes / 4, 1);
     ++counter.instructions;
@@ -136,14 +129,13 @@ void count_wavefronts(Wavefronts& counter, const uint64_t* addresses, uint32_t l
                 deepest = std::max(deepest, bank.size());
             }
         }
-        counter.wavefronts += deepest;
         counter.conflicts += deepest > 1 ? deepest - 1 : 0;
     }
 }
 
-void AccessLog::flush_shared(Wavefronts& counter) {
+void AccessLog::flush_shared(Accesses& counter) {
     for (size_t k = 0; k < used; ++k) {
-        count_wavefronts(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
+        count_access(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
     }
     clear();
 }
@@ -160,75 +152,54 @@ void AccessLog::flush_global(int64_t& bytes) {
     clear();
 }
 
-// Errors.
+// What messages say.
 
 std::string Machine::where(int thread) const {
-    return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
-           std::to_string(thread % 32) + ")";
-}
-
-void Machine::fail(const std::string& what) const {
-    throw Error(
-        what + ", by " + where(current) + " of block (" + std::to_string(block[0]) + ", " + std::to_string(block[1]) +
-        ")");
+    return text("thread ", thread, " (warp ", thread / 32, ", lane ", thread % 32, ")");
 }
 
 std::string Machine::array_at(int64_t offset) const {
     for (const Array& array : arrays) {
         if (offset >= array.begin && offset < array.end) {
-            return "shared array " + array.name + " at byte " + std::to_string(offset - array.begin);
+            return text("shared array ", array.name, " at byte ", offset - array.begin);
         }
     }
-    return "shared memory at byte " + std::to_string(offset);
+    return text("shared memory at byte ", offset);
 }
 
 std::string Machine::stuck() const {
-    std::map<std::string, std::vector<int>> groups;
-    for (size_t i = 0; i < threads.size(); ++i) {
-        const Thread& t = *threads[i];
-        groups[t.done ? "have ended" : std::string("wait at ") + t.waiting].push_back(static_cast<int>(i));
+    std::map<std::string, std::string> groups;
+    const auto state = [&](int t) { return threads[t]->done ? "have ended" : text("wait at ", threads[t]->waiting); };
+    for (int first = 0; first < thread_count();) {
+        int last = first;
+        while (last + 1 < thread_count() && state(last + 1) == state(first)) ++last;
+        groups[state(first)] += last > first ? text(" ", first, "-", last) : text(" ", first);
+        first = last + 1;
     }
-    std::ostringstream message;
-    message << "deadlock in block (" << block[0] << ", " << block[1] << "):";
-    for (const auto& [name, members] : groups) {
-        message << " threads";
-        for (size_t i = 0; i < members.size(); ++i) {
-            size_t last = i;
-            while (last + 1 < members.size() && members[last + 1] == members[last] + 1) ++last;
-            message << " " << members[i] << (last > i ? "-" + std::to_string(members[last]) : "");
-            i = last;
-        }
-        message << " " << name << ";";
-    }
-    return message.str();
+    std::string message = text("deadlock in block (", block[0], ", ", block[1], "):");
+    for (const auto& [name, members] : groups) message += " threads" + members + " " + name + ";";
+    return message;
 }
 
 // Shared memory.
 
 int Machine::allocate_shared(int begin, int bytes, const char* name) {
-    const int end = begin + bytes;
-    if (end > static_cast<int>(cells.size()) * 2) {
-        fail(
-            "shared array " + std::string(name) + " ends at byte " + std::to_string(end) + " of " +
-            std::to_string(cells.size() * 2));
+    const int end = begin + bytes, size = static_cast<int>(cells.size()) * 2;
+    if (end > size) fail("shared array ", name, " ends at byte ", end, " of ", size);
+    const auto known = std::find_if(arrays.begin(), arrays.end(), [&](const Array& a) { return a.begin == begin; });
+    if (known == arrays.end()) {
+        arrays.push_back({begin, end, name});
+    } else if (known->end != end || known->name != name) {
+        fail("the threads lay shared memory out differently");
     }
-    for (const Array& array : arrays) {
-        if (array.begin == begin) {
-            if (array.end != end || array.name != name) fail("the threads lay shared memory out differently");
-            return (end + 15) / 16 * 16;
-        }
-    }
-    arrays.push_back({begin, end, name});
     return (end + 15) / 16 * 16;
 }
 
-void Machine::check_bounds(const char* verb, int64_t offset, int begin, int end, int bytes) const {
-    if (offset < begin || offset + bytes > end || offset % bytes != 0) {
-        std::string name = array_at(begin);
+void Machine::check_bounds(const char* verb, const SharedAddress& at, int bytes) const {
+    if (at.offset < at.begin || at.offset + bytes > at.end || at.offset % bytes != 0) {
         fail(
-            std::string(verb) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset - begin) +
-            " is outside of (or not aligned in) the " + std::to_string(end - begin) + " bytes of " +
-            name.substr(0, name.rfind(" at byte")));
+            verb, " of ", bytes, " bytes at byte ", at.offset - at.begin, " is outside of (or not aligned in) the ",
+            at.end - at.begin, " bytes of ", array_at(at.begin));
     }
 }
 
@@ -236,42 +207,40 @@ bool Machine::ordered(const Access& access) const {
     return access.thread == current || warps[current / 32].clock[access.thread / 32] > access.clock;
 }
 
-char* Machine::shared_read(int64_t offset, int begin, int end, int bytes) {
-    check_bounds("read", offset, begin, end, bytes);
+char* Machine::shared_read(const SharedAddress& at, int bytes, bool logged) {
+    check_bounds("read", at, bytes);
+    if (logged) own_warp().loads.record(current % 32, at.offset, bytes);
     const int warp = current / 32;
     const uint32_t now = warps[warp].clock[warp];
-    for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+    for (int64_t i = at.offset / 2; i < (at.offset + bytes + 1) / 2; ++i) {
         Cell& cell = cells[i];
-        if (cell.copying >= 0) fail("read of " + array_at(2 * i) + " while a cp.async into it is not waited for");
-        if (!cell.initialised) fail("read of uninitialised " + array_at(2 * i));
+        if (cell.copying >= 0) fail("read of ", array_at(2 * i), " while a cp.async into it is not waited for");
+        if (!cell.initialised) fail("read of uninitialised ", array_at(2 * i));
         if (cell.write.thread >= 0 && !ordered(cell.write)) {
             fail(
-                "race: read of " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                "race: read of ", array_at(2 * i), ", written by ", where(cell.write.thread),
                 " with no barrier between");
         }
         Access& seen = reads[i * warps.size() + warp];
         const bool same = seen.thread == current || seen.thread == -1 || seen.clock != now;
         seen = {now, static_cast<int16_t>(same ? current : -2)};
     }
-    return bytes_of_shared() + offset;
+    return bytes_of_shared() + at.offset;
 }
 
 void Machine::mark_write(int64_t offset, int bytes) {
     const int warp = current / 32;
     for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         Cell& cell = cells[i];
-        if (cell.copying >= 0) fail("write to " + array_at(2 * i) + " while a cp.async into it is not waited for");
-        if (cell.write.thread >= 0 && !ordered(cell.write)) {
-            fail(
-                "race: write to " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
-                " with no barrier between");
-        }
+        const auto race = [&](const char* verb, const std::string& who) {
+            fail("race: write to ", array_at(2 * i), verb, who, " with no barrier between");
+        };
+        if (cell.copying >= 0) fail("write to ", array_at(2 * i), " while a cp.async into it is not waited for");
+        if (cell.write.thread >= 0 && !ordered(cell.write)) race(", written by ", where(cell.write.thread));
         for (size_t w = 0; w < warps.size(); ++w) {
             Access& seen = reads[i * warps.size() + w];
             if (seen.thread != -1 && seen.thread != current && warps[warp].clock[w] <= seen.clock) {
-                fail(
-                    "race: write to " + array_at(2 * i) + ", read by " +
-                    (seen.thread < 0 ? "warp " + std::to_string(w) : where(seen.thread)) + " with no barrier between");
+                race(", read by ", seen.thread < 0 ? text("warp ", w) : where(seen.thread));
             }
             seen.thread = -1;
         }
@@ -280,20 +249,23 @@ void Machine::mark_write(int64_t offset, int bytes) {
     }
 }
 
-char* Machine::shared_write(int64_t offset, int begin, int end, int bytes) {
-    check_bounds("write", offset, begin, end, bytes);
-    mark_write(offset, bytes);
-    return bytes_of_shared() + offset;
-}
-
-void Machine::log_shared(bool is_store, int64_t offset, int bytes) {
-    Warp& warp = warps[current / 32];
-    (is_store ? warp.stores : warp.loads).record(current % 32, offset, bytes);
+char* Machine::shared_write(const SharedAddress& at, int bytes) {
+    check_bounds("write", at, bytes);
+    own_warp().stores.record(current % 32, at.offset, bytes);
+    mark_write(at.offset, bytes);
+    return bytes_of_shared() + at.offset;
 }
 
 // Global memory and the copies from there.
 
-std::shared_ptr<Region> Machine::region(const void* data) const {
+void Machine::know(
+    const std::string& name, Use use, const void* data, int element, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides) {
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    if (data) regions.try_emplace(address, name, use, address).first->second.add(element, sizes, strides);
+}
+
+Region& Machine::region(const void* data) {
     const auto found = regions.find(reinterpret_cast<uintptr_t>(data));
     if (found == regions.end()) throw Error("a pointer to global memory that is no argument of the kernel");
     return found->second;
@@ -304,23 +276,23 @@ int64_t Machine::thread_in_launch() const {
 }
 
 void Machine::global_read(Region& region, const void* address, int bytes) {
-    region.read(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
-    warps[current / 32].global_loads.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+    region.read(address, bytes, thread_in_launch());
+    own_warp().global_loads.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
 void Machine::global_write(Region& region, const void* address, int bytes) {
-    region.write(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
-    warps[current / 32].global_stores.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+    region.write(address, bytes, thread_in_launch());
+    own_warp().global_stores.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
-void Machine::copy_async(int64_t to, int begin, int end, Region& region, const void* from, bool is_valid) {
-    check_bounds("cp.async", to, begin, end, 16);
+void Machine::copy_async(const SharedAddress& to, Region& region, const void* from, bool is_valid) {
+    check_bounds("cp.async", to, 16);
     if (is_valid) global_read(region, from, 16);
-    warps[current / 32].copies.record(current % 32, to, 16);
-    mark_write(to, 16);
-    for (int64_t i = to / 2; i < to / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(current);
-    const Copy copy{to, is_valid ? from : nullptr};
-    if (!options.deferred_copies) move(copy);
+    own_warp().copies.record(current % 32, to.offset, 16);
+    mark_write(to.offset, 16);
+    for (int64_t i = to.offset / 2; i < to.offset / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(current);
+    const Copy copy{to.offset, is_valid ? from : nullptr};
+    if (!settings.deferred_copies) move(copy);
     threads[current]->open.push_back(copy);
 }
 
@@ -334,15 +306,14 @@ void Machine::move(const Copy& copy) {
 
 void Machine::copy_commit() {
     Thread& self = *threads[current];
-    self.groups.push_back(std::move(self.open));
-    self.open.clear();
+    self.groups.push_back(std::exchange(self.open, {}));
 }
 
 void Machine::copy_wait(int pending) {
     auto& groups = threads[current]->groups;
     while (static_cast<int>(groups.size()) > pending) {
         for (const Copy& copy : groups.front()) {
-            if (options.deferred_copies) move(copy);
+            if (settings.deferred_copies) move(copy);
             for (int64_t i = copy.to / 2; i < copy.to / 2 + 8; ++i) cells[i].copying = -1;
             mark_write(copy.to, 16);
         }
@@ -351,8 +322,6 @@ void Machine::copy_wait(int pending) {
 }
 
 // Threads.
-
-int Machine::thread_index() const { return current; }
 
 void Machine::wait(const char* name) {
     Thread& self = *threads[current];
@@ -369,15 +338,20 @@ void Machine::met(Warp& warp) {
     warp.global_stores.flush_global(counters.global_written);
 }
 
-bool Machine::rendezvous(const char* name, void* lane) {
-    Warp& warp = warps[current / 32];
+/// Fails where a lane of this warp waits elsewhere, or has ended.
+void Machine::check_own_warp(const char* name) const {
     const int first = current / 32 * 32;
     for (int other = first; other < first + 32; ++other) {
         const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
         if (there && there != name && std::strcmp(there, name) != 0) {
-            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
+            fail("divergence: ", name, " reached while ", where(other), " is at ", there);
         }
     }
+}
+
+bool Machine::rendezvous(const char* name, void* lane) {
+    check_own_warp(name);
+    Warp& warp = own_warp();
     warp.lanes[current % 32] = lane;
     warp.arrived |= 1u << current % 32;
     if (warp.arrived != 0xffffffffu) {
@@ -385,30 +359,20 @@ bool Machine::rendezvous(const char* name, void* lane) {
         return false;
     }
     warp.arrived = 0;
+    const int first = current / 32 * 32;
     for (int other = first; other < first + 32; ++other) threads[other]->waiting = nullptr;
     return true;
 }
 
-void Machine::collective(const char* name, Collective run, void* lane) {
-    if (!rendezvous(name, lane)) return;
-    Warp& warp = warps[current / 32];
-    met(warp);
-    if (run) {
-        run(warp.lanes);
-    } else {
-        ++warp.clock[current / 32];  // __syncwarp
-    }
+void Machine::sync_warp() {
+    if (!rendezvous("sync_warp", nullptr)) return;
+    met(own_warp());
+    ++own_warp().clock[current / 32];
 }
 
 void Machine::barrier(int number, int count, const char* name) {
-    if (count % 32 != 0 || count > thread_count()) fail("a barrier of " + std::to_string(count) + " threads");
-    const int first = current / 32 * 32;
-    for (int other = first; other < first + 32; ++other) {
-        const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
-        if (there && std::strcmp(there, name) != 0) {
-            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
-        }
-    }
+    if (count % 32 != 0 || count > thread_count()) fail("a barrier of ", count, " threads");
+    check_own_warp(name);
     Barrier& b = barriers[number];
     if (!b.waiting.empty() && b.count != count) fail("one barrier with two counts of threads");
     b.count = count;
@@ -422,7 +386,7 @@ void Machine::barrier(int number, int count, const char* name) {
     std::vector<uint32_t> joined(warps.size());
     for (size_t w = 0; w < warps.size(); ++w) {
         if (present[w] == 0) continue;
-        if (present[w] != 32) fail("a barrier met by a part of warp " + std::to_string(w));
+        if (present[w] != 32) fail("a barrier met by a part of warp ", w);
         met(warps[w]);
         ++warps[w].clock[w];
         for (size_t i = 0; i < warps.size(); ++i) joined[i] = std::max(joined[i], warps[w].clock[i]);
@@ -432,7 +396,6 @@ void Machine::barrier(int number, int count, const char* name) {
     }
     for (int thread : b.waiting) threads[thread]->waiting = nullptr;
     b.waiting.clear();
-    ++counters.barriers;
 }
 
 void Machine::fiber_main() {
@@ -441,9 +404,8 @@ void Machine::fiber_main() {
     Thread& self = *m.threads[m.current];
     try {
         (*m.body)();
-        if (!self.open.empty() || !self.groups.empty()) {
+        if (!self.open.empty() || !self.groups.empty())
             m.fail("the thread ends with copies that it has not waited for");
-        }
     } catch (const std::exception& e) {
         m.error = e.what();
     }
@@ -454,7 +416,7 @@ void Machine::fiber_main() {
 int Machine::pick() {
     const auto runnable = [&](int t) { return !threads[t]->done && !threads[t]->waiting; };
     const int count = thread_count();
-    if (options.schedule == 0) {
+    if (settings.schedule == 0) {
         for (int step = 1; step <= count; ++step) {
             const int t = (current + step) % count;
             if (runnable(t)) return t;
@@ -508,6 +470,7 @@ void Machine::run_block(int x, int y) {
 }
 
 void Machine::launch(int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
+    machine = this;
     body = &kernel;
     threads.clear();
     for (int t = 0; t < thread_count; ++t) threads.push_back(std::make_unique<Thread>());
@@ -515,20 +478,12 @@ void Machine::launch(int grid_x, int grid_y, int thread_count, int shared_bytes,
     shared.assign(shared_bytes / sizeof(std::max_align_t) + 1, {});
     cells.assign(shared_bytes / 2, Cell{});
     reads.assign(cells.size() * warps.size(), Access{});
-    random.seed(options.schedule);
-    error.clear();
+    random.seed(settings.schedule);
     blocks_x = grid_x;
-    for (const auto& [address, region] : regions) region->next_launch();
-    Machine* const before = std::exchange(machine, this);
-    try {
-        for (int y = 0; y < grid_y; ++y) {
-            for (int x = 0; x < grid_x; ++x) run_block(x, y);
-        }
-    } catch (...) {
-        machine = before;
-        throw;
+    for (auto& [address, region] : regions) region.next_launch();
+    for (int y = 0; y < grid_y; ++y) {
+        for (int x = 0; x < grid_x; ++x) run_block(x, y);
     }
-    machine = before;
 }
 
 }  // namespace gpsa::emulator

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
 #if defined(__x86_64__)
@@ -39,30 +41,25 @@ public:
 #else
         getcontext(&context);
         context.uc_stack = {stack.get(), 0, stack_bytes};
-        context.uc_link = nullptr;
         makecontext(&context, entry, 0);
 #endif
     }
 
     void switch_to(Fiber& next) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(&shadow, next.bottom(), next.size());
-#endif
+        const bool has_stack = next.stack != nullptr;
+        __sanitizer_start_switch_fiber(
+            &shadow, has_stack ? next.stack.get() : next.foreign_bottom, has_stack ? stack_bytes : next.foreign_bytes);
 #if defined(__x86_64__)
         gpsa_switch_stack(&pointer, next.pointer);
 #else
         swapcontext(&context, &next.context);
 #endif
-        arrived(*this);
+        __sanitizer_finish_switch_fiber(shadow, nullptr, nullptr);
     }
 
     /// To be called first in an entry, with the fiber that switched to it.
     static void entered(Fiber& from) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(nullptr, &from.foreign_bottom, &from.foreign_size);
-#else
-        static_cast<void>(from);
-#endif
+        __sanitizer_finish_switch_fiber(nullptr, &from.foreign_bottom, &from.foreign_bytes);
     }
 
 private:
@@ -75,20 +72,9 @@ private:
 #else
     ucontext_t context;
 #endif
-
     void* shadow = nullptr;  // these three: what AddressSanitizer wants to know
     const void* foreign_bottom = nullptr;
-    size_t foreign_size = 0;
-    const void* bottom() const { return stack ? stack.get() : foreign_bottom; }
-    size_t size() const { return stack ? stack_bytes : foreign_size; }
-
-    static void arrived(Fiber& self) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(self.shadow, nullptr, nullptr);
-#else
-        static_cast<void>(self);
-#endif
-    }
+    size_t foreign_bytes = 0;
 };
 
 }  // namespace gpsa::emulator

@@ -1,6 +1,8 @@
 // The host's side of csrc/launch.h: kernels run on an emulated machine, whose address stands in the stream's place.
 #pragma once
 
+#include <cxxabi.h>
+
 #include <type_traits>
 #include <typeinfo>
 
@@ -20,39 +22,47 @@ struct dim3 {
 
 namespace emulator {
 
-inline Device device{132, 227 * 1024};  // what every query answers: an H100's
-
 /// Whether this build has a kernel.
 template <typename Kernel, typename = void>
 constexpr bool has_kernel = true;
 
 #ifdef GPSA_ONE_KERNEL  // one of each kind, which the planted bugs are compiled for, in a fraction of the time
+template <typename Kernel, typename = void>
+constexpr bool has_few_keys = true;
 template <typename Kernel>
-constexpr bool is_smallest(decltype(Kernel::key_tiles)*) {
-    return Kernel::key_tiles == 4;
-}
-template <typename Kernel>
-constexpr bool is_smallest(...) {
-    return true;
-}
+constexpr bool has_few_keys<Kernel, std::void_t<decltype(Kernel::key_tiles)>> = Kernel::key_tiles == 4;
 template <typename Kernel>
 constexpr bool has_kernel<Kernel, std::void_t<typename Kernel::E>> =
-    std::is_same_v<typename Kernel::E, Half> && Kernel::channels == 48 && is_smallest<Kernel>(nullptr);
+    std::is_same_v<typename Kernel::E, Half> && Kernel::channels == 48 && has_few_keys<Kernel>;
 #endif
+
+/// "TiledForward", without its namespace and parameters.
+template <typename Kernel>
+const char* name_of() {
+    static const std::string name = [] {
+        char* const demangled = abi::__cxa_demangle(typeid(Kernel).name(), nullptr, nullptr, nullptr);
+        const std::string full = demangled;
+        std::free(demangled);
+        return full.substr(std::strlen("gpsa::"), full.find('<') - std::strlen("gpsa::"));
+    }();
+    return name.c_str();
+}
 
 }  // namespace emulator
 
 inline const char* find_device(int, Device& device) {
-    device = emulator::device;
+    device = {emulator::settings.multiprocessors, emulator::settings.shared_bytes};
     return nullptr;
 }
 
 class Launcher {
 public:
-    Device device = emulator::device;
+    Device device{};
     const char* error = nullptr;
 
-    explicit Launcher(cudaStream_t stream) : machine(*reinterpret_cast<emulator::Machine*>(stream)) {}
+    explicit Launcher(cudaStream_t stream) : machine(*reinterpret_cast<emulator::Machine*>(stream)) {
+        find_device(0, device);
+    }
 
     template <typename Kernel, typename Entry, typename... Arguments>
     const char* operator()(
@@ -61,8 +71,8 @@ public:
             shared_bytes > device.shared_bytes) {
             return "invalid argument";
         }
-        machine.launches.push_back({typeid(Kernel).name(), grid.x, grid.y, threads, shared_bytes});
-        if (machine.options.only_recorded) return nullptr;
+        machine.launches.push_back({emulator::name_of<Kernel>(), grid.x, grid.y, threads, shared_bytes});
+        if (machine.only_recorded) return nullptr;
         if constexpr (emulator::has_kernel<Kernel>) {
             machine.launch(grid.x, grid.y, threads, shared_bytes, [&] { entry(kernel)(arguments...); });
             return nullptr;
