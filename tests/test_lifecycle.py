@@ -1,4 +1,4 @@
-"""What happens to modules in a training job: copied, saved, moved, replicated, wrapped, compiled, exported."""
+"""What happens to modules in a training job: copied, saved, moved, replicated, wrapped, compiled."""
 
 import copy
 import io
@@ -144,12 +144,6 @@ def test_compile_without_graph_breaks_or_recompilation(build):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch in (4, 7):
             assert_runs_like(compiled, model, images(batch).float())
-
-
-@both
-def test_export_of_a_model(build):
-    model, x = build().eval(), images()
-    assert_rounded(torch.export.export(model, (x,)).module()(x), model(x), model)
 
 
 def test_torchscript():

@@ -142,37 +142,6 @@ def test_no_nan_is_lost(backend, dtype, tokens):
             assert b[a.isnan()].isnan().all(), name
 
 
-def dropped_map(dropout_p, seed):
-    """The attention map itself, which is the output where V is the identity."""
-    q, k, _, pos_weight, gate = (t.detach() for t in inputs(4, 2, (4, 6), 24))
-    torch.manual_seed(seed)
-    return gpsa_attention(q, k, torch.eye(24).to(q).expand_as(q), pos_weight, gate, (4, 6), dropout_p=dropout_p)
-
-
-def test_dropout_masks_both_branches_at_once():
-    full, dropped = dropped_map(0.0, 3), dropped_map(0.25, 3)
-    kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], full[kept] / 0.75)
-    assert not dropped_map(1.0, 3).any()
-    # 4 standard deviations of the mean of that many draws
-    assert abs(kept.double().mean().item() - 0.75) < 4 * (0.25 * 0.75 / kept.numel()) ** 0.5
-
-
-def test_dropout_follows_the_seed():
-    first, again, other = (dropped_map(0.5, seed) for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("dropout_p", [0.3, 1.0])
-def test_dropout_gradient_uses_the_forward_mask(dropout_p):
-    def fixed_mask(*tensors):
-        torch.manual_seed(5)
-        return gpsa_attention(*tensors, (2, 3), dropout_p=dropout_p)
-
-    assert torch.autograd.gradcheck(fixed_mask, inputs(1, 2, (2, 3), 4))
-
-
 def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     seeds = []
 

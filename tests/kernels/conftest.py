@@ -98,7 +98,6 @@ _ANY_HEAD_DIM = {
         (7, 3, (3, 5), 8), (2, 9, (14, 14), 48),
     ],
     "inference_shapes": [(1, 2, (3, 5), 16), (1, 2, (5, 13), 5)],
-    "dropout_shapes": [],
 }
 # fmt: on
 _ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
@@ -109,7 +108,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
 _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 _DTYPES = (torch.float64, torch.float32, *_HALVES)
-_PLAIN = [] if INTERPRETED else [Target(name, "cpu", _DTYPES, **_ANY_HEAD_DIM) for name in ("eager", "sdpa")]
+_DROPPED = {"eager": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)], "sdpa": []}
+_PLAIN = [Target(name, "cpu", _DTYPES, **_ANY_HEAD_DIM, dropout_shapes=_DROPPED[name]) for name in _DROPPED]
 
 
 def _targets() -> list[Target]:
@@ -128,7 +128,8 @@ def pytest_generate_tests(metafunc):
     """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
     names = [name for name in _VARIED if name in metafunc.fixturenames]
     cases = []
-    for target in TARGETS + (_PLAIN if metafunc.module.__name__ == "test_kernel_numerics" else []):
+    plain = {"test_kernel_numerics": _PLAIN, "test_kernel_dropout": [t for t in _PLAIN if t.dropout_shapes]}
+    for target in TARGETS + ([] if INTERPRETED else plain.get(metafunc.module.__name__, [])):
         for values in product(*(getattr(target, _VARIED[name]) for name in names)):
             label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
             marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []

@@ -18,6 +18,7 @@ from gpsa_kernels.backends.triton.tiles import (
     blend_rows,
     dropout_factors,
     early_share,
+    factors_of,
     gate_shares,
     load_rows,
     output_base,
@@ -28,7 +29,6 @@ from gpsa_kernels.backends.triton.tiles import (
     row_products,
     scale_rows,
     store_rows,
-    tables_of,
     zeros_like_rows,
 )
 
@@ -39,8 +39,7 @@ def attention_forward(
     k,
     v,
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     out,  # (B, N, H, D), written
     content,  # (B, N, H, D), written; None where there is no backward pass
@@ -65,8 +64,8 @@ def attention_forward(
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     first_keys = tl.arange(0, KEY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
-    ax, ay = tables_of(ax, ay, head, tokens // columns, columns)
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
+    ax, ay = factors_of(tables, head, tokens // columns, columns)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)
     v = base_of(v, v_strides, batch, head)
@@ -125,10 +124,7 @@ def attention_backward_query(
     content,  # (B, N, H, D)
     logsumexp,  # (B, H, N)
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
-    moments_x,  # (H, 2, C), means of dx and dx^2 under Ax
-    moments_y,  # (H, 2, R), the same for y
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     grad_q,  # (B, N, H, D), written
     delta,  # (B, H, N), written
@@ -155,7 +151,7 @@ def attention_backward_query(
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     first_keys = tl.arange(0, KEY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)
@@ -171,9 +167,9 @@ def attention_backward_query(
 
     if POSITION == "dense":
         rows = tokens // columns
-        ax, ay = tables_of(ax, ay, head, rows, columns)
-        moments_x += head * 2 * columns + query % columns
-        moments_y += head * 2 * rows + query // columns
+        ax, ay = factors_of(tables, head, rows, columns)
+        moments_x = tables.moments_x + (head * 2 * columns + query % columns)
+        moments_y = tables.moments_y + (head * 2 * rows + query // columns)
         mean_dx = tl.load(moments_x, mask=query < tokens, other=0.0)
         mean_dy = tl.load(moments_y, mask=query < tokens, other=0.0)
         mean_square = tl.load(moments_x + columns, mask=query < tokens, other=0.0)
@@ -228,8 +224,7 @@ def attention_backward_key(
     logsumexp,  # (B, H, N), like delta
     delta,
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     grad_k,  # (B, N, H, D), written, like grad_v
     grad_v,
@@ -254,8 +249,8 @@ def attention_backward_key(
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, KEY_TILE), heads)
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     first_queries = tl.arange(0, QUERY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
-    ax, ay = tables_of(ax, ay, head, tokens // columns, columns)
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
+    ax, ay = factors_of(tables, head, tokens // columns, columns)
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)

@@ -38,6 +38,15 @@ class Strides(NamedTuple):
     token: int
 
 
+class Tables(NamedTuple):
+    """The two factors of the positional softmax, and the means of the offset and of its square under their rows."""
+
+    ax: Tensor  # (H, C, C)
+    ay: Tensor  # (H, R, R)
+    moments_x: Tensor  # (H, 2, C)
+    moments_y: Tensor  # (H, 2, R)
+
+
 class KernelCall(NamedTuple):
     """One launch: ``programs`` blocks, and the compiler's options."""
 
@@ -53,13 +62,12 @@ def _strided(**tensors: Tensor) -> Arguments:
 
 
 def _arguments(call: Call) -> Arguments:
-    """What follows from the call alone: its fields, and memory for the tables and the means under their rows."""
+    """What follows from the call alone: its fields, and memory for the tables."""
     q, heads, rows, columns = call.q, call.q.size(1), call.rows, call.columns
-    shapes = {"ax": (columns, columns), "ay": (rows, rows), "moments_x": (2, columns), "moments_y": (2, rows)}
-    dtype = accumulation_dtype(q.dtype)
+    dtype, shapes = accumulation_dtype(q.dtype), ((columns, columns), (rows, rows), (2, columns), (2, rows))
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        **{name: q.new_empty((heads, *shape), dtype=dtype) for name, shape in shapes.items()},
+        "tables": Tables(*(q.new_empty((heads, *shape), dtype=dtype) for shape in shapes)),
         **_strided(q=q, k=call.k, v=call.v),
         "pos_weight": call.pos_weight.contiguous(),
         "gate": call.gate.contiguous(),
