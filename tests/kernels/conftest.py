@@ -15,7 +15,6 @@ import emulation
 import pytest
 import torch
 from reference import (
-    NAMES,
     SEED,
     assert_as_exact_as_eager,
     assert_what_backward_reads_is_exact,
@@ -48,6 +47,39 @@ class Target(NamedTuple):
     shapes: list[Shape]
     inference_shapes: list[Shape]
     dropout_shapes: list[Shape]
+
+    @property
+    def widest(self):
+        """The dtype in which it computes most exactly."""
+        return self.dtypes[0]
+
+    def given(self, batch, heads, grid_size, head_dim, dtype):
+        """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
+        tensors = [t.detach().to(self.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
+        return tensors, torch.randn(tensors[0].shape).to(self.device, dtype)
+
+    def run(self, tensors, grad_out, grid_size, **kwargs):
+        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = gpsa_attention(*leaves, grid_size, backend=self.backend, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    def check(self, tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
+        """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
+        q, settings, mask, seed = tensors[0], {"backend": self.backend}, None, None
+        if dropout_p:
+            settings["dropout_p"] = dropout_p
+            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, self.device, **settings)
+        settings |= {"device": self.device, "scale": scale, "mask": mask, **kwargs}
+        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
+        if saved:
+            if dropout_p:
+                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
+                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=self.device)
+            there = [t.detach().to(self.device) for t in tensors]
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, self.backend, True)
+            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
 
 
 # fmt: off
@@ -133,64 +165,3 @@ def _emulated(request, target):
         pytest.skip("the whole-image kernels serve images of up to 256 tokens")
     with emulation.using(name=target.backend, **{"row_blocks": 0} if tiled else {}):
         yield
-
-
-@pytest.fixture
-def widest(target):
-    """The dtype in which a target computes most exactly."""
-    return target.dtypes[0]
-
-
-@pytest.fixture
-def given(target):
-    """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
-
-    def given(batch, heads, grid_size, head_dim, dtype):
-        tensors = [t.detach().to(target.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
-        return tensors, torch.randn(tensors[0].shape).to(target.device, dtype)
-
-    return given
-
-
-@pytest.fixture
-def run(target):
-    """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
-
-    def run(tensors, grad_out, grid_size, **kwargs):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        out = gpsa_attention(*leaves, grid_size, backend=target.backend, **kwargs)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
-
-    return run
-
-
-@pytest.fixture
-def assert_same_bits():
-    def assert_same_bits(got, expected):
-        for name, a, b in zip(NAMES, got, expected, strict=True):
-            assert torch.equal(a, b), name
-
-    return assert_same_bits
-
-
-@pytest.fixture
-def check(target):
-    """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
-
-    def check(tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
-        q, settings, mask, seed = tensors[0], {"backend": target.backend}, None, None
-        if dropout_p:
-            settings["dropout_p"] = dropout_p
-            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, target.device, **settings)
-        settings |= {"device": target.device, "scale": scale, "mask": mask, **kwargs}
-        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
-        if saved:
-            if dropout_p:
-                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
-                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)
-            there = [t.detach().to(target.device) for t in tensors]
-            scale = q.size(-1) ** -0.5 if scale is None else scale
-            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, target.backend, True)
-            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
-
-    return check
