@@ -47,12 +47,8 @@ def check(seed: int, backends: Sequence[str], dtypes: Sequence[torch.dtype], tok
     rows = pick.choice([1, 2, 3, pick.randint(1, tokens)])
     grid_size = (rows, pick.randint(1, max(1, tokens // rows)))
     grid_size = grid_size if pick.random() < 0.5 else grid_size[::-1]
-    shape = (
-        pick.choice([1, 1, 1, 2]),
-        pick.choice([1, 1, 2, 3]),
-        math.prod(grid_size),
-        step * pick.randint(1, 40 // step),
-    )
+    batch, heads, head_dim = pick.choice([1, 1, 1, 2]), pick.choice([1, 1, 2, 3]), step * pick.randint(1, 40 // step)
+    shape = batch, heads, math.prod(grid_size), head_dim
     backend, dtype, scale = pick.choice(backends), pick.choice(dtypes), pick.choice([0.25, 0.25, 1.0, 5.0, -0.3, 0.0])
     drawn = f"{backend} {dtype} {shape} {grid_size} scale {scale}"
     tensors: list[Tensor] = []
