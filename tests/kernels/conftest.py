@@ -2,7 +2,7 @@
 
 On a GPU the targets are the backends that have kernels for it. Without one they are the CUDA kernels on their emulator,
 and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the variable when it is imported, so one
-process either interprets or compiles.
+process either interprets or compiles. Of what is said about numbers the backends in plain PyTorch are targets, too.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Target(NamedTuple):
             mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, self.device, **settings)
         settings |= {"device": self.device, "scale": scale, "mask": mask, **kwargs}
         assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
-        if saved:
+        if saved and self.backend not in _PLAIN:
             if dropout_p:
                 torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
                 seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=self.device)
@@ -120,6 +120,16 @@ _TILED = {
         (2, 2, (5, 14), 16), (1, 2, (9, 21), 48), (1, 1, (1, 70), 128), (1, 1, (67, 1), 64), (1, 1, (13, 24), 40),
     ],
 }
+_ANY_HEAD_DIM = {
+    "grids": [(3, 6), (2, 17)],
+    "shapes": [
+        *((2, 2, grid_size, 16) for grid_size in ((1, 1), (1, 2), (7, 9), (8, 8), (13, 5), (1, 197), (197, 1))),
+        *((1, 2, (4, 6), head_dim) for head_dim in (1, 5, 24, 40, 64, 72, 128)),
+        (7, 3, (3, 5), 8), (2, 9, (14, 14), 48),
+    ],
+    "inference_shapes": [(1, 2, (3, 5), 16), (1, 2, (5, 13), 5)],
+    "dropout_shapes": [],
+}
 # fmt: on
 _ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
 # of each form of Triton's position and of each family of the CUDA kernels; and with dropout
@@ -127,6 +137,7 @@ _SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 
 
 _HALVES = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
+_PLAIN = ("eager", "sdpa")
 _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 
 
@@ -139,6 +150,8 @@ def _targets() -> list[Target]:
 
 
 TARGETS = _targets()
+_EVERY = (torch.float64, torch.float32, *_HALVES)
+PLAIN = [Target(name, "cpu", _EVERY, **_ANY_HEAD_DIM) for name in _PLAIN if TARGETS[0].backend in _EMULATED]
 _VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
@@ -146,7 +159,7 @@ def pytest_generate_tests(metafunc):
     """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
     names = [name for name in _VARIED if name in metafunc.fixturenames]
     cases = []
-    for target in TARGETS:
+    for target in TARGETS + (PLAIN if metafunc.module.__name__ == "test_kernel_numerics" else []):
         for values in product(*(getattr(target, _VARIED[name]) for name in names)):
             label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
             marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []

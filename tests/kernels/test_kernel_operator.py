@@ -1,9 +1,10 @@
-"""The registered operator over the kernels: contract, compilation, autocast, refusals."""
+"""The registered operator over the kernels: drawn calls, contract, compilation, autocast, refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from fuzz import fuzz
 
 from gpsa_kernels import BACKENDS, gpsa_attention
 from gpsa_kernels.backends import Call
@@ -11,6 +12,11 @@ from gpsa_kernels.backends.triton import INTERPRETED
 from gpsa_kernels.functional import select_backend
 
 grid_sizes = pytest.mark.parametrize("grid_size", [(3, 5), (2, 17)], ids=str)
+
+
+@pytest.mark.parametrize("seed", ["fixed", "fresh"])
+def test_whatever_is_drawn_is_as_exact_as_eager(target, seed):
+    fuzz(seed, 12 if INTERPRETED else 100, (target.backend,), target.dtypes, 20, 8)
 
 
 @pytest.mark.parametrize("save", [False, True])

@@ -158,23 +158,14 @@ public:
         instruction.address[lane] = address;
     }
 
-    void flush_shared(Accesses& counter) {
+    /// Counts the instructions, each by its lanes' addresses, and forgets them.
+    template <typename Counter>
+    void flush(Counter& counter, void (*count)(Counter&, const uint64_t* addresses, uint32_t lanes, int bytes)) {
         for (size_t k = 0; k < used; ++k) {
-            count_access(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
+            count(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
         }
-        clear();
-    }
-
-    void flush_global(int64_t& bytes) {
-        for (size_t k = 0; k < used; ++k) {
-            std::vector<uint64_t> distinct;
-            for (int lane = 0; lane < 32; ++lane) {
-                if (instructions[k].lanes >> lane & 1) distinct.push_back(instructions[k].address[lane]);
-            }
-            std::sort(distinct.begin(), distinct.end());
-            bytes += instructions[k].bytes * (std::unique(distinct.begin(), distinct.end()) - distinct.begin());
-        }
-        clear();
+        used = 0;
+        std::fill(std::begin(counts), std::end(counts), 0);
     }
 
 private:
@@ -186,12 +177,16 @@ private:
     int counts[32] = {};
     std::vector<Instruction> instructions;
     size_t used = 0;
-
-    void clear() {
-        used = 0;
-        std::fill(std::begin(counts), std::end(counts), 0);
-    }
 };
+
+void count_bytes(int64_t& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
+    std::vector<uint64_t> wanted;
+    for (int lane = 0; lane < 32; ++lane) {
+        if (lanes >> lane & 1) wanted.push_back(addresses[lane]);
+    }
+    std::sort(wanted.begin(), wanted.end());
+    counter += bytes * (std::unique(wanted.begin(), wanted.end()) - wanted.begin());
+}
 
 struct Access {
     uint32_t clock = 0;
@@ -207,14 +202,15 @@ struct Cell {
 struct Copy {
     int64_t to;
     const void* from;  // null: zeros
+    int group;
 };
 
 struct Thread {
     Fiber fiber;
     const char* waiting = nullptr;  // for what, null: can run
     bool done = false;
-    std::vector<std::vector<Copy>> groups;  // committed, oldest first
-    std::vector<Copy> open;
+    int committed = 0;         // groups of copies
+    std::vector<Copy> copies;  // that are not waited for, oldest first
 };
 
 struct Warp {
@@ -414,26 +410,23 @@ void copy_async(const SharedAddress& to, Region& region, const void* from, bool 
     own_warp().copies.record(here.thread % 32, to.offset, 16);
     mark_write(to.offset, 16);
     for (int64_t i = to.offset / 2; i < to.offset / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(here.thread);
-    const Copy copy{to.offset, is_valid ? from : nullptr};
-    if (!settings.deferred_copies) move(copy);
-    threads[here.thread]->open.push_back(copy);
+    Thread& self = *threads[here.thread];
+    self.copies.push_back({to.offset, is_valid ? from : nullptr, self.committed});
+    if (!settings.deferred_copies) move(self.copies.back());
 }
 
-void copy_commit() {
-    Thread& self = *threads[here.thread];
-    self.groups.push_back(std::exchange(self.open, {}));
-}
+void copy_commit() { ++threads[here.thread]->committed; }
 
 void copy_wait(int pending) {
-    auto& groups = threads[here.thread]->groups;
-    while (static_cast<int>(groups.size()) > pending) {
-        for (const Copy& copy : groups.front()) {
-            if (settings.deferred_copies) move(copy);
-            for (int64_t i = copy.to / 2; i < copy.to / 2 + 8; ++i) cells[i].copying = -1;
-            mark_write(copy.to, 16);
-        }
-        groups.erase(groups.begin());
+    Thread& self = *threads[here.thread];
+    const auto is_pending = [&](const Copy& copy) { return copy.group >= self.committed - pending; };
+    const auto first_pending = std::find_if(self.copies.begin(), self.copies.end(), is_pending);
+    for (auto copy = self.copies.begin(); copy != first_pending; ++copy) {
+        if (settings.deferred_copies) move(*copy);
+        for (int64_t i = copy->to / 2; i < copy->to / 2 + 8; ++i) cells[i].copying = -1;
+        mark_write(copy->to, 16);
     }
+    self.copies.erase(self.copies.begin(), first_pending);
 }
 
 // Threads.
@@ -446,11 +439,11 @@ static void wait(const char* name) {
 
 /// All lanes of the warp are at the same point: what they did since the last such point is counted.
 static void met(Warp& warp) {
-    warp.loads.flush_shared(counters.load);
-    warp.stores.flush_shared(counters.store);
-    warp.copies.flush_shared(counters.copy);
-    warp.global_loads.flush_global(counters.global_read);
-    warp.global_stores.flush_global(counters.global_written);
+    warp.loads.flush(counters.load, count_access);
+    warp.stores.flush(counters.store, count_access);
+    warp.copies.flush(counters.copy, count_access);
+    warp.global_loads.flush(counters.global_read, count_bytes);
+    warp.global_stores.flush(counters.global_written, count_bytes);
 }
 
 /// Fails where a lane of this warp waits elsewhere, or has ended.
@@ -522,7 +515,7 @@ static void fiber_main() {
     Thread& self = *threads[here.thread];
     try {
         (*body)();
-        if (!self.open.empty() || !self.groups.empty()) fail("the thread ends with copies that it has not waited for");
+        if (!self.copies.empty()) fail("the thread ends with copies that it has not waited for");
     } catch (const std::exception& e) {
         error = e.what();
     }
@@ -570,8 +563,8 @@ static void run_block(int x, int y) {
     for (auto& thread : threads) {
         thread->done = false;
         thread->waiting = nullptr;
-        thread->open.clear();
-        thread->groups.clear();
+        thread->committed = 0;
+        thread->copies.clear();
         thread->fiber.prepare(fiber_main);
     }
     here.thread = here.threads - 1;
