@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
 
-from gpsa_kernels.backends.triton import attention_backward as backward_kernels
+from gpsa_kernels.backends.triton import attention
 from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch
 from tools import machine_code, tune
 from tools.ahead_of_time import SHARED_MEMORY_LIMIT, measure_all, variants
@@ -94,7 +94,7 @@ def test_the_tuner_takes_the_fastest_that_runs_or_keeps_the_row():
         tiles = row.query_tile, row.key_tile
         return None if tiles == (128, 128) else 1 / (tiles[0] * tiles[1] * row.warps)
 
-    found = tune.best(key, tune.attention_candidates(own), pretended)
+    found = tune.best(key, tune.attention_candidates(), pretended)
     assert (found.query_tile * found.key_tile, found.warps) == (128 * 64, 8)
     assert ATTENTION[key] == own
     for time in (1.0, None):  # nothing beats it, nothing runs
@@ -118,11 +118,11 @@ def test_the_tuner_compiles_what_is_launched(monkeypatch):
     problem = tune.attention_problems(90)[key]
     monkeypatch.setitem(ATTENTION, key, ATTENTION[key])
     compiled = []
-    kernel = backward_kernels.attention_backward_key
+    kernel = attention.attention_backward_key
     monkeypatch.setattr(kernel, "warmup", lambda **given: compiled.append(given))
     assert tune.build(key, problem, 90, row)
     settings = ("QUERY_TILE", "KEY_TILE", "num_warps", "num_stages")
-    assert [tuple(given[name] for name in settings) for given in compiled] == [row[:4]]
+    assert [tuple(given[name] for name in settings) for given in compiled] == [row]
     monkeypatch.setattr(kernel, "warmup", lambda **given: 1 / 0)
     assert not tune.build(key, problem, 90, row)
 
@@ -161,7 +161,7 @@ def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(t
     near, rest = parts[1][1], parts[3][1]
     assert Launch(32, 64, 4, 1) in near
     assert len(near) < 30 < len(rest)
-    assert {*near[1:], *rest[1:], own} == set(tune.attention_candidates(own))
+    assert {*near[1:], *rest[1:], own} == set(tune.attention_candidates())
 
 
 def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuned, monkeypatch):

@@ -76,9 +76,9 @@ def training_step(
     pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
     seed = torch.ones(1, dtype=torch.int64, device=device) if dropout_p else None
     call = Call(q, k, v, pos_weight, gate, seed, *grid_size, head_dim**-0.5, dropout_p)
-    forward = plan_forward(call, True, capability)
-    _, *saved = forward.result
-    return [*forward.calls, *plan_backward(grad_out, call, Saved(*saved), capability).calls]
+    forward, (_, *saved) = plan_forward(call, True, capability)
+    backward, *_ = plan_backward(grad_out, call, Saved(*saved), capability)
+    return [*forward, *backward]
 
 
 def _calls(variant: Variant) -> list[KernelCall]:
@@ -132,22 +132,25 @@ def measure(variant: Variant) -> Code:
 
 def _source(call: KernelCall) -> ASTSource:
     """The specialisation that Triton itself would compile for these arguments."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for parameter in call.kernel.params:
-        value = call.arguments[parameter.name]
+
+    def type_of(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return type(value)(*(type_of(part, (*path, i), parameter) for i, part in enumerate(value)))
         specialized = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            constants[path] = value
+            return "constexpr"
         if isinstance(value, Tensor) or (isinstance(value, int) and specialized and value % 16 == 0):
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return _POINTERS[value.dtype]
+        return "i32" if isinstance(value, int) else "fp32"
+
+    for parameter in call.kernel.params:
+        signature[parameter.name] = type_of(call.arguments[parameter.name], (parameter.num,), parameter)
     return ASTSource(call.kernel, signature, constants, attributes)
 
 

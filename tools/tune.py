@@ -111,13 +111,10 @@ def positional_problems() -> dict[tuple[str, int], Problem]:
     }
 
 
-def attention_candidates(row: Launch) -> list[Launch]:
-    """What can stand in a row's place; registers are a matter of the compiler, not of time, and stay."""
+def attention_candidates() -> list[Launch]:
+    """What can stand in a row's place."""
     sizes = (16, 32, 64, 128)
-    return [
-        Launch(query_tile, key_tile, warps, stages, row.registers)
-        for query_tile, key_tile, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3))
-    ]
+    return list(itertools.starmap(Launch, itertools.product(sizes, sizes, (4, 8), (1, 2, 3))))
 
 
 def positional_candidates(columns: int) -> list[PositionalLaunch]:
@@ -131,8 +128,8 @@ def positional_candidates(columns: int) -> list[PositionalLaunch]:
 
 def distance(a: Row, b: Row) -> float:
     """In how many steps one launch becomes the other: stages by one, everything else doubled or halved."""
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in a._fields if name != "registers"}
-    return sum(abs(m - n) if name == "stages" else abs(math.log2(m / n)) for name, (m, n) in pairs.items())
+    pairs = zip(a._fields, a, b, strict=True)
+    return sum(abs(m - n) if name == "stages" else abs(math.log2(m / n)) for name, m, n in pairs)
 
 
 def best(key: Any, candidates: Iterable[Row], milliseconds: Callable[[], float | None]) -> Row:
@@ -155,12 +152,20 @@ def render(
     text: str, attention: dict[tuple[str, str, int], Launch], positional: dict[tuple[str, int], PositionalLaunch]
 ) -> str:
     """The text of ``table.py`` with these rows in its tables."""
-    for name, rows in (("ATTENTION", attention), ("POSITIONAL", positional)):
-        body = "".join(f"    {key!r}: {row!r},\n" for key, row in rows.items()).replace("'", '"')
+
+    def written(row: Row) -> str:
+        return f"{type(row).__name__}{tuple(row)}"
+
+    lines = {"_ATTENTION": "", "POSITIONAL": ""}
+    for key, rows in itertools.groupby(attention.items(), lambda item: item[0][:2]):
+        lines["_ATTENTION"] += f"    {key}: [{', '.join(written(row) for _, row in rows)}],\n"
+    for key, row in positional.items():
+        lines["POSITIONAL"] += f"    {key}: {written(row)},\n"
+    for name, body in lines.items():
         head, _, rest = text.partition(f"\n{name}: ")
         declaration, _, rest = rest.partition("{\n")
-        _, _, tail = rest.partition("\n}\n")
-        text = f"{head}\n{name}: {declaration}{{\n{body}}}\n{tail}"
+        _, _, tail = rest.partition("}\n")
+        text = f"{head}\n{name}: {declaration}{{\n" + body.replace("'", '"') + f"}}\n{tail}"
     return text
 
 
@@ -197,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print("the time is up: what is not named above was not tried")
                 break
             table, problem = table_of(key), problems[key]
-            everything = attention_candidates(own) if isinstance(own, Launch) else positional_candidates(key[1])
+            everything = attention_candidates() if isinstance(own, Launch) else positional_candidates(key[1])
             candidates = [row for row in everything if row != own and (distance(row, own) <= NEAR) == near]
             built = list(pool.map(partial(build, key, problem, capability), [table[key], *candidates]))
             fitting = list(itertools.compress(candidates, built[1:]))

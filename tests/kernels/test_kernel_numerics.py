@@ -168,6 +168,11 @@ def test_layouts_change_no_bit(target, layout, sizes):
     assert_same_bits(target.run([*views, pos_weight, gate], grad_view, sizes[2]), expected)
 
 
+def test_runs_are_bitwise_equal(target, grid):
+    tensors, grad_out = target.given(2, 2, grid, 16, target.widest)
+    assert_same_bits(*(target.run(tensors, grad_out, grid) for _ in range(2)))
+
+
 def test_merging_the_heads_is_a_view(target, dtype):
     tensors, _ = target.given(2, 3, (3, 5), 16, dtype)
     assert gpsa_attention(*tensors, (3, 5), backend=target.backend).transpose(1, 2).is_contiguous()
