@@ -50,6 +50,12 @@ def attention(*arguments: object, seed: int = SEED, **kwargs: object) -> Tensor:
     return gpsa_attention(*arguments, **kwargs)
 
 
+def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Of a result and its gradients."""
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
 def assert_as_exact_as_eager(function: Callable[..., Tensor], tensors: Sequence[Tensor], *args, **kwargs) -> None:
     """That every result of :func:`deviations`, which has the rule of exactness and its arguments, is allowed."""
     for name, error, _, allowed, _ in deviations(function, tensors, *args, **kwargs):

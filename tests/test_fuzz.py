@@ -1,4 +1,4 @@
-"""Ten thousand drawn calls of the backends that need no GPU; tests/kernels/test_kernel_fuzz.py has the kernels'."""
+"""Ten thousand drawn calls of the backends that need no GPU; tests/kernels has the kernels'."""
 
 from __future__ import annotations
 

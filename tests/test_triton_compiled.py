@@ -128,31 +128,33 @@ def test_the_tuner_compiles_what_is_launched(monkeypatch):
 
 
 @pytest.fixture
-def tuner(monkeypatch, tmp_path):
-    """The tuner on a pretended H100 with a table of its own; a launch takes as long as its query tile is small."""
-    table = tmp_path / "table.py"
+def tuned(monkeypatch, tmp_path):
+    """Runs the tuner on a pretended H100, where a launch takes as long as its query tile is small, with a table of its
+    own: the rows that are changed afterwards, and the candidates that were built, by kernel."""
+    table, built = tmp_path / "table.py", []
     table.write_text(tune.TABLE.read_text())
+    before = rows_of(table.read_text())
     for name in ("ATTENTION", "POSITIONAL"):
         monkeypatch.setattr(tune, name, dict(getattr(tune, name)))
     monkeypatch.setattr(tune, "TABLE", table)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: True)
+    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: built.append((key[1], row)) or True)
     keys = {problem: key for key, problem in tune.attention_problems(90).items()}
     monkeypatch.setattr(tune, "milliseconds", lambda problem, _: 1 / tune.ATTENTION[keys[problem]].query_tile)
-    return table
+
+    def tuned(*options, raises=nullcontext):
+        with raises():
+            tune.main(["--rows", "wgmma-forward-64", "wgmma-backward_key-64", *options])
+        return {key: row for key, row in rows_of(table.read_text()).items() if row != before[key]}, built
+
+    return tuned
 
 
-CHOSEN = ["--rows", "wgmma-forward-64", "wgmma-backward_key-64"]
-
-
-def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(tuner, monkeypatch):
-    built = []
-    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: built.append((key[1], row)) or True)
-    before = rows_of(tuner.read_text())
-    tune.main(CHOSEN)
-    changed = {key: row[0] for key, row in rows_of(tuner.read_text()).items() if row != before[key]}
-    assert changed == {("wgmma", "forward", 64): 128, ("wgmma", "backward_key", 64): 128}
+def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(tuned):
+    changed, built = tuned()
+    tiles = {key: row.query_tile for key, row in changed.items()}
+    assert tiles == {("wgmma", "forward", 64): 128, ("wgmma", "backward_key", 64): 128}
     parts = [(kernel, [row for _, row in part]) for kernel, part in itertools.groupby(built, lambda pair: pair[0])]
     assert [kernel for kernel, _ in parts] == 2 * ["forward", "backward_key"]
     own = ATTENTION["wgmma", "backward_key", 64]
@@ -162,7 +164,7 @@ def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(t
     assert {*near[1:], *rest[1:], own} == set(tune.attention_candidates())
 
 
-def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuner, monkeypatch):
+def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuned, monkeypatch):
     milliseconds = tune.milliseconds
 
     def interrupted(problem, capability):
@@ -171,22 +173,17 @@ def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuner, monkeypatc
         return milliseconds(problem, capability)
 
     monkeypatch.setattr(tune, "milliseconds", interrupted)
-    before = rows_of(tuner.read_text())
-    with pytest.raises(KeyboardInterrupt):
-        tune.main(CHOSEN)
-    assert [key for key, row in rows_of(tuner.read_text()).items() if row != before[key]] == [("wgmma", "forward", 64)]
+    changed, _ = tuned(raises=partial(pytest.raises, KeyboardInterrupt))
+    assert list(changed) == [("wgmma", "forward", 64)]
 
 
-@pytest.mark.parametrize("option", [["--minutes", "0"], ["--dry-run"]], ids=" ".join)
-def test_the_tuner_leaves_the_table(tuner, option):
-    before = tuner.read_text()
-    tune.main([*CHOSEN, *option])
-    assert tuner.read_text() == before
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--dry-run"]], ids=" ".join)
+def test_the_tuner_leaves_the_table(tuned, options):
+    assert tuned(*options)[0] == {}
 
 
-def test_the_tuner_names_its_rows(tuner, capsys):
-    with pytest.raises(SystemExit):
-        tune.main(["--rows", "mma-forward-64"])
+def test_the_tuner_names_its_rows(tuned, capsys):
+    tuned("--rows", "mma-forward-64", raises=partial(pytest.raises, SystemExit))
     told = capsys.readouterr().err
     assert "has no row mma-forward-64" in told
     assert "wgmma-backward_key-128" in told

@@ -18,14 +18,18 @@ GPSA_DEVICE int place(int index) {
     return ((((block_y() * blocks_x + block_x()) * warps + warp()) * records + index) * lanes + lane()) * 4;
 }
 
-GPSA_DEVICE void record(uint32_t* out, int index, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    store_chunk<uint32_t>(Global<uint32_t>(out) + place(index), Chunk{{a, b, c, d}});
-}
-
+GPSA_DEVICE uint32_t bits(uint32_t word) { return word; }
+GPSA_DEVICE uint32_t bits(int number) { return number; }
 GPSA_DEVICE uint32_t bits(float x) {
     uint32_t word;
     memcpy(&word, &x, 4);
     return word;
+}
+
+/// Up to four words; those that are missing are 0.
+template <typename... Words>
+GPSA_DEVICE void record(uint32_t* out, int index, Words... words) {
+    store_chunk<uint32_t>(Global<uint32_t>(out) + place(index), Chunk{{bits(words)...}});
 }
 
 template <typename E>
@@ -54,23 +58,19 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
 
     float c[4] = {1, 2, 3, 4};
     mma<E>(c, a, b[0], b[1]);
-    record(out, 3, bits(c[0]), bits(c[1]), bits(c[2]), bits(c[3]));
+    record(out, 3, c[0], c[1], c[2], c[3]);
 
     const float own = static_cast<float>(lane());
-    record(
-        out, 4, bits(shuffle_xor(own, 1)), bits(shuffle_xor(own, 2)), bits(shuffle_xor(own, 8)),
-        bits(shuffle_xor(own, 16)));
+    record(out, 4, shuffle_xor(own, 1), shuffle_xor(own, 2), shuffle_xor(own, 8), shuffle_xor(own, 16));
 
     const Pair x = unpack<E>(load_pair<E>(tile + 2 * lane()));
-    record(out, 5, load_pair<E>(tile + 2 * lane()), bits(x.low), bits(x.high), pack<E>(x.low, x.high));
+    record(out, 5, load_pair<E>(tile + 2 * lane()), x.low, x.high, pack<E>(x.low, x.high));
     record(
-        out, 6, pack<E>(x.low / 3, x.high / 3), pack<E>(x.high * 1e30f, 1e-30f * x.low), bits(maximum(x.low, x.high)),
-        bits(maximum(x.low, __builtin_nanf(""))));
+        out, 6, pack<E>(x.low / 3, x.high / 3), pack<E>(x.high * 1e30f, 1e-30f * x.low), maximum(x.low, x.high),
+        maximum(x.low, __builtin_nanf("")));
+    record(out, 7, exp2_approx(x.low), exp2_approx(x.high), exp2_approx(-INFINITY), exp2_approx(-140.0f));
     record(
-        out, 7, bits(exp2_approx(x.low)), bits(exp2_approx(x.high)), bits(exp2_approx(-INFINITY)),
-        bits(exp2_approx(-140.0f)));
-    record(
-        out, 8, bits(log2_approx(x.low * x.low)), bits(log2_approx(1 + own)), bits(log2_approx(0.0f)),
+        out, 8, log2_approx(x.low * x.low), log2_approx(1 + own), log2_approx(0.0f),
         kept(any_lane(own == 5) + 2 * any_lane(own < 0)));
 
     store(numbers + thread(), static_cast<float>(thread()));
@@ -82,8 +82,8 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
         sync_named(2, lanes);
     }
     record(
-        out, 9, bits(load(numbers + (threads() - 1 - thread()))),
-        bits(load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread()))), 0, 0);
+        out, 9, load(numbers + (threads() - 1 - thread())),
+        load(pairs + (warp() < 2 ? 2 * lanes - 1 - thread() : 5 * lanes - 1 - thread())));
     copy_wait<0>();
     sync_warp();
     const Chunk half_copied = load_chunk<E>(copied + 8 * lane());
@@ -103,8 +103,8 @@ GPSA_DEVICE void conformance(const E* in, uint32_t* out) {
     for (int n = 1; n < 4; ++n) store(to + n, own + n);
 
     record(
-        out, 15, bits(reciprocal_approx(x.low)), bits(reciprocal_approx(INFINITY)), bits(reciprocal_approx(3e38f)),
-        bits(reciprocal_approx(0.0f)));
+        out, 15, reciprocal_approx(x.low), reciprocal_approx(INFINITY), reciprocal_approx(3e38f),
+        reciprocal_approx(0.0f));
 }
 
 constexpr int shared_bytes = warps * (2 * elements * 2 + 2 * lanes * 4);
@@ -135,13 +135,13 @@ bool run(const uint16_t* input, uint32_t* output) {
 
 template <typename E>
 bool run(const uint16_t* input, uint32_t* output) {
-    emulator::Machine machine;
-    machine.know("in", emulator::Use::input, input, 2, {elements}, {1});
-    machine.know("out", emulator::Use::output, output, 4, {words}, {1});
-    machine.launch(blocks_x, blocks_y, warps * lanes, shared_bytes, [&] {
+    emulator::begin();
+    emulator::know("in", emulator::Use::input, input, 2, {elements}, {1});
+    emulator::know("out", emulator::Use::output, output, 4, {words}, {1});
+    emulator::launch(blocks_x, blocks_y, warps * lanes, shared_bytes, [&] {
         conformance<E>(reinterpret_cast<const E*>(input), output);
     });
-    machine.region(output).finish();
+    emulator::finish();
     return true;
 }
 

@@ -1,5 +1,5 @@
-// Forward and backward calls of both families on the emulator, under two schedules. Their bits must not depend on the
-// schedule, on when copies move, or on how far apart the rows of the results lie.
+// Forward and backward calls of both families on the emulator. Their bits must not depend on the schedule, on when
+// copies move, or on how far apart the rows of the results lie.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,15 +14,13 @@ extern "C" Sizes emulated_sizes(const Problem& problem);
 extern "C" const char* emulated_forward(const Forward& call);
 extern "C" const char* emulated_backward(const Backward& call);
 
-namespace {
-
-void require(bool holds, const char* what) {
+static void require(bool holds, const char* what) {
     if (holds) return;
     fprintf(stderr, "%s\n", what);
     exit(1);
 }
 
-/// (B, H, N, D) in memory of its own, no byte too much, with `gap` elements behind each row: noise, or NaN.
+/// (B, H, N, D) in memory of its own, no byte too much, with `gap` elements between rows: noise, or NaN without a seed.
 struct Tokens {
     std::vector<uint16_t> memory;
     Tensor tensor;
@@ -35,16 +33,10 @@ struct Tokens {
         }
         tensor = {memory.data(), p.heads * head, head, row};
     }
-
-    void append_to(std::vector<float>& all, const Problem& p) const {
-        for (size_t i = 0; i < memory.size(); ++i) {
-            if (static_cast<int64_t>(i) % tensor.token < p.head_dim) all.push_back(memory[i]);
-        }
-    }
 };
 
-/// The bits of all results.
-std::vector<float> results(const Problem& p, int gap) {
+/// The bits of all results, as numbers.
+static std::vector<float> results(const Problem& p, int gap) {
     const Tokens q(p, 0, 1), k(p, 0, 2), v(p, 0, 3), grad_out(p, 0, 4);
     const Tokens out(p, gap), content(p, gap), grad_q(p, gap), grad_k(p, gap), grad_v(p, gap);
     const std::vector<float> pos_weight(3 * p.heads, -0.1f), gate(p.heads, 0.5f);
@@ -62,26 +54,25 @@ std::vector<float> results(const Problem& p, int gap) {
          grad_q.tensor, grad_k.tensor, grad_v.tensor, sums.data(), backward_workspace.data()});
     require(!error, error);
     for (float sum : sums) require(std::isfinite(sum), "a sum that is not finite");
-    std::vector<float> all(sums);
-    all.insert(all.end(), logsumexp.begin(), logsumexp.end());
-    for (const Tokens* t : {&out, &grad_q, &grad_k, &grad_v}) t->append_to(all, p);
-    return all;
+    sums.insert(sums.end(), logsumexp.begin(), logsumexp.end());
+    for (const Tokens* t : {&out, &grad_q, &grad_k, &grad_v}) {
+        for (size_t i = 0; i < t->memory.size(); ++i) {
+            if (static_cast<int64_t>(i) % t->tensor.token < p.head_dim) sums.push_back(t->memory[i]);
+        }
+    }
+    return sums;
 }
-
-}  // namespace
 
 int main() {
     const int64_t seed = 7;
-    struct Case {
-        int rows, columns, row_blocks;
-    };
-    // two tiles of tokens for the tiled kernels, two of coordinates along x
-    for (const Case& c : {Case{3, 7, 2}, Case{4, 19, 0}}) {
+    for (bool tiled : {false, true}) {
         for (float dropout_p : {0.3f, 0.0f}) {
-            const Problem p{2, 2, c.rows, c.columns, 40, 0.25f, dropout_p, &seed, Dtype::float16};
+            // two row blocks, or two tiles of tokens and two of coordinates along x
+            const int rows = tiled ? 4 : 3, columns = tiled ? 19 : 7;
+            const Problem p{2, 2, rows, columns, 40, 0.25f, dropout_p, &seed, Dtype::float16};
+            emulator::settings.row_blocks = tiled ? 0 : 2;
             std::vector<float> expected;
             for (int run = 0; run < 4; ++run) {
-                emulator::settings.row_blocks = c.row_blocks;
                 emulator::settings.schedule = run / 2;
                 emulator::settings.deferred_copies = run % 2;
                 const std::vector<float> found = results(p, run % 2 ? 24 : 0);

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,9 +38,6 @@ def folder(monkeypatch, tmp_path):
     yield tmp_path
     cuda._load.cache_clear()
     cuda._code_for.cache_clear()
-
-
-# ---- why it cannot run ---------------------------------------------------------------------------------------------
 
 
 REASONS = {  # what is beside the library, the library, and what the reason says
@@ -109,20 +104,6 @@ def test_a_library_that_loads_is_loaded_once(folder, monkeypatch, gpu):
         gpsa_attention(*tensors, (2, 2), backend="cuda")
 
 
-def test_a_broken_library_does_not_break_the_import(tmp_path):
-    package = Path(gpsa_kernels.__file__).parent
-    shutil.copytree(package, tmp_path / "gpsa_kernels", ignore=shutil.ignore_patterns("__pycache__", "_cuda"))
-    broken = tmp_path / "gpsa_kernels" / "_cuda"
-    broken.mkdir()
-    (broken / "build.json").write_text("not json")
-    (broken / "gpsa_cuda.so").write_text("not a library")
-    done = subprocess.run([sys.executable, "-m", "gpsa_kernels", "info"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("library") and "cannot be read" in line for line in lines)
-    assert any(line.split()[:2] == ["cuda", "no"] and "cannot be read" in line for line in lines)
-
-
 @pytest.mark.parametrize(
     ("capability", "architectures", "runs"),
     [
@@ -163,10 +144,9 @@ def _available(monkeypatch):
         yield
 
 
-def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48, dtype: torch.dtype = torch.bfloat16):
+def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48):
     """q, k and v as views of one projection's result, pos_weight and gate; where no GPU is, in FakeTensorMode."""
-    tokens = grid_size[0] * grid_size[1]
-    qkv = torch.empty(2, tokens, 3, 4, head_dim, device="cuda", dtype=dtype)
+    qkv = torch.empty(2, math.prod(grid_size), 3, 4, head_dim, device="cuda", dtype=torch.bfloat16)
     return *qkv.permute(2, 0, 3, 1, 4).unbind(), torch.empty(4, 3, device="cuda"), torch.empty(4, device="cuda")
 
 
@@ -182,46 +162,14 @@ def cuda_tensors(grid_size: tuple[int, int] = (14, 14), head_dim: int = 48, dtyp
     ],
 )
 def test_fake_tensors(grid_size, head_dim, dropout_p, saves_content):
-    tokens = grid_size[0] * grid_size[1]
-    settings = (*grid_size, 0.1, dropout_p, "cuda")
-    heads_last = (tokens * 4 * head_dim, head_dim, 4 * head_dim, 1)
+    settings = (*grid_size, 0.1, dropout_p)
     with FakeTensorMode():
         tensors = cuda_tensors(grid_size, head_dim)
         seed = torch.empty(1, dtype=torch.int64, device="cuda") if dropout_p else None
-        out, content, logsumexp = torch.ops.gpsa.attention_forward(*tensors, seed, *settings, True)
-        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, *settings[:4], content, logsumexp, "cuda")
-    assert (out.shape, out.stride(), out.dtype) == ((2, 4, tokens, head_dim), heads_last, torch.bfloat16)
-    assert content.shape == (out.shape if saves_content else (0,))
-    assert (logsumexp.shape, logsumexp.dtype) == ((2, 4, tokens), torch.float32)
-    assert all(t.device.type == "cuda" for t in (out, content, logsumexp, *grads))
-    for grad, like in zip(grads, tensors, strict=True):
-        assert (grad.shape, grad.dtype) == (like.shape, like.dtype)
-    assert all(grad.stride() == heads_last for grad in grads[:3])
-
-
-@pytest.mark.usefixtures("_available")
-def test_the_public_function_on_fake_tensors():
-    with FakeTensorMode():
-        tensors = cuda_tensors()
-        assert gpsa_attention(*tensors, (14, 14), backend="cuda").shape == (2, 4, 196, 48)
-        float32 = cuda_tensors(dtype=torch.float32)
-        torch.set_autocast_dtype("cuda", torch.float16)
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast does nothing where no GPU is
-        try:
-            assert gpsa_attention(*float32, (14, 14), backend="cuda").dtype == torch.float16
-            with pytest.raises(RuntimeError, match=r"q is torch\.float64"):  # which autocast leaves alone
-                gpsa_attention(*cuda_tensors(dtype=torch.float64), (14, 14), backend="cuda")
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-        with pytest.raises(RuntimeError, match=r"take float16 and bfloat16, and q is torch\.float32"):
-            gpsa_attention(*float32, (14, 14), backend="cuda")
-        for head_dim in (12, 136):
-            with pytest.raises(RuntimeError, match=f"multiple of 8 from 8 to 128, got {head_dim}"):
-                gpsa_attention(*cuda_tensors(head_dim=head_dim), (14, 14), backend="cuda")
-        q, k, v, pos_weight, gate = cuda_tensors()
-        v = v.mT.contiguous().mT
-        with pytest.raises(RuntimeError, match="v's last dimension has stride 196"):
-            gpsa_attention(q, k, v, pos_weight, gate, (14, 14), backend="cuda")
+        out, *saved = torch.ops.gpsa.attention_forward(*tensors, seed, *settings, "cuda", True)
+        grads = torch.ops.gpsa.attention_backward(out, *tensors, seed, *settings, *saved, "cuda")
+    assert saved[0].shape == (out.shape if saves_content else (0,))
+    assert {t.device.type for t in (out, *saved, *grads)} == {"cuda"}
 
 
 @pytest.mark.usefixtures("_available")

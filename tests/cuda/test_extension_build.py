@@ -24,14 +24,6 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def build(monkeypatch):
-    """setup.py as a module, in an environment that says nothing about the build."""
-    for name in ("GPSA_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN"):
-        monkeypatch.delenv(name, raising=False)
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py"), run_name="build"))
-
-
 GOOD = {
     "ninja": "",
     "g++": "",
@@ -43,8 +35,12 @@ GOOD = {
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Makes a machine whose programs only say what the real ones would, and whose torch says its version and its CUDA;
-    what is changed to None is not there."""
+    """setup.py on a machine whose programs only say what the real ones would, and whose torch says its version and its
+    CUDA; what is changed to None is not there."""
+
+    for name in ("CUDA_PATH", "NVCC_CCBIN"):
+        monkeypatch.delenv(name, raising=False)
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="build")
 
     def machine(**changed):
         programs = tmp_path / "bin"
@@ -63,82 +59,66 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(programs))
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
         monkeypatch.setattr("sysconfig.get_path", lambda name: str(programs))
+        return SimpleNamespace(**setup)
 
     return machine
 
 
-NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
-OLD_NVCC = "V13.0.88 " + " ".join(f"compute_{number}" for number in (70, 80, 89, 90))
-
-
-@pytest.mark.parametrize(
-    ("changed", "wanted", "listed", "expected"),
-    [
-        ({}, "1", "", ["sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]),
-        ({"nvcc": OLD_NVCC}, "1", "", ["sm_80", "sm_90", "compute_90"]),
-        ({}, "", "", ["sm_90"]),
-        ({"nvidia-smi": "9.0\n8.6\n9.0"}, "", "", ["sm_86", "sm_90"]),
-        ({"nvidia-smi": "7.5\n12.0"}, "", "", ["sm_120"]),
-        ({"nvidia-smi": "7.5"}, "", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 7\.5"),
-        ({"nvidia-smi": "13.0"}, "", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 13\.0"),
-        ({"nvidia-smi": NO_DRIVER}, "", "", "has no GPU"),
-        ({}, "", "9.0", ["sm_90"]),
-        ({}, "", "8.0+PTX", ["sm_80", "compute_80"]),
-        ({}, "1", "8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
-        ({}, "1", "8.6, 9.0a 12.0", ["sm_86", "sm_90a", "sm_120"]),
-        ({}, "1", "7.0;7.5;10.3f", ["sm_103f"]),
-        ({}, "1", "Hopper", "'Hopper'"),
-        ({}, "1", "9", "'9'"),
-        ({}, "1", "7.5", "from 8.0 on"),
-        ({"torch": None}, "1", "", "no torch is in the environment of the build"),
-        ({"torch": ("2.11.0+cpu", None)}, "1", "", r"torch 2.11.0\+cpu in .* has no CUDA"),
-        ({"torch": ("2.9.1+cu130", "13.0")}, "1", "", r"torch 2.9.1\+cu130 in .* is older than 2.10"),
-        ({"torch": ("2.11.0", "99.0")}, "1", "", r"nvcc is of CUDA 13.0.88, and torch 2.11.0 of CUDA 99.0"),
-        ({"ninja": None}, "1", "", "no ninja was found"),
-        ({"g++": None}, "1", "", r"no g\+\+ on PATH"),
-    ],
+OLD_NVCC = {"nvcc": "V13.0.88 " + " ".join(f"compute_{number}" for number in (70, 80, 89, 90))}
+NO_GPU, NO_NVCC, NO_CUDA = {"nvidia-smi": None}, {"nvcc": None}, {"torch": ("2.11.0", None)}
+NO_DRIVER = {"nvidia-smi": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."}
+FOR, ASKED, HAS_GPU = (
+    "builds the CUDA library for ",
+    r" \(takes minutes\): GPSA_BUILD_CUDA=1",
+    ".*: this machine has a GPU",
 )
-def test_what_is_built_for_or_missing(build, machine, monkeypatch, changed, wanted, listed, expected):
-    machine(**changed)
-    monkeypatch.setenv("GPSA_BUILD_CUDA", wanted)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    if isinstance(expected, list):
-        assert build.Build.find().architectures == expected
-    else:
-        with pytest.raises(build.Missing, match=expected):
-            build.Build.find()
-
-
 WITHOUT = "built without the CUDA library: "
 CANNOT = "GPSA_BUILD_CUDA=1, but the CUDA library cannot be built: "
-DEFAULT = r"builds .* for sm_80, sm_90, sm_100, sm_120, compute_120 \(takes minutes\): GPSA_BUILD_CUDA=1"
-
-
-NO_GPU, NO_NVCC, NO_CUDA = {"nvidia-smi": None}, {"nvcc": None}, {"torch": ("2.11.0", None)}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "changed", "expected"),
+    ("wanted", "listed", "changed", "expected"),
     [
-        ("", {}, r"builds the CUDA library for sm_90 \(takes minutes\): this machine has a GPU"),
-        ("", NO_NVCC, WITHOUT + "no nvcc in "),
-        ("", NO_CUDA, WITHOUT + "torch 2.11.0 in .* has no CUDA"),
-        ("", NO_GPU, WITHOUT + "this machine has no GPU"),
-        ("", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "this machine has no GPU"),
-        ("0", {}, WITHOUT + "GPSA_BUILD_CUDA=0"),
-        ("0", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "GPSA_BUILD_CUDA=0"),
-        ("1", {}, DEFAULT),
-        ("1", NO_GPU, DEFAULT),
-        ("1", NO_NVCC, CANNOT + "no nvcc in "),
-        ("1", NO_GPU | NO_CUDA, CANNOT + "torch 2.11.0 in .* has no CUDA"),
-        ("yes", {}, "GPSA_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+        ("", "", {}, FOR + "sm_90" + HAS_GPU),
+        ("", "", {"nvidia-smi": "9.0\n8.6\n9.0"}, FOR + "sm_86, sm_90" + HAS_GPU),
+        ("", "", {"nvidia-smi": "7.5\n12.0"}, FOR + "sm_120" + HAS_GPU),
+        ("", "9.0", {}, FOR + "sm_90" + HAS_GPU),
+        ("", "8.0+PTX", {}, FOR + "sm_80, compute_80" + HAS_GPU),
+        ("", "", {"nvidia-smi": "7.5"}, WITHOUT + r"it needs .* 8.0 or later, and one that .*nvcc knows, not 7\.5"),
+        ("", "", {"nvidia-smi": "13.0"}, WITHOUT + r"it needs .* 8.0 or later, and one that .*nvcc knows, not 13\.0"),
+        ("", "", NO_DRIVER, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_GPU, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_NVCC, WITHOUT + "no nvcc in "),
+        ("", "", NO_CUDA, WITHOUT + "torch 2.11.0 in .* has no CUDA"),
+        ("0", "", {}, WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("0", "", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("1", "", {}, FOR + "sm_80, sm_90, sm_100, sm_120, compute_120" + ASKED),
+        ("1", "", NO_GPU, FOR + "sm_80, sm_90, sm_100, sm_120, compute_120" + ASKED),
+        ("1", "", OLD_NVCC, FOR + "sm_80, sm_90, compute_90" + ASKED),
+        ("1", "8.0;9.0+PTX", {}, FOR + "sm_80, sm_90, compute_90" + ASKED),
+        ("1", "8.6, 9.0a 12.0", {}, FOR + "sm_86, sm_90a, sm_120" + ASKED),
+        ("1", "7.0;7.5;10.3f", {}, FOR + "sm_103f" + ASKED),
+        ("1", "Hopper", {}, CANNOT + ".*'Hopper'"),
+        ("1", "9", {}, CANNOT + ".*'9'"),
+        ("1", "7.5", {}, CANNOT + ".*from 8.0 on"),
+        ("1", "", NO_NVCC, CANNOT + "no nvcc in "),
+        ("1", "", {"torch": None}, CANNOT + "no torch is in the environment of the build"),
+        ("1", "", NO_GPU | NO_CUDA, CANNOT + "torch 2.11.0 in .* has no CUDA"),
+        ("1", "", {"torch": ("2.11.0+cpu", None)}, CANNOT + r"torch 2.11.0\+cpu in .* has no CUDA"),
+        ("1", "", {"torch": ("2.9.1+cu130", "13.0")}, CANNOT + r"torch 2.9.1\+cu130 in .* is older than 2.10"),
+        ("1", "", {"torch": ("2.11.0", "99.0")}, CANNOT + ".*nvcc is of CUDA 13.0.88, and torch 2.11.0 of CUDA 99.0"),
+        ("1", "", {"ninja": None}, CANNOT + "no ninja was found"),
+        ("1", "", {"g++": None}, CANNOT + r"no g\+\+ on PATH"),
+        ("yes", "", {}, "GPSA_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
     ],
 )
-def test_one_line_says_what_is_built_and_why(build, machine, monkeypatch, capsys, wanted, changed, expected):
-    machine(**changed)
+def test_one_line_says_what_is_built_and_why(machine, capsys, monkeypatch, wanted, listed, changed, expected):
+    build = machine(**changed)
     monkeypatch.setenv("GPSA_BUILD_CUDA", wanted)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     try:
-        assert build.builds() == expected.startswith("builds")
+        assert build.builds() == expected.startswith(FOR)
         (line,) = capsys.readouterr().err.splitlines()
     except SystemExit as error:
         line = str(error)

@@ -1,10 +1,8 @@
 """The behaviour of the kernels, one suite for all of them: what runs it is a parameter, the target.
 
-The backends that are plain PyTorch are targets of what is said about numbers.
-
 On a GPU the targets are the backends that have kernels for it. Without one they are the CUDA kernels on their emulator,
 and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the variable when it is imported, so one
-process either interprets or compiles.
+process either interprets or compiles. Of what is said about numbers the backends in plain PyTorch are targets, too.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import emulation
 import pytest
 import torch
 from reference import (
-    NAMES,
     SEED,
     assert_as_exact_as_eager,
     assert_what_backward_reads_is_exact,
@@ -50,6 +47,39 @@ class Target(NamedTuple):
     shapes: list[Shape]
     inference_shapes: list[Shape]
     dropout_shapes: list[Shape]
+
+    @property
+    def widest(self):
+        """The dtype in which it computes most exactly."""
+        return self.dtypes[0]
+
+    def given(self, batch, heads, grid_size, head_dim, dtype):
+        """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
+        tensors = [t.detach().to(self.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
+        return tensors, torch.randn(tensors[0].shape).to(self.device, dtype)
+
+    def run(self, tensors, grad_out, grid_size, **kwargs):
+        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = gpsa_attention(*leaves, grid_size, backend=self.backend, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    def check(self, tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
+        """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
+        q, settings, mask, seed = tensors[0], {"backend": self.backend}, None, None
+        if dropout_p:
+            settings["dropout_p"] = dropout_p
+            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, self.device, **settings)
+        settings |= {"device": self.device, "scale": scale, "mask": mask, **kwargs}
+        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
+        if saved and self.backend not in _PLAIN:
+            if dropout_p:
+                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
+                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=self.device)
+            there = [t.detach().to(self.device) for t in tensors]
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, self.backend, True)
+            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
 
 
 # fmt: off
@@ -106,10 +136,8 @@ _SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 
 
 _HALVES = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
+_PLAIN = {"eager": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)], "sdpa": []}  # and the shapes that they run with dropout
 _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
-_DTYPES = (torch.float64, torch.float32, *_HALVES)
-_DROPPED = {"eager": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)], "sdpa": []}
-_PLAIN = [Target(name, "cpu", _DTYPES, **_ANY_HEAD_DIM, dropout_shapes=_DROPPED[name]) for name in _DROPPED]
 
 
 def _targets() -> list[Target]:
@@ -121,6 +149,12 @@ def _targets() -> list[Target]:
 
 
 TARGETS = _targets()
+_EVERY = (torch.float64, torch.float32, *_HALVES)
+PLAIN = [
+    Target(name, "cpu", _EVERY, **_ANY_HEAD_DIM, dropout_shapes=shapes)
+    for name, shapes in _PLAIN.items()
+    if TARGETS[0].backend in _EMULATED
+]
 _VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
@@ -128,8 +162,8 @@ def pytest_generate_tests(metafunc):
     """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
     names = [name for name in _VARIED if name in metafunc.fixturenames]
     cases = []
-    plain = {"test_kernel_numerics": _PLAIN, "test_kernel_dropout": [t for t in _PLAIN if t.dropout_shapes]}
-    for target in TARGETS + ([] if INTERPRETED else plain.get(metafunc.module.__name__, [])):
+    plain = {"test_kernel_numerics": PLAIN, "test_kernel_dropout": [t for t in PLAIN if t.dropout_shapes]}
+    for target in TARGETS + plain.get(metafunc.module.__name__, []):
         for values in product(*(getattr(target, _VARIED[name]) for name in names)):
             label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
             marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []
@@ -148,64 +182,3 @@ def _emulated(request, target):
         pytest.skip("the whole-image kernels serve images of up to 256 tokens")
     with emulation.using(name=target.backend, **{"row_blocks": 0} if tiled else {}):
         yield
-
-
-@pytest.fixture
-def widest(target):
-    """The dtype in which a target computes most exactly."""
-    return target.dtypes[0]
-
-
-@pytest.fixture
-def given(target):
-    """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
-
-    def given(batch, heads, grid_size, head_dim, dtype):
-        tensors = [t.detach().to(target.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
-        return tensors, torch.randn(tensors[0].shape).to(target.device, dtype)
-
-    return given
-
-
-@pytest.fixture
-def run(target):
-    """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
-
-    def run(tensors, grad_out, grid_size, **kwargs):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        out = gpsa_attention(*leaves, grid_size, backend=target.backend, **kwargs)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
-
-    return run
-
-
-@pytest.fixture
-def assert_same_bits():
-    def assert_same_bits(got, expected):
-        for name, a, b in zip(NAMES, got, expected, strict=True):
-            assert torch.equal(a, b), name
-
-    return assert_same_bits
-
-
-@pytest.fixture
-def check(target):
-    """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
-
-    def check(tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
-        q, settings, mask, seed = tensors[0], {"backend": target.backend}, None, None
-        if dropout_p:
-            settings["dropout_p"] = dropout_p
-            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, target.device, **settings)
-        settings |= {"device": target.device, "scale": scale, "mask": mask, **kwargs}
-        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
-        if saved and target not in _PLAIN:
-            if dropout_p:
-                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
-                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=target.device)
-            there = [t.detach().to(target.device) for t in tensors]
-            scale = q.size(-1) ** -0.5 if scale is None else scale
-            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, target.backend, True)
-            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
-
-    return check

@@ -12,9 +12,9 @@ GRID, P = (5, 13), 0.3
 
 
 @pytest.fixture
-def tensors(given, widest):
+def tensors(target):
     """With a flat position, so that no entry of the map underflows."""
-    tensors, _ = given(2, 2, GRID, 40, widest)
+    tensors, _ = target.given(2, 2, GRID, 40, target.widest)
     tensors[3].mul_(0.1)
     return tensors
 
@@ -32,25 +32,25 @@ def dropped(target, tensors):
     return dropped
 
 
-def test_as_exact_as_eager_with_the_same_mask(check, dtype, dropout_shape):
-    check(inputs(*dropout_shape, dtype), dropout_shape[2], dropout_p=P, saved=True)
+def test_as_exact_as_eager_with_the_same_mask(target, dtype, dropout_shape):
+    target.check(inputs(*dropout_shape, dtype), dropout_shape[2], dropout_p=P, saved=True)
 
 
 @pytest.mark.parametrize("dropout_p", [1e-6, 0.01, 0.5, 0.9, 0.99])
-def test_probabilities(check, dropout_p):
-    check(inputs(1, 2, (3, 7), 32, torch.float16), (3, 7), dropout_p=dropout_p, saved=True)
+def test_probabilities(target, dropout_p):
+    target.check(inputs(1, 2, (3, 7), 32, torch.float16), (3, 7), dropout_p=dropout_p, saved=True)
 
 
 @pytest.mark.parametrize("logit", [12.0, -12.0])
-def test_open_and_closed_gates(check, grid, logit):
+def test_open_and_closed_gates(target, grid, logit):
     *tensors, gate = inputs(1, 2, grid, 16, torch.float16)
-    check([*tensors, torch.full_like(gate, logit)], grid, dropout_p=P, saved=True)
+    target.check([*tensors, torch.full_like(gate, logit)], grid, dropout_p=P, saved=True)
 
 
 @pytest.mark.parametrize("weight", [0.0, 30.0, -30.0])
-def test_flat_and_steep_positions(check, target, grid, weight):
+def test_flat_and_steep_positions(target, grid, weight):
     q, k, v, pos_weight, gate = inputs(1, 2, grid, 16, target.dtypes[-1])
-    check([q, k, v, torch.full_like(pos_weight, weight), gate], grid, dropout_p=P, saved=True)
+    target.check([q, k, v, torch.full_like(pos_weight, weight), gate], grid, dropout_p=P, saved=True)
 
 
 def test_keep_rate_and_scale(dropped):
@@ -87,8 +87,8 @@ def test_a_seed_gives_the_same_bits_and_another_one_others(target, tensors):
         assert not torch.equal(a, c), name
 
 
-def test_everything_dropped(target, run, tensors):
-    for name, t in zip(NAMES, run(tensors, torch.randn_like(tensors[0]), GRID, dropout_p=1.0), strict=True):
+def test_everything_dropped(target, tensors):
+    for name, t in zip(NAMES, target.run(tensors, torch.randn_like(tensors[0]), GRID, dropout_p=1.0), strict=True):
         assert t.eq(0).all(), name
     if target.backend == "eager":
         return

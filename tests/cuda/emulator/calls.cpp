@@ -1,5 +1,4 @@
-// The calls of gpsa.h for tests/emulation.py, each on a machine of its own that knows the tensors of the call by name
-// and by their first byte.
+// The calls of gpsa.h for tests/emulation.py: their tensors are made known to the emulator, then they are launched.
 #include <malloc.h>
 
 #include "dropout.cuh"
@@ -11,9 +10,6 @@
 
 using namespace gpsa;
 using namespace gpsa::emulator;
-
-EXPORT Counters counters;  // of the last call
-Counters counters;
 
 /// As the settings choose.
 EXPORT Sizes emulated_sizes(const Problem& p) {
@@ -27,110 +23,96 @@ namespace {
 
 int64_t tokens(const Problem& p) { return int64_t{p.rows} * p.columns; }
 
-/// A call on its machine: what it points to is made known, then it is launched.
-template <typename Call>
-class Emulation {
-public:
-    explicit Emulation(const Call& call) : call(call), p(call.problem) {
-        know("q", Use::input, call.q);
-        know("k", Use::input, call.k);
-        know("v", Use::input, call.v);
-        know("pos_weight", Use::input, call.pos_weight, 3 * p.heads);
-        know("gate", Use::input, call.gate, p.heads);
-        machine.know("seed", Use::input, p.seed, 8, {1}, {1});
-    }
+void know_tokens(const Problem& p, const char* name, Use use, const Tensor& t) {
+    know(name, use, t.data, 2, {p.batch, p.heads, tokens(p), p.head_dim}, {t.batch, t.head, t.token, 1});
+}
 
-    void know(const char* name, Use use, const Tensor& t) {
-        const int64_t dim = p.head_dim;
-        machine.know(name, use, t.data, 2, {p.batch, p.heads, tokens(p), dim}, {t.batch, t.head, t.token, 1});
-    }
-    void know(const char* name, Use use, const float* data, int64_t count) {
-        machine.know(name, use, data, 4, {count}, {1});
-    }
+void know_floats(const char* name, Use use, const float* data, int64_t count) {
+    know(name, use, data, 4, {count}, {1});
+}
 
-    /// `layout`: of a workspace for which `bytes` were asked. Null, or what is wrong, until the next call.
-    template <typename Launch>
-    const char* run(const tiled::Workspace& layout, int64_t bytes, Launch launch) {
-        static std::string message;
-        try {
-            const auto given = call.workspace ? static_cast<int64_t>(malloc_usable_size(call.workspace)) : 0;
-            if (given < bytes || given > 1.1 * bytes + 64) throw Error(text(given, " bytes of workspace, not ", bytes));
-            for (int i = 0; bytes > 0 && i < layout.count; ++i) {
-                const auto* array = layout.array<char>(call.workspace, i);
-                machine.know(text("workspace array ", i), Use::workspace, array, 2, {layout.size[i] / 2}, {1});
-            }
-            const auto stream = reinterpret_cast<cudaStream_t>(&machine);
-            if (const char* refused = launch(stream)) throw Error(refused);
-            for (const auto& [address, region] : machine.regions) region.finish();
-            counters = machine.counters;
-            return nullptr;
-        } catch (const std::exception& error) {
-            message = error.what();
-            return message.c_str();
+/// Runs a call. `layout`: of a workspace for which `bytes` were asked. Null, or what is wrong, until the next call.
+template <typename Call, typename Launch>
+const char* run(const Call& call, const tiled::Workspace& layout, int64_t bytes, Launch launch) {
+    static std::string message;
+    const Problem& p = call.problem;
+    know_tokens(p, "q", Use::input, call.q);
+    know_tokens(p, "k", Use::input, call.k);
+    know_tokens(p, "v", Use::input, call.v);
+    know_floats("pos_weight", Use::input, call.pos_weight, 3 * p.heads);
+    know_floats("gate", Use::input, call.gate, p.heads);
+    know("seed", Use::input, p.seed, 8, {1}, {1});
+    try {
+        const auto given = call.workspace ? static_cast<int64_t>(malloc_usable_size(call.workspace)) : 0;
+        if (given < bytes || given > 1.1 * bytes + 64) throw Error(text(given, " bytes of workspace, not ", bytes));
+        for (int i = 0; bytes > 0 && i < layout.count; ++i) {
+            const auto* array = layout.array<char>(call.workspace, i);
+            know(text("workspace array ", i), Use::workspace, array, 2, {layout.size[i] / 2}, {1});
         }
+        if (const char* refused = launch()) throw Error(refused);
+        finish();
+        return nullptr;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
     }
-
-private:
-    Machine machine;
-    const Call& call;
-    const Problem& p;
-};
+}
 
 }  // namespace
 
 EXPORT const char* emulated_forward(const Forward& call) {
     const Problem& p = call.problem;
-    Emulation<Forward> emulation(call);
-    emulation.know("out", Use::output, call.out);
-    emulation.know("content", Use::output, call.content);
-    emulation.know("logsumexp", Use::output, call.logsumexp, p.batch * p.heads * tokens(p));
     const Sizes asked = emulated_sizes(p);
+    begin();
+    know_tokens(p, "out", Use::output, call.out);
+    know_tokens(p, "content", Use::output, call.content);
+    know_floats("logsumexp", Use::output, call.logsumexp, p.batch * p.heads * tokens(p));
     const int64_t bytes = call.logsumexp ? asked.forward_workspace : asked.inference_workspace;
-    return emulation.run(tiled::ForwardWorkspace(p), bytes, [&](cudaStream_t stream) {
-        return settings.row_blocks < 0    ? launch_forward(call, stream)
-               : settings.row_blocks == 0 ? launch_tiled_forward(call, Launcher(stream))
-                                          : launch_whole_image_forward(call, settings.row_blocks, Launcher(stream));
+    return run(call, tiled::ForwardWorkspace(p), bytes, [&] {
+        return settings.row_blocks < 0    ? launch_forward(call, nullptr)
+               : settings.row_blocks == 0 ? launch_tiled_forward(call, Launcher(nullptr))
+                                          : launch_whole_image_forward(call, settings.row_blocks, Launcher(nullptr));
     });
 }
 
 EXPORT const char* emulated_backward(const Backward& call) {
     const Problem& p = call.problem;
     const Sizes asked = emulated_sizes(p);
-    Emulation<Backward> emulation(call);
-    emulation.know("grad_out", Use::input, call.grad_out);
-    emulation.know("content", Use::input, call.content);
-    emulation.know("logsumexp", Use::input, call.logsumexp, p.batch * p.heads * tokens(p));
-    emulation.know("grad_q", Use::output, call.grad_q);
-    emulation.know("grad_k", Use::output, call.grad_k);
-    emulation.know("grad_v", Use::output, call.grad_v);
-    emulation.know("sums", Use::output, call.sums, p.batch * asked.slots * 4 * p.heads);
-    return emulation.run(tiled::BackwardWorkspace(p), asked.backward_workspace, [&](cudaStream_t stream) {
-        return settings.row_blocks == 0 ? launch_tiled_backward(call, Launcher(stream)) : launch_backward(call, stream);
+    begin();
+    know_tokens(p, "grad_out", Use::input, call.grad_out);
+    know_tokens(p, "content", Use::input, call.content);
+    know_floats("logsumexp", Use::input, call.logsumexp, p.batch * p.heads * tokens(p));
+    know_tokens(p, "grad_q", Use::output, call.grad_q);
+    know_tokens(p, "grad_k", Use::output, call.grad_k);
+    know_tokens(p, "grad_v", Use::output, call.grad_v);
+    know_floats("sums", Use::output, call.sums, p.batch * asked.slots * 4 * p.heads);
+    return run(call, tiled::BackwardWorkspace(p), asked.backward_workspace, [&] {
+        return settings.row_blocks == 0 ? launch_tiled_backward(call, Launcher(nullptr))
+                                        : launch_backward(call, nullptr);
     });
 }
 
 /// What is launched, in order, by a forward call that saves nothing (0), by one that saves what backward reads (1) and
 /// by a backward call (2). Nothing runs. How many launches; none where the call is refused, too.
 EXPORT int emulated_launches(const Problem& problem, int which, Launch* found) {
-    Machine machine;
-    machine.only_recorded = true;
-    const auto stream = reinterpret_cast<cudaStream_t>(&machine);
+    Record record;
+    const auto stream = reinterpret_cast<cudaStream_t>(&record);
     Forward forward{};
     Backward backward{};
     forward.problem = backward.problem = problem;
-    if (which > 0 && sizes(problem, 0).content) forward.content.data = backward.content.data = &machine;
+    if (which > 0 && sizes(problem, 0).content) forward.content.data = backward.content.data = &record;
     if (which < 2 ? launch_forward(forward, stream) : launch_backward(backward, stream)) return 0;
-    std::copy(machine.launches.begin(), machine.launches.end(), found);
-    return static_cast<int>(machine.launches.size());
+    std::copy(record.begin(), record.end(), found);
+    return static_cast<int>(record.size());
 }
 
 /// Writes the dropout mask of a (batch, head), (N, N) of 0 and 1: a warp per (16, 16) tile of scores or of transposed
 /// scores.
 EXPORT void dropout_mask(const Problem& problem, int64_t batch_head, bool transposed, uint16_t* mask) {
-    Machine machine;
-    machine.know("seed", Use::input, problem.seed, 8, {1}, {1});
+    begin();
+    know("seed", Use::input, problem.seed, 8, {1}, {1});
     const int count = problem.rows * problem.columns, tiles = (count + 15) / 16;
-    machine.launch(tiles, tiles, 32, 0, [&] {
+    launch(tiles, tiles, 32, 0, [&] {
         const Dropout dropout(problem, batch_head);
         const int query = 16 * block_y(), key = 16 * block_x();
         const uint32_t bits = transposed ? dropout.keep_transposed(query, key) : dropout.keep(query, key);

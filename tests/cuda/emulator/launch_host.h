@@ -1,4 +1,5 @@
-// The host's side of csrc/launch.h: kernels run on an emulated machine, whose address stands in the stream's place.
+// The host's side of csrc/launch.h: launches are carried out by the emulator, or written down where a Record stands in
+// the stream's place.
 #pragma once
 
 #include <cxxabi.h>
@@ -22,6 +23,14 @@ struct dim3 {
 
 namespace emulator {
 
+/// What a launcher asked for.
+struct Launch {
+    const char* kernel;  // "TiledForward", without namespace and parameters
+    unsigned grid_x, grid_y;
+    int threads, shared_bytes;
+};
+using Record = std::vector<Launch>;
+
 /// Whether this build has a kernel.
 template <typename Kernel, typename = void>
 constexpr bool has_kernel = true;
@@ -36,7 +45,6 @@ constexpr bool has_kernel<Kernel, std::void_t<typename Kernel::E>> =
     std::is_same_v<typename Kernel::E, Half> && Kernel::channels == 48 && has_few_keys<Kernel>;
 #endif
 
-/// "TiledForward", without its namespace and parameters.
 template <typename Kernel>
 const char* name_of() {
     static const std::string name = [] {
@@ -60,7 +68,7 @@ public:
     Device device{};
     const char* error = nullptr;
 
-    explicit Launcher(cudaStream_t stream) : machine(*reinterpret_cast<emulator::Machine*>(stream)) {
+    explicit Launcher(cudaStream_t stream) : record(reinterpret_cast<emulator::Record*>(stream)) {
         find_device(0, device);
     }
 
@@ -71,10 +79,12 @@ public:
             shared_bytes > device.shared_bytes) {
             return "invalid argument";
         }
-        machine.launches.push_back({emulator::name_of<Kernel>(), grid.x, grid.y, threads, shared_bytes});
-        if (machine.only_recorded) return nullptr;
+        if (record) {
+            record->push_back({emulator::name_of<Kernel>(), grid.x, grid.y, threads, shared_bytes});
+            return nullptr;
+        }
         if constexpr (emulator::has_kernel<Kernel>) {
-            machine.launch(grid.x, grid.y, threads, shared_bytes, [&] { entry(kernel)(arguments...); });
+            emulator::launch(grid.x, grid.y, threads, shared_bytes, [&] { entry(kernel)(arguments...); });
             return nullptr;
         } else {
             return "this build has one kernel of each kind";
@@ -82,7 +92,7 @@ public:
     }
 
 private:
-    emulator::Machine& machine;
+    emulator::Record* const record;
 };
 
 }  // namespace gpsa

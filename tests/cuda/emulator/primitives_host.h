@@ -11,13 +11,11 @@
 
 namespace gpsa {
 
-using emulator::machine;
-
-inline int thread() { return machine->thread_index(); }
-inline int threads() { return machine->thread_count(); }
+inline int thread() { return emulator::here.thread; }
+inline int threads() { return emulator::here.threads; }
 inline int lane() { return thread() % 32; }
-inline int block_x() { return machine->block_x(); }
-inline int block_y() { return machine->block_y(); }
+inline int block_x() { return emulator::here.block_x; }
+inline int block_y() { return emulator::here.block_y; }
 
 // Memory. The pointers can be read and written by as many bytes as a V has, and in no other way.
 
@@ -27,23 +25,23 @@ class Shared;
 template <typename T>
 class Global {
 public:
-    explicit Global(T* p) : region(&machine->region(p)), pointer(p) {}
+    explicit Global(T* p) : region(emulator::region(p)), pointer(p) {}
     Global operator+(int64_t elements) const { return Global(region, pointer + elements); }
 
     template <typename V>
     V read() const {
-        machine->global_read(*region, pointer, sizeof(V));
+        emulator::global_read(*region, pointer, sizeof(V));
         V value;
         std::memcpy(&value, pointer, sizeof(V));
         return value;
     }
     template <typename V>
     void write(const V& value) const {
-        machine->global_write(*region, pointer, sizeof(V));
+        emulator::global_write(*region, pointer, sizeof(V));
         std::memcpy(pointer, &value, sizeof(V));
     }
     void copy_to(Shared<std::remove_const_t<T>> to, bool valid) const {
-        machine->copy_async(to.address, *region, pointer, valid);
+        emulator::copy_async(to.address, *region, pointer, valid);
     }
 
 private:
@@ -63,12 +61,12 @@ public:
     template <typename V>
     V read() const {
         V value;
-        std::memcpy(&value, machine->shared_read(address, sizeof(V)), sizeof(V));
+        std::memcpy(&value, emulator::shared_read(address, sizeof(V)), sizeof(V));
         return value;
     }
     template <typename V>
     void write(const V& value) const {
-        std::memcpy(machine->shared_write(address, sizeof(V)), &value, sizeof(V));
+        std::memcpy(emulator::shared_write(address, sizeof(V)), &value, sizeof(V));
     }
     template <int matrices>
     void read_matrices(uint32_t (&r)[matrices], bool transposed) const;
@@ -86,7 +84,7 @@ public:
     template <typename T>
     Shared<T> array(int count, const char* name) {
         const int begin = next, bytes = count * int(sizeof(T));
-        next = machine->allocate_shared(begin, bytes, name);
+        next = emulator::allocate_shared(begin, bytes, name);
         return Shared<T>({begin, begin + bytes, begin});
     }
 
@@ -129,20 +127,20 @@ template <typename T>
 void copy_async(Shared<T> to, Global<const T> from, bool valid) {
     from.copy_to(to, valid);
 }
-inline void copy_commit() { machine->copy_commit(); }
+inline void copy_commit() { emulator::copy_commit(); }
 template <int pending>
 void copy_wait() {
-    machine->copy_wait(pending);
+    emulator::copy_wait(pending);
 }
 
 // Barriers, and warp-level instructions: the last lane to arrive acts for all.
 
-inline void sync_block() { machine->barrier(0, threads(), "sync_block"); }
-inline void sync_warp() { machine->sync_warp(); }
-inline void sync_named(int barrier, int count) { machine->barrier(barrier, count, "sync_named"); }
+inline void sync_block() { emulator::barrier(0, threads(), "sync_block"); }
+inline void sync_warp() { emulator::sync_warp(); }
+inline void sync_named(int barrier, int count) { emulator::barrier(barrier, count, "sync_named"); }
 
 inline int warp() {
-    machine->rendezvous("warp()", nullptr);
+    emulator::rendezvous("warp()");
     return thread() / 32;
 }
 
@@ -151,7 +149,7 @@ inline float shuffle_xor(float value, int mask) {
         float value, result;
         int mask;
     } own{value, 0, mask};
-    machine->collective("shuffle_xor", own, [](const auto& lanes) {
+    emulator::collective("shuffle_xor", own, [](const auto& lanes) {
         for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->mask]->value;
     });
     return own.result;
@@ -161,7 +159,7 @@ inline bool any_lane(bool condition) {
     struct Lane {
         bool condition, result;
     } own{condition, false};
-    machine->collective("any_lane", own, [](const auto& lanes) {
+    emulator::collective("any_lane", own, [](const auto& lanes) {
         const bool any = std::any_of(lanes.begin(), lanes.end(), [](const Lane* lane) { return lane->condition; });
         for (Lane* lane : lanes) lane->result = any;
     });
@@ -176,8 +174,8 @@ void Shared<T>::read_matrices(uint32_t (&r)[matrices], bool transposed) const {
         uint64_t offset;
         uint32_t* r;
     } own{nullptr, static_cast<uint64_t>(address.offset), r};
-    if (lane() < 8 * matrices) own.row = machine->shared_read(address, 16, false);
-    machine->collective(transposed ? "ldmatrix.trans" : "ldmatrix", own, [transposed](const auto& lanes) {
+    if (lane() < 8 * matrices) own.row = emulator::shared_read(address, 16, false);
+    emulator::collective(transposed ? "ldmatrix.trans" : "ldmatrix", own, [transposed](const auto& lanes) {
         uint64_t addresses[32];
         for (int i = 0; i < 32; ++i) {
             addresses[i] = lanes[i]->offset;
@@ -191,7 +189,7 @@ void Shared<T>::read_matrices(uint32_t (&r)[matrices], bool transposed) const {
                 lanes[i]->r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
             }
         }
-        emulator::count_access(machine->counters.ldmatrix, addresses, (uint64_t{1} << 8 * matrices) - 1, 16);
+        emulator::count_access(emulator::counters.ldmatrix, addresses, (uint64_t{1} << 8 * matrices) - 1, 16);
     });
 }
 
@@ -264,7 +262,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         const uint32_t* a;
         uint32_t b[2];
     } own{c, a, {b0, b1}};
-    machine->collective("mma", own, [](const auto& lanes) {
+    emulator::collective("mma", own, [](const auto& lanes) {
         float a[16][16], b[16][8], c[16][8];
         const auto unpacked = [](uint32_t word, float* low, float* high) {
             const Pair pair = unpack<T>(word);
@@ -288,14 +286,14 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         for (int i = 0; i < 32; ++i) {
             for (int n = 0; n < 4; ++n) lanes[i]->c[n] = c[i / 4 + 8 * (n / 2)][i % 4 * 2 + n % 2];
         }
-        ++machine->counters.mma;
+        ++emulator::counters.mma;
     });
 }
 
 inline float flush_to_zero(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
 inline float exp2_approx(float x) {
-    ++machine->counters.exp2;
+    ++emulator::counters.exp2;
     return flush_to_zero(std::exp2(flush_to_zero(x)));
 }
 inline float log2_approx(float x) { return std::log2(flush_to_zero(x)); }
