@@ -15,13 +15,7 @@ from torch import Tensor
 
 from gpsa_kernels.backends.base import Call, Forward, Gradients, Saved
 from gpsa_kernels.backends.triton import attention, positional
-from gpsa_kernels.backends.triton.rules import (
-    attention_launch,
-    head_parts,
-    padded,
-    position_form,
-    positional_launch,
-)
+from gpsa_kernels.backends.triton.rules import attention_launch, head_parts, padded, position_form, positional_launch
 from gpsa_kernels.tensors import accumulation_dtype, empty_output, parameter_gradients
 
 _TABLE_ELEMENTS = 4096  # of one program of the table kernel
@@ -80,7 +74,7 @@ def _arguments(call: Call) -> Arguments:
         "dropout_p": call.dropout_p,
         "keep_scale": 0.0 if call.dropout_p == 1 else 1 / (1 - call.dropout_p),
         "HEAD_DIM": q.size(3),
-        "POSITION": position_form(call.grid_size, call.has_dropout, q.element_size()),
+        "POSITION": position_form(call),
         "PRECISION": "tf32" if tf32 else "ieee",
     }
 
@@ -100,7 +94,7 @@ def _axis_tables(given: Arguments) -> KernelCall:
 def _attention(kernel: str, call: Call, given: Arguments, capability: int) -> KernelCall:
     """An attention kernel: a program for each tile of queries, in backward_key of keys."""
     q = call.q
-    launch = attention_launch(kernel, q.size(3), q.element_size(), given["POSITION"], capability)
+    launch = attention_launch(kernel, call, capability)
     tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     programs = q.size(0) * q.size(1) * triton.cdiv(q.size(2), tile)
     parts = head_parts(q.size(3), kernel)
@@ -113,7 +107,7 @@ def _attention(kernel: str, call: Call, given: Arguments, capability: int) -> Ke
 
 def _separable(kernel: Any, call: Call, given: Arguments) -> KernelCall:
     """A kernel of the separable product: a program for each slab."""
-    q, launch = call.q, positional_launch(call.columns, call.q.element_size())
+    q, launch = call.q, positional_launch(call)
     tiles = {
         "CHANNELS": launch.channels,
         "ROW_TILE": launch.row_tile,
@@ -126,7 +120,7 @@ def _separable(kernel: Any, call: Call, given: Arguments) -> KernelCall:
 
 def _slabs(call: Call) -> int:
     """Of one pair."""
-    launch = positional_launch(call.columns, call.q.element_size())
+    launch = positional_launch(call)
     return triton.cdiv(call.rows, launch.row_tile) * triton.cdiv(call.q.size(3), launch.channels)
 
 
@@ -151,8 +145,7 @@ def plan_backward(
         grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
     given = _arguments(call) | saved._asdict() | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
     form = given["POSITION"]
-    launch = attention_launch("backward_query", q.size(3), q.element_size(), form, capability)
-    query_slots = triton.cdiv(q.size(2), launch.query_tile)
+    query_slots = triton.cdiv(q.size(2), attention_launch("backward_query", call, capability).query_tile)
     slots = query_slots + (0 if form == "dense" else _slabs(call))
     sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=saved.logsumexp.dtype)
     given |= {
