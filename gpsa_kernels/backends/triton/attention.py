@@ -1,7 +1,7 @@
 """The attention kernels: forward and dQ over tiles of queries, dK and dV over tiles of keys.
 
-Each output element is summed by one program in a fixed order, so there are no atomics and every run gives the same
-bits. Of the backward kernels the queries' runs first and leaves delta = rowsum(dO * O_content) for the keys'.
+Each element is summed by one program in a fixed order: no atomics, and every run gives the same bits. The kernel of dQ
+runs first and leaves delta = rowsum(dO * O_content) for that of dK and dV.
 """
 
 # mypy: ignore-errors

@@ -19,7 +19,7 @@ from gpsa_kernels.backends.triton.rules import attention_launch, head_parts, pad
 from gpsa_kernels.tensors import accumulation_dtype, empty_output, parameter_gradients
 
 _TABLE_ELEMENTS = 4096  # of one program of the table kernel
-_MOST_REGISTERS = 255  # of a thread; float32 kernels ask for them, or the compiler would spill to take a few less
+_MOST_REGISTERS = 255  # of a thread; named where the compiler would rather spill than take a few more
 
 Arguments = dict[str, Any]  # by name; a kernel takes those that it names
 

@@ -17,8 +17,7 @@ def padded(size: int) -> int:
 def head_parts(head_dim: int, kernel: str) -> tuple[int, ...]:
     """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16).
 
-    64 and more are two halves where the weights' rows are queries: two products that share them make the compiler keep
-    them in registers. In "backward_key" that costs registers instead.
+    64 and more are two halves where that saves registers: where the weights' rows are queries.
     """
     whole = padded(head_dim)
     rest = padded(head_dim - whole // 2)
@@ -31,12 +30,9 @@ def _width(call: Call) -> str:
 
 
 def position_form(call: Call) -> str:
-    """How the positional branch is computed.
+    """How the positional branch is computed: in "rows", "slabs" or "dense", which docs/triton.md tells apart.
 
-    "rows": inside the attention kernels, two grid rows at a time: whole images of at most 256 tokens.
-    "slabs": as the separable product, by a kernel of its own: every larger grid.
-    "dense": formed entry by entry beside the content's map: dropout, whose mask breaks the product, and very long grids
-    (a slab holds all columns; squared offsets along the rows must fit 16 bits).
+    Dense are very long grids, too: a slab holds all columns, and squared offsets along the rows must fit 16 bits.
     """
     if call.has_dropout or call.columns > _LONGEST_SLAB[_width(call)] or call.rows > 256:
         return "dense"
