@@ -4,7 +4,7 @@
 //   dQ = scale (1 - g) dS K;  dK = scale (1 - g) dS^T Q;  dV = (1 - g) P^T dO + g (Ay (x) Ax)^T dO
 //
 // and four numbers for the parameters' gradients (gpsa.h). P is recomputed from the forward kernel's logsumexp. With
-// attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P^T.
+// attention dropout R is formed entry by entry beside P^T.
 //
 // A warp owns 32 tokens. After the positional branch there are three passes over all tokens, 16 at a time, and a
 // barrier between two of them, none within:
@@ -20,8 +20,7 @@
 //   V             is copied  mixed along y, dAy        keys      keys        staged dQ
 //   dO            is copied  mixed along x, dAx        queries   dP, dV      staged dV
 //   map                      V mixed, dO mixed, dR^T   P         P, then dS  dS
-// A warp's own tokens of R^T dO wait in registers from the positional branch on.
-// Global traffic: Q, K, V, dO, dQ, dK, dV, each once, 16 bytes at a time; N + 4 numbers in fp32.
+// A warp's own tokens of R^T dO wait in registers from the positional branch on. Global traffic: each tensor once.
 #include "dropout.cuh"
 #include "launch.h"
 #include "whole_image_position.cuh"
@@ -402,16 +401,12 @@ private:
             std::memcpy(own_delta, deltas.words, sizeof own_delta);
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const Pair pair = unpack<E>(p[t].words[2 * n + half]);
-                        float* grad = &grad_p[t][n].values[2 * half];
-                        grad[0] = pair.low * (grad[0] - own_delta[n][0]);
-                        grad[1] = pair.high * (grad[1] - own_delta[n][1]);
-                    }
-                }
+                each_pair<2>([&](int half, int n) {
+                    const Pair pair = unpack<E>(p[t].words[2 * n + half]);
+                    float* grad = &grad_p[t][n].values[2 * half];
+                    grad[0] = pair.low * (grad[0] - own_delta[n][0]);
+                    grad[1] = pair.high * (grad[1] - own_delta[n][1]);
+                });
                 grad_s[t] = as_left<E>(grad_p[t]);
             }
             sync_warp();  // all lanes have their P

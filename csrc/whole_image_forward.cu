@@ -4,9 +4,8 @@
 //
 // In shared memory, 16 bits: K, V (N, D), Q (the block's rows, D), and one buffer (N, D) that holds V mixed along one
 // axis, then the positional branch, then the output. In registers: for 16 query rows of a warp, all their scores.
-// With attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P, there is one
-// product with V, and the rows of Q make way for those of the output.
-// Global traffic of a block: K, V, its rows of Q and of O, each once, 16 bytes at a time; 4 numbers of parameters.
+// With attention dropout R is formed entry by entry beside P, there is one product with V, and the rows of Q make way
+// for those of the output. Global traffic of a block: K, V, its rows of Q and of O, each once.
 #include "dropout.cuh"
 #include "launch.h"
 #include "whole_image_position.cuh"
