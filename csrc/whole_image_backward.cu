@@ -111,7 +111,7 @@ struct WholeImageBackward {
         for (int i = thread(); i < missing * channels / 8; i += threads()) {
             store_chunk<E>(queries_keys + 2 * tokens * channels + 8 * i, Chunk{});
         }
-        Sum grad_k[2][channels / 8] = {}, grad_v[2][channels / 8] = {};
+        OfTiles grad_k = {}, grad_v = {};
         DroppedPosition dropped(axes, own, mask.keep_scale, closed, open);
         add_key_gradients(grad_k, grad_v, dropped, map, delta, own, q, v, grad_out);
         if constexpr (has_dropout) std::memcpy(sums, dropped.sums, sizeof sums);
@@ -119,11 +119,11 @@ struct WholeImageBackward {
             warp_sums, {late * sums[0], late * sums[1], late * sums[2], open * closed * (sums[3] - delta_sum)});
         sync_block();
 
-        const auto scale_own = [&](Sum(&sums)[2][channels / 8]) {
+        const auto scale_own = [&](OfTiles& sums) {
             for (auto& tile : sums) scale<channels / 8>(tile, problem.scale * closed);
         };
         // the warp's rows of a gradient, by way of its rows of an array that nobody reads any more
-        const auto write = [&](const Tensor& to, const Tokens& rows, const Sum(&sums)[2][channels / 8]) {
+        const auto write = [&](const Tensor& to, const Tokens& rows, const OfTiles& sums) {
             const auto at = [&](int i, int chunk) { return rows.chunk(i, chunk); };
 #pragma unroll
             for (int t = 0; t < 2; ++t) stage_rows<E, channels>(sums[t], own.first(t), tokens, at);
@@ -145,7 +145,7 @@ struct WholeImageBackward {
             });
         }
         write(call.grad_v, grad_out, grad_v);
-        Sum grad_q[2][channels / 8] = {};
+        OfTiles grad_q = {};
         add_query_gradients(grad_q, map, own, k);
         scale_own(grad_q);
         write(call.grad_q, v, grad_q);
@@ -157,6 +157,8 @@ struct WholeImageBackward {
 
 private:
     using Tokens = Rows<E, channels>;
+    /// Accumulated rows of the warp's two tiles.
+    using OfTiles = Sum[2][channels / 8];
     static constexpr bool keep_keys = channels <= 48 || !has_dropout;  // in registers; else read again in every step
 
     GPSA_HOST_DEVICE static int tiles(const Problem& problem) { return (problem.rows * problem.columns + 15) / 16; }
@@ -275,7 +277,7 @@ private:
 
     /// sums += a times 16 other tokens, summed over these.
     template <typename At>
-    GPSA_DEVICE static void add_products(Sum (&sums)[2][channels / 8], const Left (&a)[2], At at) {
+    GPSA_DEVICE static void add_products(OfTiles& sums, const Left (&a)[2], At at) {
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
             const Right b = load_right_over_tokens<E>(s, at);
@@ -362,8 +364,8 @@ private:
 
     /// dK and dV of the warp's keys, but for their factors, and dS^T in the place of P^T.
     GPSA_DEVICE static void add_key_gradients(
-        Sum (&grad_k)[2][channels / 8], Sum (&grad_v)[2][channels / 8], DroppedPosition& dropped, const Map& map,
-        Shared<float> delta, const Own& own, const Tokens& q, const Tokens& v, const Tokens& grad_out) {
+        OfTiles& grad_k, OfTiles& grad_v, DroppedPosition& dropped, const Map& map, Shared<float> delta, const Own& own,
+        const Tokens& q, const Tokens& v, const Tokens& grad_out) {
         Left v_tile[2][channels / 16];
         const auto load_keys = [&] {
 #pragma unroll
@@ -420,8 +422,7 @@ private:
     }
 
     /// dQ of the warp's queries, but for its factor.
-    GPSA_DEVICE static void add_query_gradients(
-        Sum (&grad_q)[2][channels / 8], const Map& map, const Own& own, const Tokens& k) {
+    GPSA_DEVICE static void add_query_gradients(OfTiles& grad_q, const Map& map, const Own& own, const Tokens& k) {
 #pragma unroll 1
         for (int tile = 0; tile < own.tiles; ++tile) {
             Left grad_s[2];
