@@ -1,6 +1,9 @@
 // csrc/launch.h, its CUDA side, on a runtime that only writes calls down: test_launcher.py reads them.
 // `launcher [call that fails]`
 #define __CUDACC__
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
 #include "launch.h"
 
 #include <thread>
@@ -14,7 +17,7 @@ static void launch(Function* function, int shared_bytes) {
     const gpsa::Launcher launch(nullptr);
     char name = 0;
     const char* error = launch.error;
-    if (!error) error = launch(0, [&](int) { return function; }, dim3(7), 128, shared_bytes, name);
+    if (!error) error = launch.start(function, {7, 128, shared_bytes}, name);
     if (error) printf("error: %s\n", error);
     if (cudaGetLastError() != cudaSuccess) puts("an error is left behind");
 }

@@ -55,10 +55,10 @@ def test_the_kernels_are_clean():
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("whole_image_forward.cuh", "Sum scores[2 * key_tiles"),
-        ("position_gradient.cuh", "Sum sums[channels / 8"),
-        ("tiled_forward.cuh", "Sum entries[2"),
-        ("tiled_backward.cuh", "Sum sums[channels / 8"),
+        ("whole_image_forward.cu", "Sum scores[2 * key_tiles"),
+        ("whole_image_backward.cu", "Sum mixed[2][2"),
+        ("tiled_forward.cu", "Sum entries[2"),
+        ("tiled_backward.cu", "Sum sums[channels / 8"),
         ("tiled_position.cuh", "Sum sums[channels / 8"),
     ],
 )

@@ -7,7 +7,7 @@
 #include "dropout.cuh"
 #include "emulator.h"
 #include "launch.h"
-#include "tiled.h"
+#include "tiled.cuh"
 
 using namespace gpsa;
 using namespace gpsa::emulator;
@@ -73,11 +73,12 @@ public:
     }
 
     /// So many bytes, in which a workspace's arrays are known to the machine one by one; null for none.
-    void* workspace(int64_t bytes, const tiled::Workspace& layout) {
+    void* workspace(int64_t bytes, const TiledWorkspace& layout) {
         if (bytes == 0) return nullptr;
         scratch.assign(bytes + 256, '\xff');
         char* const begin = scratch.data() + (256 - reinterpret_cast<uintptr_t>(scratch.data()) % 256) % 256;
-        for (int i = 0; i < layout.count; ++i) {
+        for (int i = 0; i < TiledWorkspace::arrays; ++i) {
+            if (layout.size[i] == 0) continue;
             if (layout.begin[i] + layout.size[i] > bytes) throw Error("a workspace of too few bytes");
             const auto data = reinterpret_cast<uintptr_t>(begin + layout.begin[i]);
             auto& region = machine.regions[data];
@@ -120,7 +121,7 @@ static auto forward(
     Forward call{};
     memory.fill(call, problem);
     call.out = memory.tensor("out");
-    const tiled::ForwardWorkspace layout(call.problem);
+    const TiledWorkspace layout(call.problem, false);
     const Sizes asked = sizes(call.problem, 0);
     const int64_t bytes = call.content.data ? asked.forward_workspace : asked.inference_workspace;
     call.workspace = memory.workspace(row_blocks ? layout.bytes : bytes, layout);
@@ -144,7 +145,7 @@ static auto backward(
     call.grad_k = memory.tensor("grad_k");
     call.grad_v = memory.tensor("grad_v");
     call.sums = memory.find("sums");
-    const tiled::BackwardWorkspace layout(call.problem);
+    const TiledWorkspace layout(call.problem, true);
     if (call.content.data) call.workspace = memory.workspace(layout.bytes, layout);
     return memory.finish(
         row_blocks ? launch_tiled_backward(call, Launcher(memory.stream())) : launch_backward(call, memory.stream()));
@@ -224,8 +225,8 @@ PYBIND11_MODULE(gpsa_emulated, m) {
         const Sizes s = sizes(problem_of(problem), 0);
         return std::make_tuple(s.slots, s.inference_workspace, s.forward_workspace, s.backward_workspace, s.content);
     });
-    m.def("row_of_token", [](int columns, int token) { return Columns(columns).row_of(token); });
-    m.def("tiled_slots", [](const PyProblem& problem) { return tiled::slots(problem_of(problem)); });
+    m.def("row_of_token", [](int columns, int token) { return FewColumns(columns).row_of(token); });
+    m.def("tiled_slots", [](const PyProblem& problem) { return tiled_slots(problem_of(problem)); });
     m.def("philox", [](const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
         const Words words = philox({{c[0], c[1], c[2], c[3]}}, key[0], key[1]);
         return std::vector<uint32_t>(words.w, words.w + 4);

@@ -7,17 +7,7 @@
 #include "emulator.h"
 #include "primitives.h"
 
-#define __global__
-#define __launch_bounds__(...)
-#define __grid_constant__
-
 namespace gpsa {
-
-struct dim3 {
-    unsigned x, y;
-    explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
-};
-
 namespace emulator {
 
 inline Device device{132, 227 * 1024};  // what every query answers: an H100's
@@ -54,17 +44,18 @@ public:
 
     explicit Launcher(cudaStream_t stream) : machine(*reinterpret_cast<emulator::Machine*>(stream)) {}
 
-    template <typename Kernel, typename Entry, typename... Arguments>
-    const char* operator()(
-        Kernel kernel, Entry entry, dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) const {
-        if (grid.x < 1 || grid.x > 0x7fffffff || grid.y < 1 || grid.y > 65535 || threads < 1 || threads > 1024 ||
-            shared_bytes > device.shared_bytes) {
+    template <typename Kernel>
+    const char* operator()(Kernel, const Shape& shape, const typename Kernel::Call& call) const {
+        const unsigned x = shape.blocks, y = shape.blocks_y;
+        const int threads = shape.threads, bytes = shape.shared_bytes;
+        if (x < 1 || shape.blocks > 0x7fffffff || y < 1 || y > 65535 || threads < 1 || threads > 1024 ||
+            bytes > device.shared_bytes) {
             return "invalid argument";
         }
-        machine.launches.push_back({typeid(Kernel).name(), grid.x, grid.y, threads, shared_bytes});
+        machine.launches.push_back({typeid(Kernel).name(), x, y, threads, bytes});
         if (machine.options.only_recorded) return nullptr;
         if constexpr (emulator::has_kernel<Kernel>) {
-            machine.launch(grid.x, grid.y, threads, shared_bytes, [&] { entry(kernel)(arguments...); });
+            machine.launch(x, y, threads, bytes, [&] { Kernel::run(call); });
             return nullptr;
         } else {
             return "this build has one kernel of each kind";

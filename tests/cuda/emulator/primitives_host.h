@@ -134,7 +134,6 @@ void copy_wait() {
 
 inline void sync_block() { emulator::machine->barrier(0, threads(), "sync_block"); }
 inline void sync_warp() { emulator::machine->collective("sync_warp", nullptr, nullptr); }
-inline void sync_named(int barrier, int count) { emulator::machine->barrier(barrier, count, "sync_named"); }
 
 namespace emulator {
 
@@ -187,14 +186,6 @@ void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row) {
 template <typename T>
 void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<T> row) {
     Access::ldmatrix<4, true>(r, row);
-}
-template <typename T>
-void ldmatrix_x2(uint32_t (&r)[2], Shared<T> row) {
-    Access::ldmatrix<2, false>(r, row);
-}
-template <typename T>
-void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<T> row) {
-    Access::ldmatrix<2, true>(r, row);
 }
 
 template <typename T>
