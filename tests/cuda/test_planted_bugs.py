@@ -118,7 +118,7 @@ BUGS = {
          "late * sums[1]", "open * sums[1]"),
         ("1 - g missing in the gate's gradient", "whole_image_backward.cu", WRONG, "open * closed * (", "open * ("),
         ("dV by the table instead of its transpose", "whole_image_position.cuh", WRONG,
-         "along_y.template transposed_tile<E>(1)", "along_y.template tile<E>(0, 0)"),
+         "along_y.transposed_tile<E>(1)", "along_y.tile<E>(0, 0)"),
         ("the gradient of w2 from one axis alone", "whole_image_position.cuh", WRONG,
          "early * x.square + y.square", "early * x.square"),
         ("the content left out of the gate's gradient", "whole_image_backward.cu", WRONG,
