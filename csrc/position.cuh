@@ -145,8 +145,8 @@ public:
         return {float(place.x), float(place.y)};
     }
 
-    /// Of two accumulators of 16 keys, whose coordinates are at(0) to at(15): visit(n, i, entry, half, dx, dy) for
-    /// values[i] of the n-th, an element of row r + 8 half; the entry is 0 where there is no key.
+    /// Of two accumulators of 16 keys, whose coordinates are at(0) to at(15): visit(n, i, entry, dx, dy) for
+    /// values[i] of the n-th; the entry is 0 where there is no key.
     template <typename At, typename Visit>
     GPSA_DEVICE void entries(At at, Visit visit) const {
         each_column([&](int n, int c, int column) {
@@ -157,7 +157,7 @@ public:
                 const Coordinates from = coordinates(row[half]);
                 const float dx = to.x - from.x, dy = to.y - from.y;
                 const float score = position.score(dx, dy) - normaliser[half];
-                visit(n, 2 * half + c, exists ? exp2_approx(score) : 0.0f, half, dx, dy);
+                visit(n, 2 * half + c, exists ? exp2_approx(score) : 0.0f, dx, dy);
             }
         });
     }

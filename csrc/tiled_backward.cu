@@ -170,13 +170,13 @@ private:
         /// weights, dR/dw = R * (offset - its mean under R).
         GPSA_DEVICE void add(float (&sums)[4], Sum* grad_weights, int row, int key) const {
             const uint32_t keep = dropout.keep(row, key);
-            this->entries_from(key, [&](int n, int i, float entry, int half, float dx, float dy) {
+            this->entries_from(key, [&](int n, int i, float entry, float dx, float dy) {
                 float& grad = grad_weights[n].values[i];
                 grad = keep >> (4 * n + i) & 1 ? grad * dropout.keep_scale : 0;
                 const float share = entry * grad;
-                sums[0] += share * (dx - mean_x[half]);
-                sums[1] += share * (dy - mean_y[half]);
-                sums[2] += share * (dx * dx + dy * dy - mean_square[half]);
+                sums[0] += share * (dx - mean_x[i / 2]);
+                sums[1] += share * (dy - mean_y[i / 2]);
+                sums[2] += share * (dx * dx + dy * dy - mean_square[i / 2]);
                 sums[3] += share;
             });
         }

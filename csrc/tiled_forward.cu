@@ -202,7 +202,7 @@ private:
                 if constexpr (has_dropout) {
                     Sum entries[2];
                     const uint32_t keep = mask.dropout.keep(row, key + 16 * n);
-                    mask.dense.entries_from(key + 16 * n, [&](int m, int i, float entry, int, float, float) {
+                    mask.dense.entries_from(key + 16 * n, [&](int m, int i, float entry, float, float) {
                         const bool kept = keep >> (4 * m + i) & 1;
                         entries[m].values[i] = kept ? entry : 0;
                         if (!kept) scores[0][2 * n + m].values[i] = 0;

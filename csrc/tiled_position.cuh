@@ -173,7 +173,7 @@ private:
         }
         template <typename At>
         GPSA_DEVICE Left tile(const GridAxis& axis, int own_row, int start, At) {
-            return axis.template tile<E>(own_row, start, shift);
+            return axis.tile<E>(own_row, start, shift);
         }
     };
 

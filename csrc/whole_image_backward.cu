@@ -11,7 +11,7 @@
 //   1. for its queries: P, dP, delta; P is stored.    2. for its keys: dP again, dS in the place of P, dK and dV.
 //   3. for its queries: dQ.
 // dP is formed twice, as delta must be known for dS, and there is room for one map; it is cheaper than a barrier a
-// step. With 32 tokens a row of the others that is read from shared memory serves two tiles.
+// step.
 //
 // In shared memory, 16 bits, (N, D) or (N, N):
 //                 load       positional branch         pass 1    pass 2      pass 3 and results

@@ -115,15 +115,15 @@ struct WholeImageForward {
                 const Dense dense(position, token);
                 const float up = dropout.keep_scale, shares[] = {share(0) * up, share(1) * up};
                 // the exponentials of 16 keys become M * ((1 - g) P + g R), M the scaled mask
-                const auto mixture = [&](Sum* weights, int tile) {
+                const auto mixture = [=](Sum* weights, int tile) {  // by value: in fewer registers
                     const uint32_t keep = dropout.keep(token, 16 * tile);
                     const auto place = [&](int i) {
                         const Shared<float> at = places + (16 * tile + i);
                         return typename Dense::Coordinates{load(at), load(at + keys)};
                     };
-                    dense.entries(place, [&](int n, int i, float entry, int half, float, float) {
+                    dense.entries(place, [&](int n, int i, float entry, float, float) {
                         float& weight = weights[n].values[i];
-                        weight = keep >> (4 * n + i) & 1 ? shares[half] * weight + open * up * entry : 0.0f;
+                        weight = keep >> (4 * n + i) & 1 ? shares[i / 2] * weight + open * up * entry : 0.0f;
                     });
                 };
                 weigh(content, scores, v, tokens, mixture);

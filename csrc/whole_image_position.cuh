@@ -41,10 +41,10 @@ GPSA_DEVICE void prepare(const DensePosition<ImageAxis<numbers>>& position) {
 ///
 /// `from(coordinate, line, chunk)` and `to(coordinate, line, chunk)` are chunks of a token. They may be the same: a
 /// warp has read a line when it writes it.
-template <typename E, int channels, typename AnyAxis, typename From, typename To>
-GPSA_DEVICE void mix_short(const AnyAxis& axis, int lines, From from, To to) {
+template <typename E, int channels, typename From, typename To>
+GPSA_DEVICE void mix_short(const ImageAxis<1>& axis, int lines, From from, To to) {
     if (warp() >= lines) return;
-    const Left a = axis.template tile<E>(0, 0);
+    const Left a = axis.tile<E>(0, 0);
     for (int line = warp(); line < lines; line += threads() / 32) {
         Sum sums[channels / 8] = {};
         add_over_tokens<E, channels>(
@@ -55,8 +55,8 @@ GPSA_DEVICE void mix_short(const AnyAxis& axis, int lines, From from, To to) {
 }
 
 /// The same along an axis of any size; `from` and `to` must not meet.
-template <typename E, int channels, typename AnyAxis, typename From, typename To>
-GPSA_DEVICE void mix_along(const AnyAxis& axis, int lines, From from, To to) {
+template <typename E, int channels, typename From, typename To>
+GPSA_DEVICE void mix_along(const ImageAxis<1>& axis, int lines, From from, To to) {
     if (axis.size <= 16) return mix_short<E, channels>(axis, lines, from, to);
     const int tiles = (axis.size + 15) / 16;
 #pragma unroll 1
@@ -67,7 +67,7 @@ GPSA_DEVICE void mix_along(const AnyAxis& axis, int lines, From from, To to) {
         Sum sums[channels / 8] = {};
 #pragma unroll 1
         for (int column = 0; column < axis.size; column += 16) {
-            add_over_tokens<E, channels>(sums, axis.template tile<E>(row, column, shift), [&](int i, int chunk) {
+            add_over_tokens<E, channels>(sums, axis.tile<E>(row, column, shift), [&](int i, int chunk) {
                 return from(smaller(column + i, axis.size - 1), line, chunk);
             });
         }
@@ -78,9 +78,9 @@ GPSA_DEVICE void mix_along(const AnyAxis& axis, int lines, From from, To to) {
 /// mixed = (Ay (x) Ax) V for all tokens of a (batch, head), 16-bit like V. The longer axis goes first, so that the one
 /// done in place has at most 16 coordinates (N <= 256). Ends with what each thread wrote; a barrier makes it
 /// everybody's.
-template <typename E, int channels, typename AnyAxis>
+template <typename E, int channels>
 GPSA_DEVICE void mix_position(
-    const DensePosition<AnyAxis>& position, const Rows<E, channels>& v, const GridRows<E, channels>& mixed) {
+    const DensePosition<ImageAxis<1>>& position, const Rows<E, channels>& v, const GridRows<E, channels>& mixed) {
     const int rows = position.along_y.size, columns = position.along_x.size;
     const auto by_x = [&](int x, int y, int chunk) { return mixed.chunk(y, x, chunk); };
     const auto by_y = [&](int y, int x, int chunk) { return mixed.chunk(y, x, chunk); };
@@ -147,9 +147,9 @@ public:
           columns(position.along_x.size),
           lines(rows > columns ? rows : columns),
           early(early),
-          table_y(position.along_y.template tile<E>(0, 0)),
-          transposed_x(position.along_x.template transposed_tile<E>(early)),
-          transposed_y(position.along_y.template transposed_tile<E>(1)),
+          table_y(position.along_y.tile<E>(0, 0)),
+          transposed_x(position.along_x.transposed_tile<E>(early)),
+          transposed_y(position.along_y.transposed_tile<E>(1)),
           entries_x(position.along_x),
           entries_y(position.along_y) {}
 

@@ -100,7 +100,7 @@ BUGS = {
          "[-late-]{+open+} * sums[1]"),
         ("1 - g missing in the gate's gradient", "whole_image_backward.cu", "open * [-closed * -]("),
         ("dV by the table instead of its transpose", "whole_image_position.cuh",
-         "along_y.template [-transposed_tile<E>(1-]{+tile<E>(0, 0+})"),
+         "along_y.[-transposed_tile<E>(1-]{+tile<E>(0, 0+})"),
         ("the gradient of w2 from one axis alone", "whole_image_position.cuh", "early * x.square[- + y.square-]"),
         ("the content left out of the gate's gradient", "whole_image_backward.cu", "sums[3][- - delta_sum-]"),
         ("a tile that is there already counted in the sum of delta", "whole_image_backward.cu",
