@@ -130,7 +130,7 @@ def functions(binary: Path, option: str, heading: str) -> Iterator[tuple[tuple[s
 
 
 def _readable(mangled: Iterable[str]) -> dict[str, str]:
-    """``whole_image_backward<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
+    """``gpsa_kernel<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
     names = list(dict.fromkeys(mangled))
     plain = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
     short = [

@@ -13,8 +13,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAt
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 
 struct dim3 {
-    unsigned x, y = 1, z = 1;
-    dim3(unsigned x = 1) : x(x) {}
+    unsigned x, y, z = 1;
+    dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
 struct cudaFuncAttributes {
     size_t sharedSizeBytes;
@@ -71,6 +71,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel,
 }
 
 #define __CUDACC__
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
 #include "launch.h"
 
 static void kernel_a(char& name) { name = 'a'; }
@@ -80,7 +83,7 @@ template <typename Function>
 static void launch(Function* function, int shared_bytes) {
     const gpsa::Launcher launch(nullptr);
     const char* error = launch.error;
-    if (!error) error = launch(0, [&](int) { return function; }, dim3(7), 128, shared_bytes);
+    if (!error) error = launch.start(function, {7, 128, shared_bytes}, 0);
     if (error) printf("error: %s\n", error);
     if (cudaGetLastError() != cudaSuccess) puts("an error is left behind");
 }

@@ -18,10 +18,10 @@ def test_the_kernels_are_clean():
 @pytest.mark.parametrize(
     ("file", "change"),
     [
-        ("whole_image_forward.cuh", "Sum scores[2 * key_tiles{+ - 1+}"),
-        ("position_gradient.cuh", "Sum sums[channels / 8{+ - 1+}"),
-        ("tiled_forward.cuh", "Sum entries[2{+ - 1+}"),
-        ("tiled_backward.cuh", "Sum sums[channels / 8{+ - 1+}"),
+        ("whole_image_forward.cu", "Sum scores[2 * key_tiles{+ - 1+}"),
+        ("whole_image_backward.cu", "Sum mixed[2][2{+ - 1+}"),
+        ("tiled_forward.cu", "Sum entries[2{+ - 1+}"),
+        ("tiled_backward.cu", "Sum sums[channels / 8{+ - 1+}"),
         ("tiled_position.cuh", "Sum sums[channels / 8{+ - 1+}"),
     ],
 )

@@ -4,7 +4,7 @@
 #include "dropout.cuh"
 #include "emulator.h"
 #include "launch.h"
-#include "tiled.h"
+#include "tiled.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -15,8 +15,8 @@ using namespace gpsa::emulator;
 EXPORT Sizes emulated_sizes(const Problem& p) {
     if (settings.row_blocks < 0) return sizes(p, 0);
     if (settings.row_blocks > 0) return {1, 0, 0, 0, false};
-    const int64_t forward = tiled::ForwardWorkspace(p).bytes;
-    return {tiled::slots(p), forward, forward, tiled::BackwardWorkspace(p).bytes, true};
+    const int64_t forward = TiledWorkspace(p, false).bytes;
+    return {tiled_slots(p), forward, forward, TiledWorkspace(p, true).bytes, true};
 }
 
 namespace {
@@ -33,7 +33,7 @@ void know_floats(const char* name, Use use, const float* data, int64_t count) {
 
 /// Runs a call. `layout`: of a workspace for which `bytes` were asked. Null, or what is wrong, until the next call.
 template <typename Call, typename Launch>
-const char* run(const Call& call, const tiled::Workspace& layout, int64_t bytes, Launch launch) {
+const char* run(const Call& call, const TiledWorkspace& layout, int64_t bytes, Launch launch) {
     static std::string message;
     const Problem& p = call.problem;
     know_tokens(p, "q", Use::input, call.q);
@@ -45,8 +45,8 @@ const char* run(const Call& call, const tiled::Workspace& layout, int64_t bytes,
     try {
         const auto given = call.workspace ? static_cast<int64_t>(malloc_usable_size(call.workspace)) : 0;
         if (given < bytes || given > 1.1 * bytes + 64) throw Error(text(given, " bytes of workspace, not ", bytes));
-        for (int i = 0; bytes > 0 && i < layout.count; ++i) {
-            const auto* array = layout.array<char>(call.workspace, i);
+        for (int i = 0; bytes > 0 && i < TiledWorkspace::arrays; ++i) {
+            const void* array = layout.size[i] ? layout.floats(call.workspace, i) : nullptr;
             know(text("workspace array ", i), Use::workspace, array, 2, {layout.size[i] / 2}, {1});
         }
         if (const char* refused = launch()) throw Error(refused);
@@ -68,7 +68,7 @@ EXPORT const char* emulated_forward(const Forward& call) {
     know_tokens(p, "content", Use::output, call.content);
     know_floats("logsumexp", Use::output, call.logsumexp, p.batch * p.heads * tokens(p));
     const int64_t bytes = call.logsumexp ? asked.forward_workspace : asked.inference_workspace;
-    return run(call, tiled::ForwardWorkspace(p), bytes, [&] {
+    return run(call, TiledWorkspace(p, false), bytes, [&] {
         return settings.row_blocks < 0    ? launch_forward(call, nullptr)
                : settings.row_blocks == 0 ? launch_tiled_forward(call, Launcher(nullptr))
                                           : launch_whole_image_forward(call, settings.row_blocks, Launcher(nullptr));
@@ -86,7 +86,7 @@ EXPORT const char* emulated_backward(const Backward& call) {
     know_tokens(p, "grad_k", Use::output, call.grad_k);
     know_tokens(p, "grad_v", Use::output, call.grad_v);
     know_floats("sums", Use::output, call.sums, p.batch * asked.slots * 4 * p.heads);
-    return run(call, tiled::BackwardWorkspace(p), asked.backward_workspace, [&] {
+    return run(call, TiledWorkspace(p, true), asked.backward_workspace, [&] {
         return settings.row_blocks == 0 ? launch_tiled_backward(call, Launcher(nullptr))
                                         : launch_backward(call, nullptr);
     });
@@ -124,6 +124,6 @@ EXPORT void dropout_mask(const Problem& problem, int64_t batch_head, bool transp
     });
 }
 
-EXPORT int row_of_token(int columns, int token) { return Columns(columns).row_of(token); }
+EXPORT int row_of_token(int columns, int token) { return FewColumns(columns).row_of(token); }
 
 EXPORT void philox_words(Words& words, const uint32_t (&key)[2]) { words = philox(words, key[0], key[1]); }

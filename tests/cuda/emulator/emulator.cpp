@@ -221,11 +221,6 @@ struct Warp {
     AccessLog loads, stores, copies, global_loads, global_stores;
 };
 
-struct Barrier {
-    int count = 0;
-    std::vector<int> waiting;
-};
-
 struct Array {
     int begin, end;
     std::string name;
@@ -234,7 +229,7 @@ struct Array {
 std::map<uintptr_t, Region> regions;  // by the first byte of the tensor
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
-std::map<int, Barrier> barriers;
+int at_barrier = 0;  // threads that wait in sync_block
 std::vector<std::max_align_t> shared;
 std::vector<Cell> cells;
 std::vector<Access> reads;  // [cell][warp]
@@ -482,32 +477,18 @@ void sync_warp() {
     if (gather("sync_warp", nullptr)) ++own_warp().clock[here.thread / 32];
 }
 
-void barrier(int number, int count, const char* name) {
-    if (count % 32 != 0 || count > here.threads) fail("a barrier of ", count, " threads");
-    check_own_warp(name);
-    Barrier& b = barriers[number];
-    if (!b.waiting.empty() && b.count != count) fail("one barrier with two counts of threads");
-    b.count = count;
-    b.waiting.push_back(here.thread);
-    if (static_cast<int>(b.waiting.size()) < count) {
-        wait(name);
-        return;
-    }
-    std::vector<int> present(warps.size());
-    for (int thread : b.waiting) ++present[thread / 32];
+void sync_block() {
+    check_own_warp("sync_block");
+    if (++at_barrier < here.threads) return wait("sync_block");
+    at_barrier = 0;
     std::vector<uint32_t> joined(warps.size());
     for (size_t w = 0; w < warps.size(); ++w) {
-        if (present[w] == 0) continue;
-        if (present[w] != 32) fail("a barrier met by a part of warp ", w);
         met(warps[w]);
         ++warps[w].clock[w];
         for (size_t i = 0; i < warps.size(); ++i) joined[i] = std::max(joined[i], warps[w].clock[i]);
     }
-    for (size_t w = 0; w < warps.size(); ++w) {
-        if (present[w]) warps[w].clock = joined;
-    }
-    for (int thread : b.waiting) threads[thread]->waiting = nullptr;
-    b.waiting.clear();
+    for (Warp& warp : warps) warp.clock = joined;
+    for (auto& thread : threads) thread->waiting = nullptr;
 }
 
 static void fiber_main() {
@@ -550,7 +531,7 @@ static void run_block(int x, int y) {
     here.block_x = x;
     here.block_y = y;
     arrays.clear();
-    barriers.clear();
+    at_barrier = 0;
     std::fill(cells.begin(), cells.end(), Cell{});
     std::fill(reads.begin(), reads.end(), Access{});
     std::memset(bytes_of_shared(), 0xff, cells.size() * 2);

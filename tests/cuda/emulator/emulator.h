@@ -93,7 +93,7 @@ void copy_async(const SharedAddress& to, Region& region, const void* from, bool 
 void copy_commit();
 void copy_wait(int pending);
 
-void barrier(int number, int count, const char* name);
+void sync_block();
 void sync_warp();
 /// All lanes of the warp meet. True for the last one, which acts for all before any other goes on.
 bool rendezvous(const char* name, void* lane = nullptr);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -31,7 +30,7 @@ public:
 
     /// Makes this fiber run `entry` from its start when next switched to. `entry` must not return.
     void prepare(void (*entry)()) {
-        if (!stack) stack.reset(static_cast<char*>(std::aligned_alloc(64, stack_bytes)));
+        if (!stack) stack.reset(new char[stack_bytes]);
 #if defined(__x86_64__)
         auto** top = reinterpret_cast<void**>(stack.get() + stack_bytes);
         *--top = nullptr;  // where the entry would return to; leaves the stack aligned as after a call
@@ -63,10 +62,7 @@ public:
     }
 
 private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    std::unique_ptr<char, Free> stack;
+    std::unique_ptr<char[]> stack;
 #if defined(__x86_64__)
     void* pointer = nullptr;
 #else

@@ -10,24 +10,13 @@
 #include "emulator.h"
 #include "primitives.h"
 
-#define __global__
-#define __launch_bounds__(...)
-#define __grid_constant__
-
 namespace gpsa {
-
-struct dim3 {
-    unsigned x, y;
-    explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
-};
-
 namespace emulator {
 
 /// What a launcher asked for.
 struct Launch {
     const char* kernel;  // "TiledForward", without namespace and parameters
-    unsigned grid_x, grid_y;
-    int threads, shared_bytes;
+    int grid_x, grid_y, threads, shared_bytes;
 };
 using Record = std::vector<Launch>;
 
@@ -72,19 +61,19 @@ public:
         find_device(0, device);
     }
 
-    template <typename Kernel, typename Entry, typename... Arguments>
-    const char* operator()(
-        Kernel kernel, Entry entry, dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) const {
-        if (grid.x < 1 || grid.x > 0x7fffffff || grid.y < 1 || grid.y > 65535 || threads < 1 || threads > 1024 ||
+    template <typename Kernel>
+    const char* operator()(Kernel, const Shape& shape, const typename Kernel::Call& call) const {
+        const auto [blocks, threads, shared_bytes, blocks_y] = shape;
+        if (blocks < 1 || blocks > 0x7fffffff || blocks_y < 1 || blocks_y > 65535 || threads < 1 || threads > 1024 ||
             shared_bytes > device.shared_bytes) {
             return "invalid argument";
         }
         if (record) {
-            record->push_back({emulator::name_of<Kernel>(), grid.x, grid.y, threads, shared_bytes});
+            record->push_back({emulator::name_of<Kernel>(), int(blocks), blocks_y, threads, shared_bytes});
             return nullptr;
         }
         if constexpr (emulator::has_kernel<Kernel>) {
-            emulator::launch(grid.x, grid.y, threads, shared_bytes, [&] { entry(kernel)(arguments...); });
+            emulator::launch(int(blocks), blocks_y, threads, shared_bytes, [&] { Kernel::run(call); });
             return nullptr;
         } else {
             return "this build has one kernel of each kind";

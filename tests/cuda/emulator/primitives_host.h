@@ -54,8 +54,9 @@ template <typename T>
 class Shared {
 public:
     Shared operator+(int elements) const {
-        return Shared(
-            emulator::SharedAddress{address.begin, address.end, address.offset + elements * int64_t(sizeof(T))});
+        Shared moved = *this;
+        moved.address.offset += elements * int64_t(sizeof(T));
+        return moved;
     }
 
     template <typename V>
@@ -68,8 +69,7 @@ public:
     void write(const V& value) const {
         std::memcpy(emulator::shared_write(address, sizeof(V)), &value, sizeof(V));
     }
-    template <int matrices>
-    void read_matrices(uint32_t (&r)[matrices], bool transposed) const;
+    void read_matrices(uint32_t (&r)[4], bool transposed) const;
 
 private:
     friend class Global<T>;
@@ -135,9 +135,8 @@ void copy_wait() {
 
 // Barriers, and warp-level instructions: the last lane to arrive acts for all.
 
-inline void sync_block() { emulator::barrier(0, threads(), "sync_block"); }
+inline void sync_block() { emulator::sync_block(); }
 inline void sync_warp() { emulator::sync_warp(); }
-inline void sync_named(int barrier, int count) { emulator::barrier(barrier, count, "sync_named"); }
 
 inline int warp() {
     emulator::rendezvous("warp()");
@@ -167,19 +166,17 @@ inline bool any_lane(bool condition) {
 }
 
 template <typename T>
-template <int matrices>
-void Shared<T>::read_matrices(uint32_t (&r)[matrices], bool transposed) const {
+void Shared<T>::read_matrices(uint32_t (&r)[4], bool transposed) const {
     struct Lane {
-        const char* row;  // null where the address is not looked at
+        const char* row;
         uint64_t offset;
         uint32_t* r;
-    } own{nullptr, static_cast<uint64_t>(address.offset), r};
-    if (lane() < 8 * matrices) own.row = emulator::shared_read(address, 16, false);
+    } own{emulator::shared_read(address, 16, false), static_cast<uint64_t>(address.offset), r};
     emulator::collective(transposed ? "ldmatrix.trans" : "ldmatrix", own, [transposed](const auto& lanes) {
         uint64_t addresses[32];
         for (int i = 0; i < 32; ++i) {
             addresses[i] = lanes[i]->offset;
-            for (int matrix = 0; matrix < matrices; ++matrix) {
+            for (int matrix = 0; matrix < 4; ++matrix) {
                 uint16_t pair[2];
                 for (int part = 0; part < 2; ++part) {
                     int row = i / 4, column = 2 * (i % 4) + part;
@@ -189,7 +186,7 @@ void Shared<T>::read_matrices(uint32_t (&r)[matrices], bool transposed) const {
                 lanes[i]->r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
             }
         }
-        emulator::count_access(emulator::counters.ldmatrix, addresses, (uint64_t{1} << 8 * matrices) - 1, 16);
+        emulator::count_access(emulator::counters.ldmatrix, addresses, 0xffffffffu, 16);
     });
 }
 
@@ -199,14 +196,6 @@ void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row) {
 }
 template <typename T>
 void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<T> row) {
-    row.read_matrices(r, true);
-}
-template <typename T>
-void ldmatrix_x2(uint32_t (&r)[2], Shared<T> row) {
-    row.read_matrices(r, false);
-}
-template <typename T>
-void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<T> row) {
     row.read_matrices(r, true);
 }
 
