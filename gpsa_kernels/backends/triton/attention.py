@@ -63,7 +63,6 @@ def attention_forward(
     """out = (1 - g) softmax(scale Q K^T) V + g R V for a tile of query rows of one pair."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    first_keys = tl.arange(0, KEY_TILE)
     SUM: tl.constexpr = tables.ax.dtype.element_ty
     ax, ay = factors_of(tables, head, tokens // columns, columns)
     q = base_of(q, q_strides, batch, head)
@@ -77,7 +76,7 @@ def attention_forward(
     content_sum = zeros_like_rows(q_tile, SUM)
     position_sum = zeros_like_rows(q_tile, SUM)
     for start in range(0, tokens, KEY_TILE):
-        key = start + first_keys
+        key = start + tl.arange(0, KEY_TILE)
         k_tile = load_rows(k, key, k_strides.token, tokens, HEAD_DIM, PARTS)
         v_tile = load_rows(v, key, v_strides.token, tokens, HEAD_DIM, PARTS)
 
@@ -150,7 +149,6 @@ def attention_backward_query(
     """dQ and delta of a tile of query rows of one pair, and their slot of the parameters' sums."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    first_keys = tl.arange(0, KEY_TILE)
     SUM: tl.constexpr = tables.ax.dtype.element_ty
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     q = base_of(q, q_strides, batch, head)
@@ -181,7 +179,7 @@ def attention_backward_query(
 
     grad_q_sum = zeros_like_rows(q_tile, SUM)
     for start in range(0, tokens, KEY_TILE):
-        key = start + first_keys
+        key = start + tl.arange(0, KEY_TILE)
         k_tile = load_rows(k, key, k_strides.token, tokens, HEAD_DIM, PARTS)
         v_tile = load_rows(v, key, v_strides.token, tokens, HEAD_DIM, PARTS)
 
@@ -248,7 +246,6 @@ def attention_backward_key(
     """dK and dV of a tile of keys of one pair."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, KEY_TILE), heads)
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
-    first_queries = tl.arange(0, QUERY_TILE)
     SUM: tl.constexpr = tables.ax.dtype.element_ty
     ax, ay = factors_of(tables, head, tokens // columns, columns)
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
@@ -262,7 +259,7 @@ def attention_backward_key(
     grad_k_sum = zeros_like_rows(k_tile, SUM)
     grad_v_sum = zeros_like_rows(v_tile, SUM)
     for start in range(0, tokens, QUERY_TILE):
-        query = start + first_queries
+        query = start + tl.arange(0, QUERY_TILE)
         q_tile = load_rows(q, query, q_strides.token, tokens, HEAD_DIM, PARTS)
         g_tile = load_rows(grad_out, query, grad_out_strides.token, tokens, HEAD_DIM, PARTS)
         # queries that do not exist get weight exp(-inf) = 0
