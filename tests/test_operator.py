@@ -1,19 +1,16 @@
 """The numbers of gpsa_attention beside those that tests/kernels has of all backends: the oracles', and sdpa's own."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from reference import NAMES, assert_as_exact_as_eager, inputs, literal, loops, with_gradients
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpsa_kernels
 from gpsa_kernels import gpsa_attention
 from gpsa_kernels.backends import Backend, Call, eager, sdpa
 from gpsa_kernels.backends.base import Forward
 
-ALL_KERNELS = ("sdpa", "triton", "cuda")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,23 +152,3 @@ def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     for _ in range(64):
         gpsa_attention(*tensors, (1, 1), dropout_p=0.5, backend="recorder")
     assert all({seed >> bit & 1 for seed in seeds} == {0, 1} for bit in range(64))
-
-
-@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
-@pytest.mark.parametrize(
-    ("backend", "seeded", "dropout_p", "error", "message"),
-    [
-        *((name, False, 0.5, ValueError, "if and only if dropout_p > 0, got None for 0.5") for name in ALL_KERNELS),
-        *((name, True, 0.0, ValueError, "if and only if dropout_p > 0, got a tensor for 0.0") for name in ALL_KERNELS),
-        ("sdpa", True, 0.5, RuntimeError, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
-    ],
-)
-def test_the_operators_refuse_dropout_that_would_drop_nothing(backend, seeded, dropout_p, error, message, mode):
-    with mode():
-        q, k, v, out = torch.randn(4, 1, 2, 6, 8).unbind()
-        seed = torch.zeros(1, dtype=torch.int64) if seeded else None
-        call = (q, k, v, torch.randn(2, 3), torch.randn(2), seed, 2, 3, 0.5, dropout_p)
-        with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_forward(*call, backend)
-        with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_backward(out, *call, out, torch.randn(1, 2, 6), backend)
