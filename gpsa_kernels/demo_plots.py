@@ -68,5 +68,5 @@ def _outline(axis: Any, digit: Any) -> None:
     """The digit's contour over a map of its patches, closed at the picture's edge."""
     rows, columns = digit.shape
     y, x = (np.clip(np.arange(-1, n + 1), -0.5, n - 0.5) for n in (rows, columns))
-    axis.contour(x, y, np.pad(digit, 1), levels=[0.4], colors="white", linewidths=0.8, alpha=0.85)
+    axis.contour(x, y, np.pad(digit, 1), levels=[0.4], colors=FRAME, linewidths=0.6, antialiased=False)
     axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
