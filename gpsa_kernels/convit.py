@@ -226,18 +226,15 @@ class ConViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What the blocks hand on, of the patch tokens, and what :meth:`forward_features` returns; as in timm.
+        """What :meth:`forward_features` returns, and what the blocks hand on of the patch tokens; as in timm.
 
         Args:
             x: images (B, in_chans, height, width).
             indices: of the blocks, negative ones from the end; the last n for an int n, all for None.
             norm: whether to normalise the intermediates, too, by the last layer norm.
             stop_early: whether to leave out the blocks after the last one asked for.
-            output_fmt: "NCHW" for (B, C, rows, columns), "NLC" for (B, N, C).
+            output_fmt: "NCHW" for intermediates (B, C, rows, columns), "NLC" for (B, N, C), in the blocks' order.
             intermediates_only: whether to return the intermediates alone.
-
-        Returns:
-            The normalised tokens and the intermediates, in the blocks' order, or the latter alone.
 
         Raises:
             ValueError: ``indices`` are not those of blocks, or ``output_fmt`` is unknown; see :meth:`forward_features`.
@@ -290,11 +287,10 @@ class ConViT(nn.Module):
         rows, columns = grid_size = patches.shape[2], patches.shape[3]
         tokens = patches.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
-            same = known(rows == self.grid_size[0]) and known(columns == self.grid_size[1])
-            # resampled to its own grid it stays as it is
-            tokens = tokens + (
-                self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size)
-            )
+            pos_embed: Tensor = self.pos_embed
+            if not (known(rows == self.grid_size[0]) and known(columns == self.grid_size[1])):
+                pos_embed = resample_pos_embed(pos_embed, self.grid_size, grid_size)
+            tokens = tokens + pos_embed
         return self.pos_drop(tokens), grid_size
 
     def _join_class_token(self, x: Tensor) -> Tensor:

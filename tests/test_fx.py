@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from models import assert_rounded, gradients, timm_convit
+from models import gradients, timm_convit
 from test_fuse_robustness import DyTox, tokens
 from timm.models import create_feature_extractor
 from torch import fx, nn
@@ -43,21 +43,10 @@ def test_symbolic_trace_of_layers_that_return_more_than_one_value():
     assert torch.equal(traced(tokens()), model(tokens()))
 
 
-@pytest.mark.parametrize("node", ["blocks.0.attn", "blocks.2.attn", "blocks.1.add_1"])
-def test_features_of_a_fused_model_are_timms(node):
-    model, x = timm_convit(**SMALL).eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    expected = create_feature_extractor(model, [node])(x)[node]
-    assert_rounded(create_feature_extractor(fuse(model), [node])(x)[node], expected, model)
-
-
 @pytest.mark.parametrize("train", [False, True])
 def test_the_whole_of_a_fused_model_is_traced_and_differentiated(train):
     model, x = fuse(timm_convit(**SMALL)).train(train), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     node = timm.models.get_graph_node_names(model)[not train][-1]
     extractor = create_feature_extractor(model, [node]).train(train)
-    assert torch.equal(extractor(x)[node], model(x))
-    expected = gradients(model, x)
-    model.zero_grad()
-    out = extractor(x)[node]
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    results = [(f(x), gradients(model, x, f)) for f in (model, lambda x: extractor(x)[node])]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
