@@ -192,8 +192,9 @@ class ConViT(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         for module in reversed([*self.modules()][1:]):  # what is inside before what knows better
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
         self._reset_own_parameters()
 
     def no_weight_decay(self) -> set[str]:

@@ -122,7 +122,7 @@ def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         is_matrix = name.endswith("weight") and parameter.dim() > 1
         groups["gates" if name.endswith("gating_param") else "matrices" if is_matrix else "others"].append(parameter)
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"params": groups["matrices"], "weight_decay": WEIGHT_DECAY},
         {"params": groups["gates"], "lr": GATE_LEARNING_RATE},
         {"params": groups["others"]},

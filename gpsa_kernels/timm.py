@@ -18,7 +18,7 @@ from torch import nn
 from gpsa_kernels.convert import fuse
 from gpsa_kernels.convit import fit_pos_embed
 
-default_cfgs = {}  # where register_model looks for them
+default_cfgs: dict[str, Any] = {}  # where register_model looks for them
 
 
 def _fit(model: ConVit, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -31,21 +31,20 @@ def _fused(backend: str, **kwargs: Any) -> nn.Module:
     return fuse(model, backend=backend, grid_size=model.patch_embed.grid_size)
 
 
-def _register(name: str, settings: dict[str, PretrainedCfg], **sizes: int) -> None:
+def _register(name: str, settings: PretrainedCfg, **sizes: int) -> None:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         features = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
         arguments = {"backend": "auto", "local_up_to_layer": 10, **sizes, **kwargs}
         return build_model_with_cfg(_fused, name, pretrained, feature_cfg=features, **arguments)
 
     create.__name__ = name
-    default_cfgs.update(generate_default_cfgs(settings))
+    default_cfgs.update(generate_default_cfgs({f"{name}.{settings.tag}" if settings.tag else name: settings}))
     globals()[name] = register_model(create)
 
 
 for _size, _heads in (("tiny", 4), ("small", 9), ("base", 16)):
     _stock = get_pretrained_cfg(f"convit_{_size}", allow_unregistered=False)
     assert _stock is not None
-    _name = f"fused_convit_{_size}"
-    _register(_name, {f"{_name}.{_stock.tag}": _stock}, num_heads=_heads, embed_dim=48)  # timm's are a head's channels
+    _register(f"fused_convit_{_size}", _stock, num_heads=_heads, embed_dim=48)  # timm's embed_dim is that of a head
     _unpublished = replace(_stock, hf_hub_id=None, tag=None)
-    _register(f"{_name}_plus", {f"{_name}_plus": _unpublished}, num_heads=_heads, embed_dim=64)
+    _register(f"fused_convit_{_size}_plus", _unpublished, num_heads=_heads, embed_dim=64)
