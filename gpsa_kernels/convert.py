@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gpsa_kernels import auto
 from gpsa_kernels.arguments import as_grid, check_backend, check_integer
@@ -126,27 +126,6 @@ def _kind_of(layer: nn.Module) -> type[Attention] | None:
     return SelfAttention if num_heads is not None and alone and plain.items() <= sizes.items() else None
 
 
-class _Padded:
-    """A fused layer in place of one that returns more values than the attention's output."""
-
-    _outputs: int
-
-    def forward(self, *args: Any) -> Any:
-        out = super().forward(*args)  # type: ignore[misc]
-        return out if isinstance(out, fx.Proxy) else (out, *(None,) * (self._outputs - 1))  # a proxy is of the whole
-
-
-class _PaddedGPSA(_Padded, FusedGPSA):
-    pass
-
-
-class _PaddedSelfAttention(_Padded, SelfAttention):
-    pass
-
-
-_PADDED: dict[type[Attention], type[Attention]] = {FusedGPSA: _PaddedGPSA, SelfAttention: _PaddedSelfAttention}
-
-
 def _template(layer: nn.Module, kind: Callable[..., Attention], **settings: Any) -> Attention:
     """A fused layer for the sizes and scale of ``layer``, without data."""
     return kind(_dim(layer), layer.num_heads, qk_scale=getattr(layer, "scale", None), device="meta", **settings)
@@ -161,15 +140,12 @@ def _switch(
 ) -> None:
     settings = {"backend": backend} | ({"grid_size": grid_size} if kind is FusedGPSA else {})
     # The constructor knows which attributes the fused class needs; the layer's own win, but for those asked for.
-    template = vars(_template(layer, kind, **settings))
-    fused = kind
-    if outputs > 1:
-        fused, template["_outputs"] = _PADDED[kind], outputs
+    template = vars(_template(layer, kind, **settings)) | ({"_outputs": outputs} if outputs > 1 else {})
     names = template.keys() - vars(nn.Module()).keys()
     added = {name: template[name] for name in names if name in settings or name not in vars(layer)}
     replaced = {name: vars(layer)[name] for name in added if name in vars(layer)}
-    vars(layer).update(added, _unfused=(type(layer), fused, tuple(added), replaced))
-    layer.__class__ = fused
+    vars(layer).update(added, _unfused=(type(layer), kind, tuple(added), replaced))
+    layer.__class__ = kind
 
 
 def _switch_back(layer: nn.Module) -> None:

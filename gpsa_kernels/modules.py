@@ -51,6 +51,7 @@ class Attention(nn.Module):
     proj: nn.Linear
     # what fused attention reads instead of calling; where one is not plain, the formula calls it
     bypassed: ClassVar[dict[str, type[nn.Module]]] = {"attn_drop": nn.Dropout}
+    _outputs = 1  # values that forward returns: None after the first
 
     def __init__(
         self, dim: int, num_heads: int, qk_scale: float | None, attn_drop: float, proj_drop: float, backend: str
@@ -104,9 +105,10 @@ class Attention(nn.Module):
     def _dropout_p(self) -> float:
         return self.attn_drop.p if self.attn_drop.training else 0.0
 
-    def _project(self, out: Tensor) -> Tensor:
-        """(B, H, N, head_dim) to the layer's output."""
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+    def _project(self, out: Tensor) -> Any:
+        """(B, H, N, head_dim) to what the layer returns."""
+        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return out if self._outputs == 1 else (out, *(None,) * (self._outputs - 1))
 
     def _traced(self, x: fx.Proxy, *args: Any) -> Any:
         """The layer as one node of the graph of torch.fx: what is inside branches on sizes that a proxy lacks."""
