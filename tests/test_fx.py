@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from models import gradients, timm_convit
-from test_fuse_robustness import DyTox, tokens
+from test_convert import DyTox, tokens
 from timm.models import create_feature_extractor
 from torch import fx, nn
 
