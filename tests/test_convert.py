@@ -1,18 +1,18 @@
-"""fuse and unfuse, on timm's model, on a layer written like the original's, on lookalikes and on layers that were changed."""
+"""fuse and unfuse, on timm's model, on a layer like the original's, on lookalikes and on what was changed."""
 
 import contextlib
 import copy
-import math
 import pickle
 
 import pytest
+import timm
 import torch
 from models import assert_trains_like, gradients, randomized, timm_convit
-from reference import offsets
+from timm.models import create_feature_extractor
 from timm.models.convit import GPSA as TimmGPSA
 from timm.models.convit import MHSA as TimmMHSA
 from timm.models.vision_transformer import Attention as TimmAttention
-from torch import nn
+from torch import fx, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
@@ -21,36 +21,18 @@ from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, fuse, unfuse
 SMALL = {"depth": 3, "local_up_to_layer": 2}
 
 
-class OriginalGPSA(nn.Module):
-    """The formula, with the submodules and the lazily made plain attribute ``rel_indices`` of the original code."""
+class OriginalGPSA(TimmGPSA):
+    """timm's, with the plain attribute ``rel_indices`` that the original code makes in the first call."""
 
-    def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.pos_proj = nn.Linear(3, num_heads)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.gating_param = nn.Parameter(torch.ones(num_heads))
-
-    def offsets(self, tokens):
-        return offsets((math.isqrt(tokens),) * 2).to(self.gating_param)[None]
-
-    def attention(self, x):
-        if not hasattr(self, "rel_indices") or self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.offsets(x.shape[1])
-        q, k = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self.qk(x).chunk(2, dim=-1))
-        content = (self.scale * q @ k.mT).softmax(-1)
-        position = self.pos_proj(self.rel_indices).permute(0, 3, 1, 2).softmax(-1)
-        g = self.gating_param.sigmoid().view(1, -1, 1, 1)
-        return self.attn_drop((1 - g) * content + g * position)
+    def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, **rates):
+        super().__init__(dim, num_heads, qkv_bias, **rates)
+        self.scale = qk_scale or self.scale
+        del self.rel_indices
 
     def forward(self, x):
-        v = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        return self.proj_drop(self.proj((self.attention(x) @ v).transpose(1, 2).flatten(2)))
+        if not hasattr(self, "rel_indices"):
+            self.rel_indices = self.get_rel_indices(x.shape[1])
+        return super().forward(x)
 
 
 def changed(**methods):
@@ -72,7 +54,7 @@ def halved(layer: nn.Module) -> None:
     parametrize.register_parametrization(layer, "gating_param", Halved())
 
 
-OTHER_DIRECTION = changed(offsets=lambda self, n: OriginalGPSA.offsets(self, n) * torch.tensor([-1, 1, 1]))
+OTHER_DIRECTION = changed(get_rel_indices=lambda self, n: TimmGPSA.get_rel_indices(self, n) * torch.tensor([-1, 1, 1]))
 
 
 def tokens(count: int = 9) -> torch.Tensor:
@@ -202,13 +184,16 @@ REPLACED = "its forward method was replaced on the instance"
     ("change", "reason"),
     [
         (OTHER_DIRECTION, DIFFERS),
-        (changed(attention=lambda self, x: 1.001 * OriginalGPSA.attention(self, x)), DIFFERS),
-        (changed(offsets=lambda self, _: OriginalGPSA.offsets(self, 16)), "a trial raised RuntimeError: The size of"),
+        (changed(get_attention=lambda self, x: 1.001 * TimmGPSA.get_attention(self, x)), DIFFERS),
+        (
+            changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)),
+            "a trial raised RuntimeError: The",
+        ),
         (changed(forward=lambda self, x, mask: x), "a trial raised TypeError: .* missing 1 .* argument: 'mask'"),
         (changed(forward=lambda self, x: x[:, :2]), r"its output has shape \(1, 2, 24\) instead of \(1, 4, 24\)"),
         (lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1))), "the fused layer does not know its gain"),
         (halved, "the fused layer does not know its parametrizations"),
-        (lambda layer: setattr(layer, "forward", layer.attention), REPLACED),
+        (lambda layer: setattr(layer, "forward", layer.get_attention), REPLACED),
         # a hook or an adapter on a submodule that is never called would be silently without effect
         (lambda layer: layer.attn_drop.register_forward_hook(print), f"{BYPASSED} attn_drop itself"),
         (lambda layer: layer.pos_proj.register_forward_hook(print), f"{BYPASSED} pos_proj itself"),
@@ -251,6 +236,10 @@ def test_hooks_and_adapters_keep_working():
             self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
             self.down = nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
             self.up = nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
+
+        @property
+        def weight(self):  # which timm's layer looks at
+            return self.base.weight
 
         def forward(self, x):
             return self.base(x) + self.up(self.down(x))
@@ -452,3 +441,43 @@ def test_layers_that_return_more_than_one_value(copied):
     names = [{name: vars(m).keys() for name, m in model.named_modules()} for model in (unfuse(fused), DyTox())]
     assert names[0] == names[1]
     assert type(fused.sabs[0]) is DyToxGPSA
+
+
+# ---- torch.fx, for which a fused layer is a leaf ----------------------------------------------------------------------
+
+
+def called_modules(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, grid_size):
+        return x + self.layers[1](self.layers[0](x, grid_size))
+
+
+def test_symbolic_trace():
+    model = Residual(FusedGPSA(24, 3), SelfAttention(24, 3)).double()
+    traced = fx.symbolic_trace(model)
+    assert called_modules(traced.graph) == ["layers.0", "layers.1"]
+    assert torch.equal(traced(tokens(), (1, 9)), model(tokens(), (1, 9)))
+    assert not torch.equal(traced(tokens(), (1, 9)), traced(tokens(), (3, 3)))
+
+
+def test_symbolic_trace_of_layers_that_return_more_than_one_value():
+    model = fuse(DyTox().double().eval(), outputs=3)
+    traced = fx.symbolic_trace(model)
+    assert called_modules(traced.graph) == ["sabs.0", "sabs.1"]
+    assert torch.equal(traced(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_whole_of_a_fused_model_is_traced_and_differentiated(train):
+    model, x = fuse(timm_convit(image_size=32, **SMALL)).train(train), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    node = timm.models.get_graph_node_names(model)[not train][-1]
+    extractor = create_feature_extractor(model, [node]).train(train)
+    outcomes = [(f(x), gradients(model, x, f)) for f in (model, lambda x: extractor(x)[node])]
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)

@@ -20,13 +20,7 @@ from reference import inputs, with_gradients
 from test_lifecycle import images, own, timm_fused
 from torch import nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -40,7 +34,7 @@ WORLD, STEPS, MICRO_BATCHES = 4, 3, 2
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
 MANY_GPUS = DOCUMENT.split("## Many GPUs\n")[1].partition("\n## ")[0]
 SHARD_PARAMETERS, DIVIDE_HEADS = re.findall(r"(?s)```python\n(.*?)```", MANY_GPUS)
-FULL = StateDictOptions(full_state_dict=True)
+FULL = states.StateDictOptions(full_state_dict=True)
 
 builds = pytest.mark.parametrize("build", [own, timm_fused])
 
@@ -197,16 +191,16 @@ def momentum(optimizer_state: dict) -> dict:
 
 
 def states_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
 
 
 def load(model: nn.Module, checkpoint: Path) -> list[dict]:
     """The states of a model and its optimizer, in full, after loading them."""
     optimizer = sgd(model)
-    states = states_of(model, optimizer)
-    dcp.load(states, checkpoint_id=checkpoint)
-    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
-    state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
+    held = states_of(model, optimizer)
+    dcp.load(held, checkpoint_id=checkpoint)
+    states.set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    state, optimizer_state = states.get_state_dict(model, optimizer, options=FULL)
     return [state, momentum(optimizer_state)]
 
 
@@ -240,7 +234,7 @@ def test_divided_parameters_train_as_one_process_and_load_on_any_number(ranks, b
         assert_equal(load(model_of(build, seed=9), tmp_path), loaded[0])
     for state, of_optimizer in loaded:
         assert_equal(state, alone["model"])
-        assert_same_state(of_optimizer, momentum(get_state_dict(model, optimizer)[1]), model)
+        assert_same_state(of_optimizer, momentum(states.get_state_dict(model, optimizer)[1]), model)
 
 
 def mixed(build) -> torch.Tensor:
@@ -282,18 +276,18 @@ def headwise(build, *shape: int) -> tuple:
     """A model with its heads divided as the document says, and with another's parameters loaded into it."""
     mesh = mesh_of(*shape)["tp"]
     model = model_of(build, seed=dist.get_rank())
-    set_model_state_dict(model, model_of(build).state_dict())
+    states.set_model_state_dict(model, model_of(build).state_dict())
     in_parallel(model, mesh)
     assert model.blocks[0].attn.qk.weight.to_local().numel() * mesh.size() == 2 * model.num_features**2
     results = (
         full(model(images())),
         {name: as_packed(full(grad)) for name, grad in gradients(model, images()).items()},
-        copy.deepcopy(get_model_state_dict(model, options=FULL)),
+        copy.deepcopy(states.get_model_state_dict(model, options=FULL)),
         full(model.blocks[0].attn.get_attention(tokens(model))),
         with_input_gradient(model, distribute_tensor(tokens(model), mesh, [Shard(1)])),
     )
-    set_model_state_dict(model, model_of(build, seed=9).state_dict(), options=FULL)
-    return *results, get_model_state_dict(model, options=FULL)
+    states.set_model_state_dict(model, model_of(build, seed=9).state_dict(), options=FULL)
+    return *results, states.get_model_state_dict(model, options=FULL)
 
 
 @builds
