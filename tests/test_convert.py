@@ -443,7 +443,7 @@ def test_layers_that_return_more_than_one_value(copied):
     assert type(fused.sabs[0]) is DyToxGPSA
 
 
-# ---- torch.fx, for which a fused layer is a leaf ----------------------------------------------------------------------
+# ---- torch.fx, for which a fused layer is a leaf --------------------------------------------------------------------
 
 
 def called_modules(graph: fx.Graph) -> list[str]:

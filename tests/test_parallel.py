@@ -64,7 +64,10 @@ def ranks(tmp_path_factory):
             results = [pool.submit(saved, function, *arguments) for pool in pools]
             return [torch.load(io.BytesIO(result.result()), weights_only=False) for result in results]
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in the four, for sums in the same order
         yield call
+        torch.set_num_threads(threads)
         call(dist.destroy_process_group)
 
 
