@@ -73,7 +73,7 @@ def fuse(
             continue
         reason = _obstacle(layer, kind, outputs)
         if reason is None:
-            _switch(layer, kind, outputs, backend, grid_size)
+            _switch(layer, kind, outputs, backend=backend, grid_size=grid_size)
             fused += 1
         else:
             warnings.warn(f"{name or type(layer).__name__} is left as it is: {reason}", stacklevel=2)
@@ -131,14 +131,9 @@ def _template(layer: nn.Module, kind: Callable[..., Attention], **settings: Any)
     return kind(_dim(layer), layer.num_heads, qk_scale=getattr(layer, "scale", None), device="meta", **settings)
 
 
-def _switch(
-    layer: nn.Module,
-    kind: type[Attention],
-    outputs: int = 1,
-    backend: str = "eager",
-    grid_size: tuple[int, int] | None = None,
-) -> None:
-    settings = {"backend": backend} | ({"grid_size": grid_size} if kind is FusedGPSA else {})
+def _switch(layer: nn.Module, kind: type[Attention], outputs: int, **settings: Any) -> None:
+    if kind is SelfAttention:
+        del settings["grid_size"]  # of which it has none
     # The constructor knows which attributes the fused class needs; the layer's own win, but for those asked for.
     template = vars(_template(layer, kind, **settings)) | ({"_outputs": outputs} if outputs > 1 else {})
     names = template.keys() - vars(nn.Module()).keys()
@@ -195,7 +190,7 @@ def _difference(layer: nn.Module, kind: type[Attention], outputs: int) -> str | 
         trial = _trial_copy(layer, generator)
         inputs = [torch.empty(1, tokens, dim, device="cpu", dtype=torch.float32) for tokens in (4, 9)]
         results = [trial(x.normal_(generator=generator)) for x in inputs]
-        _switch(trial, kind)
+        _switch(trial, kind, outputs=1, backend="eager", grid_size=None)
         for x, result in zip(inputs, results, strict=True):
             expected, *rest = result if isinstance(result, tuple) and result else (result,)
             if not isinstance(expected, Tensor) or 1 + len(rest) != outputs:

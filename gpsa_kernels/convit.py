@@ -213,8 +213,7 @@ class ConViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to normalised tokens (B, 1 + N, C), the class token first.
 
-        Raises:
-            TypeError, ValueError: ``x`` is no batch of images, or does not divide into patches.
+        Raises TypeError or ValueError where ``x`` is no batch of images, or does not divide into patches.
         """
         return self.norm(self._forward_blocks(x, range(0))[0])
 
@@ -237,8 +236,7 @@ class ConViT(nn.Module):
             output_fmt: "NCHW" for intermediates (B, C, rows, columns), "NLC" for (B, N, C), in the blocks' order.
             intermediates_only: whether to return the intermediates alone.
 
-        Raises:
-            ValueError: ``indices`` are not those of blocks, or ``output_fmt`` is unknown; see :meth:`forward_features`.
+        Raises ValueError for ``indices`` of no blocks and for another ``output_fmt``; see :meth:`forward_features`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")

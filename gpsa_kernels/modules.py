@@ -189,10 +189,8 @@ class FusedGPSA(Attention):
     def local_init(self, locality_strength: float | None = None) -> None:
         """Starts the layer as a convolution: v is the identity, and head h1 + k*h2 looks at offset (h2, h1) - centre.
 
-        k = floor(sqrt(H)); the k*k first heads get alpha * (2*dx, 2*dy, -1), the others keep their random weights.
-
-        Args:
-            locality_strength: alpha, the layer's own if None.
+        k = floor(sqrt(H)); the k*k first heads get alpha * (2*dx, 2*dy, -1), the others keep their random weights;
+        alpha is ``locality_strength``, the layer's own if None.
         """
         alpha = self.locality_strength if locality_strength is None else locality_strength
         if not math.isfinite(as_number("locality_strength", alpha)):
@@ -204,14 +202,7 @@ class FusedGPSA(Attention):
             self.pos_proj.weight[head] = self.pos_proj.weight.new_tensor([2 * alpha * dx, 2 * alpha * dy, -alpha])
 
     def forward(self, x: Tensor, grid_size: tuple[int, int] | None = None) -> Tensor:
-        """Attention over the tokens of one grid.
-
-        Args:
-            x: (B, N, dim) tokens, row by row.
-            grid_size: (rows, columns) for this call only.
-
-        Returns:
-            (B, N, dim).
+        """Attention over tokens (B, N, dim), row by row, on a grid (rows, columns) of this call; returns (B, N, dim).
 
         Raises:
             TypeError, ValueError: ``x`` is not (B, N, dim), ``grid_size`` no pair, or N does not fit it.

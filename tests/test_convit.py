@@ -85,14 +85,8 @@ def test_arguments_reach_their_place():
     assert first.mlp.fc1.out_features == 48
     assert first.attn.qk.bias is not None
     assert last.attn.qkv.bias is not None
-    assert (
-        model.pos_drop.p
-        == first.mlp.drop1.p
-        == first.mlp.drop2.p
-        == first.attn.proj_drop.p
-        == last.attn.proj_drop.p
-        == 0.1
-    )
+    drops = (model.pos_drop, first.mlp.drop1, first.mlp.drop2, first.attn.proj_drop, last.attn.proj_drop)
+    assert {drop.p for drop in drops} == {0.1}
     assert first.attn.attn_drop.p == last.attn.attn_drop.p == 0.2
     assert [block.drop_path.p for block in model.blocks] == [0.0, 0.15, 0.3]
     assert {block.attn.backend for block in model.blocks} == {"eager"}
@@ -100,6 +94,7 @@ def test_arguments_reach_their_place():
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model.eval()(torch.zeros(2, 1, 32, 16, dtype=torch.float64)).shape == (2, 24)
     assert small(img_size=(32, 16)).grid_size == (4, 2)
+    assert not ConViT(**SIZES).head.bias.any()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (1, 1)])
