@@ -94,7 +94,8 @@ def test_arguments_reach_their_place():
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model.eval()(torch.zeros(2, 1, 32, 16, dtype=torch.float64)).shape == (2, 24)
     assert small(img_size=(32, 16)).grid_size == (4, 2)
-    assert not ConViT(**SIZES).head.bias.any()
+    new = ConViT(**SIZES)
+    assert not (new.head.bias.any() or new.blocks[0].mlp.fc1.bias.any())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (1, 1)])
