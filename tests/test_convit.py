@@ -95,7 +95,8 @@ def test_arguments_reach_their_place():
     assert model.eval()(torch.zeros(2, 1, 32, 16, dtype=torch.float64)).shape == (2, 24)
     assert small(img_size=(32, 16)).grid_size == (4, 2)
     new = ConViT(**SIZES)
-    assert not (new.head.bias.any() or new.blocks[0].mlp.fc1.bias.any())
+    assert not new.head.bias.any()
+    assert not new.blocks[0].mlp.fc1.bias.any()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (1, 1)])
