@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +39,8 @@ MINUTES = 9.0  # that the steps' limits are made for
 LEAST_SECONDS = 10  # that must be left for a step to begin
 TAIL_LINES = 15
 
+LARGEST = 15 * 2**20  # characters of a file in the evidence folder
+
 DONE, WRONG, MISSING, UNFINISHED, LEFT = "done", "wrong", "missing", "out of time", "not begun"
 UNDER_WAY = "interrupted"  # until it is something else
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
@@ -55,16 +56,8 @@ class Step(NamedTuple):
     name: str  # for --skip, the log and the table
     command: Sequence[str]  # words; the first may be a tool that is not there
     seconds: float  # what it may take at most of nine minutes, beside what the steps before it left over
-    needs: tuple[str, ...] = ()  # files of the repository without which it makes no sense
     tool: bool = False  # whether it is the vendor's tool that looks, which a machine may lack or forbid
     environment: Sequence[tuple[str, str]] = ()  # in addition to this process's
-
-    def obstacle(self) -> str | None:
-        """What it lacks, or None."""
-        for path in self.needs:
-            if not (ROOT / path).exists():
-                return f"there is no {path}"
-        return None if shutil.which(self.command[0], path=tools()) else f"{self.command[0]} was not found"
 
 
 def tools() -> str:
@@ -102,7 +95,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         options += ["--collect-only"] if dry else []
         interpreted = [("TRITON_INTERPRET", "1")] if dry else []  # or there would be no test to collect
         environment = (trusting, *interpreted)
-        return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, files, environment=environment)
+        return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, environment=environment)
 
     def sanitized(tool: str, seconds: float) -> Step:
         options = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
@@ -116,7 +109,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         profiler += ["--section", watched]
     build = (("GPSA_BUILD_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", capability))
     return [
-        Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
+        Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, environment=build),
         Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
         tested("smoke", 50, "tests/kernels", marked="smoke"),
         measured("headline", 45, "operator", workloads=first),
@@ -149,8 +142,7 @@ class Report:
         for name, text in EMPTY.items():
             if not (folder / name).exists():
                 results.write(folder / name, text)
-        with self.log.open("a") as log:
-            log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+        self.say(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
 
     def say(self, text: str) -> None:
         """Prints a line and adds it to the log."""
@@ -161,31 +153,23 @@ class Report:
     def take_up(self, machine: dict[str, Any]) -> None:
         """Goes on with what the folder has of this machine; what is damaged or another machine's is set aside."""
         self.machine = machine
-        try:
-            old = json.loads(self.state_file.read_text())
-            steps = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
-            if old["machine"] == machine or not steps:
-                self.state = steps
-            else:
-                self.set_aside(self.state_file, "is of another machine or version")
-        except DAMAGED as error:
-            self.set_aside(self.state_file, f"is damaged ({type(error).__name__})")
+        for path, read in ((self.state_file, self._read_state), (self.results_file, results.read)):
+            try:
+                read(path)
+            except DAMAGED as error:  # the file is renamed, never over another one, and begun anew
+                number = 1
+                while (kept := path.with_name(f"{path.name}.{number}")).exists():
+                    number += 1
+                os.replace(path, kept)
+                results.write(path, EMPTY[path.name])
+                self.say(f"{path.name} was renamed to {kept.name}: {type(error).__name__}: {error}")
 
-    def check_results(self) -> None:
-        """Sets the results aside where they are damaged."""
-        try:
-            results.read(self.results_file)
-        except DAMAGED as error:
-            self.set_aside(self.results_file, f"is damaged ({type(error).__name__})")
-
-    def set_aside(self, path: Path, why: str) -> None:
-        """Renames a file, never over another one, and begins it anew."""
-        number = 1
-        while (kept := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        os.replace(path, kept)
-        results.write(path, EMPTY[path.name])
-        self.say(f"{path.name} {why}: it was renamed to {kept.name}")
+    def _read_state(self, path: Path) -> None:
+        old = json.loads(path.read_text())
+        steps = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+        if steps and old["machine"] != self.machine:
+            raise ValueError("it is of another machine or version")
+        self.state = steps
 
     def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
         """What became of a step, in all files at once: whoever ends us finds it."""
@@ -194,15 +178,18 @@ class Report:
         results.write(self.text_file, self.text())
         self.publish()
 
-    def publish(self) -> str | None:
-        """Brings the evidence folder up to date; tells and returns what keeps it from being written."""
-        if self.evidence is not None:
-            try:
-                supervisor.publish(self.folder, self.evidence, list(EMPTY))
-            except OSError as error:
-                print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
-                return str(error)
-        return None
+    def publish(self) -> bool:
+        """Copies the files to the evidence folder, each replaced as a whole; tells what keeps it from being written."""
+        try:
+            for name in EMPTY if self.evidence else ():
+                self.evidence.mkdir(parents=True, exist_ok=True)
+                text = (self.folder / name).read_text(errors="replace")
+                cut = f"{text[: LARGEST // 2]}\n[...]\n{text[-LARGEST // 2 :]}"
+                results.write(self.evidence / name, cut if len(text) > LARGEST else text)
+        except OSError as error:
+            print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def text(self) -> str:
         """The table of the steps, what is wrong, whose fault it ever is, and the short table of what was measured."""
@@ -210,13 +197,13 @@ class Report:
         for step in self.steps:
             entry = self.state.get(step.name, {"status": LEFT, "word": "", "seconds": 0.0})
             lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
-        if any(self.status(step) in (UNFINISHED, LEFT, UNDER_WAY) for step in self.steps):
+        if {UNFINISHED, LEFT, UNDER_WAY} & set(map(self.status, self.steps)):
             lines.append("not all is done: the same command goes on")
         try:
             if (run := self.run()) is not None:
                 failed = [row for row in run["rows"] if row["status"] in ("wrong", "failed")]
-                told = [*results.faults(run["rows"], run["device_type"], run["profile"]), *failed]
-                lines += ["", *dict.fromkeys(map(_told, told)), "", tables.comparison(run), tables.details(run)]
+                lines += ["", *dict.fromkeys(map(_told, [*self.faults(), *failed]))]
+                lines += ["", tables.comparison(run), tables.details(run)]
         except Exception as error:  # the rest is worth showing, whatever the rows are like
             lines.append(f"the rows cannot be shown: {type(error).__name__}: {error}")
         return "\n".join([*lines, ""])
@@ -233,11 +220,15 @@ class Report:
         """This machine's rows, if there are any."""
         return results.last(self.results_file, self.machine)
 
+    def faults(self) -> list[results.Row]:
+        """Rows of ours that are wrong, or missing where they must not."""
+        run = self.run()
+        return results.faults(run["rows"], run["device_type"], run["profile"]) if run else []
+
     def verdict(self, dry: bool) -> int:
         """The exit status; a rehearsal forgives what is not there."""
         found = {self.status(step) for step in self.steps if not (step.tool or dry) or self.status(step) != MISSING}
-        run = self.run()
-        if found & {WRONG, MISSING} or (run and results.faults(run["rows"], run["device_type"], run["profile"])):
+        if found & {WRONG, MISSING} or self.faults():
             return 1
         return 2 if found & {UNFINISHED, LEFT} else 0
 
@@ -281,24 +272,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
     parser.add_argument("--minutes", type=float, help="time limit, which the steps' limits go with; 9, of a dry run 60")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: every step but the GPU's")
-    parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
+    names = [step.name for step in steps(False, Path(), "", ())]
+    parser.add_argument("--skip", nargs="*", choices=names, default=[], metavar="STEP", help=f"of {', '.join(names)}")
     options = parser.parse_args(arguments)
     dry = options.dry_run
     minutes = (60 if dry else MINUTES) if options.minutes is None else options.minutes
     end = time.monotonic() + 60 * minutes
+    try:
+        report = Report(options.output.resolve(), options.evidence and options.evidence.resolve())
+    except OSError as error:
+        print(f"--output: the folder cannot be written: {error}", file=sys.stderr)
+        return 1
 
     def plan(capability: str, unfit: Sequence[str]) -> list[Step]:
         return [step for step in steps(dry, report.results_file, capability, unfit) if step.name not in options.skip]
 
-    evidence = options.evidence and options.evidence.resolve()
-    try:
-        report = Report(options.output.resolve(), evidence)
-    except OSError as error:
-        report = Report(Path(tempfile.mkdtemp(prefix="gpu-report-")), evidence)
-        report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
-    if unknown := set(options.skip) - {step.name for step in steps(dry, report.results_file, "", ())}:
-        parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
-    if report.publish():
+    if not report.publish():
         return 1
     facts = ask(report, dry)
     if facts is None:
@@ -309,13 +298,11 @@ def main(arguments: list[str] | None = None) -> int:
     unfit: Sequence[str] = report.state.get("exercise", {}).get("unfit", ())
     report.steps = plan(facts["capability"], unfit)
     for index, name in enumerate([step.name for step in report.steps]):
-        step = report.steps[index]
-        report.check_results()
+        step, left = report.steps[index], end - time.monotonic()
         if report.is_done(step):
             continue
-        left = end - time.monotonic()
-        if (obstacle := step.obstacle()) is not None:
-            report.set(step, MISSING, obstacle)
+        if shutil.which(step.command[0], path=tools()) is None:
+            report.set(step, MISSING, f"{step.command[0]} was not found")
         elif left < LEAST_SECONDS:
             report.set(step, LEFT)
         else:
@@ -332,7 +319,6 @@ def main(arguments: list[str] | None = None) -> int:
             report.set(step, status, word, time.monotonic() - start, **more)
             if status == WRONG:
                 print("\n".join(f"  | {line}" for line in printed.splitlines()[-TAIL_LINES:]), flush=True)
-    report.check_results()
     print(report.text())
     return report.verdict(dry)
 

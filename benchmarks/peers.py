@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ from gpsa_kernels.functional import select_backend
 Function = Callable[..., Tensor]
 Make = Callable[[Case, list[Tensor]], Function]  # prepares a peer for a case and its tensors
 HOPELESS = 1e30  # JSON has no infinity
-_LARGEST_MAP = 2**24  # entries, that float64 maps and what autograd keeps of them fit anywhere
+_LARGEST_MAP = 2**25  # entries, that float64 maps and what autograd keeps of them fit anywhere
 
 # ---- the truth ------------------------------------------------------------------------------------------------------
 
@@ -41,23 +41,16 @@ def literal(case: Case, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gat
 def formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
     """The formula's result and its five gradients, in the order of TENSORS, computed in ``dtype``.
 
-    A head and a slice of the batch at a time: they are independent but for the sums over the batch.
+    A slice of the batch at a time: images are independent but for the sums of the parameters' gradients.
     """
-    out, q, k, v = (torch.empty_like(tensors[0], dtype=dtype) for _ in range(4))
-    weights = [torch.zeros_like(t, dtype=torch.float64) for t in tensors[3:]]
-    step = max(1, _LARGEST_MAP // case.tokens**2)
-    for head in range(case.heads):
-        for start in range(0, case.batch, step):
-            part = slice(start, start + step), slice(head, head + 1)
-            leaves = [t.detach()[part].to(dtype).requires_grad_() for t in tensors[:3]]
-            leaves += [t.detach()[part[1]].to(dtype).requires_grad_() for t in tensors[3:]]
-            result = literal(case, *leaves)
-            grads = torch.autograd.grad(result, leaves, grad_out[part].to(dtype))
-            for whole, piece in zip((out, q, k, v), (result.detach(), *grads[:3]), strict=True):
-                whole[part] = piece
-            for whole, piece in zip(weights, grads[3:], strict=True):
-                whole[part[1]] += piece
-    return [out, q, k, v, *weights]
+    step = max(1, _LARGEST_MAP // (case.heads * case.tokens**2))
+    parts = []
+    for *qkv, grad in zip(*(t.detach().split(step) for t in (*tensors[:3], grad_out)), strict=True):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (*qkv, *tensors[3:])]
+        out = literal(case, *leaves)
+        parts.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    *slices, pos_weight, gate = zip(*parts, strict=True)
+    return [*map(torch.cat, slices), *(torch.stack(pieces).double().sum(0) for pieces in (pos_weight, gate))]
 
 
 def deviation(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -106,6 +99,21 @@ class Peer:
             raise Unavailable(f"it needs {' or '.join(self.devices)}")
         return self.make(case, tensors)
 
+    def under_compile(self) -> Peer:
+        """The same under torch.compile, for fixed shapes and in one graph."""
+        make = _compiled(self.make)
+        return replace(self, name=f"{self.name}, compiled", make=make, compiled=True)
+
+    def under_autotune(self) -> Peer:
+        """The same, with the fastest of many kernels for each of its products."""
+        make = _compiled(self.make, mode="max-autotune-no-cudagraphs")
+        name = f"{self.name}, max-autotune"
+        return replace(self, name=name, make=make, devices=("cuda",), compiled=True, tuned=True)
+
+
+def _compiled(make: Make, **options: str) -> Make:
+    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False, **options)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -135,7 +143,7 @@ def inputs(case: Case, device: str, seed: int) -> list[Tensor]:
 # ---- timm -----------------------------------------------------------------------------------------------------------
 
 
-class _Projected:
+class _Tokens:
     """Stands for the layer's input, and knows what its projections would be."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -170,7 +178,7 @@ def timm(case: Case, tensors: list[Tensor]) -> Function:
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
     heads = case.heads, case.head_dim
-    return lambda q, k, v, *_: layer(_Projected(q, k, v)).unflatten(2, heads).transpose(1, 2)
+    return lambda q, k, v, *_: layer(_Tokens(q, k, v)).unflatten(2, heads).transpose(1, 2)
 
 
 # ---- plain PyTorch --------------------------------------------------------------------------------------------------
@@ -228,21 +236,6 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-sdpa_and_cached_map = partial(sdpa_and_map, cached=True)
-cudnn_and_map = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
-
-
-def compiled(make: Make, **options: str) -> Make:
-    """The same peer under torch.compile, for fixed shapes and in one graph."""
-    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False, **options)
-
-
-def tuned(name: str, make: Make) -> Peer:
-    """The same, with the fastest of many kernels for each of its products."""
-    best = compiled(make, mode="max-autotune-no-cudagraphs")
-    return Peer(f"{name}, max-autotune", best, devices=("cuda",), compiled=True, tuned=True)
-
-
 def sdpa_alone(*backends: SDPBackend) -> Make:
     """Attention without any position, by one of torch's kernels, or by the one that torch picks."""
 
@@ -283,26 +276,25 @@ def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
         raise Unavailable(reason)
 
 
+TIMM = Peer(REFERENCE, timm)
+ONCE = Peer("eager, position once", eager)
+MAP = Peer("SDPA + positional map", sdpa_and_map)
+CUDNN = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
+CACHED = Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",))
+
 OPERATOR = Subject(
     peers=(
-        Peer(REFERENCE, timm),
-        Peer("eager, position once", eager),
-        Peer("SDPA + positional map", sdpa_and_map),
-        Peer("SDPA + positional map, cuDNN", cudnn_and_map, devices=("cuda",)),
-        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
+        *(TIMM, ONCE, MAP),
+        Peer("SDPA + positional map, cuDNN", CUDNN, devices=("cuda",)),
+        CACHED,
         *(ours(name) for name in reversed(BACKENDS)),
         Peer("SDPA alone", sdpa_alone(), gpsa=False),
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
         Peer("SDPA alone, cuDNN", sdpa_alone(SDPBackend.CUDNN_ATTENTION), gpsa=False, devices=("cuda",)),
         Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
-        Peer("timm, compiled", compiled(timm), compiled=True),
-        Peer("eager, position once, compiled", compiled(eager), compiled=True),
-        Peer("SDPA + positional map, compiled", compiled(sdpa_and_map), compiled=True),
-        Peer("SDPA + cached map, compiled", compiled(sdpa_and_cached_map), directions=("forward",), compiled=True),
-        Peer("gpsa_kernels auto, compiled", compiled(ours("auto").make), compiled=True),
+        *(peer.under_compile() for peer in (TIMM, ONCE, MAP, CACHED, ours("auto"))),
         Peer("FlexAttention twice", flex_twice, compiled=True),
-        tuned("eager, position once", eager),
-        tuned("SDPA + positional map", sdpa_and_map),
+        *(peer.under_autotune() for peer in (ONCE, MAP)),
     ),
     inputs=inputs,
     formula=formula,
@@ -363,7 +355,7 @@ def layer_attention(case: Case, tensors: list[Tensor]) -> list[Tensor]:
     return [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]]
 
 
-def our_layer(name: str) -> Make:
+def our_layer(name: str) -> Peer:
     """FusedGPSA on a backend."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
@@ -371,7 +363,7 @@ def our_layer(name: str) -> Make:
         layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
         return _holding(layer, tensors)
 
-    return make
+    return Peer(f"gpsa_kernels {name}", make)
 
 
 def sdpa_in_layer(case: Case, tensors: list[Tensor]) -> Function:
@@ -379,14 +371,15 @@ def sdpa_in_layer(case: Case, tensors: list[Tensor]) -> Function:
     return lambda *tensors: _plain(F.scaled_dot_product_attention, tensors, case.heads)
 
 
+TIMM_LAYER = Peer(REFERENCE, timm_whole)
+PLAIN_LAYER = Peer("SDPA alone", sdpa_in_layer, gpsa=False)
+
 LAYER = Subject(
     peers=(
-        Peer(REFERENCE, timm_whole),
-        *(Peer(f"gpsa_kernels {name}", our_layer(name)) for name in reversed(BACKENDS)),
-        Peer("SDPA alone", sdpa_in_layer, gpsa=False),
-        Peer("timm, compiled", compiled(timm_whole), compiled=True),
-        Peer("gpsa_kernels auto, compiled", compiled(our_layer("auto")), compiled=True),
-        Peer("SDPA alone, compiled", compiled(sdpa_in_layer), gpsa=False, compiled=True),
+        TIMM_LAYER,
+        *(our_layer(name) for name in reversed(BACKENDS)),
+        PLAIN_LAYER,
+        *(peer.under_compile() for peer in (TIMM_LAYER, our_layer("auto"), PLAIN_LAYER)),
     ),
     inputs=layer_inputs,
     formula=layer_formula,

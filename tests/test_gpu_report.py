@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import __main__ as suite
 from benchmarks import exercise, gpu_report, peers, results, supervisor
+from benchmarks.apart import Gone
 from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps
 from benchmarks.workloads import model_workloads
 from gpsa_kernels import BACKENDS, gpsa_attention
@@ -83,7 +84,6 @@ def wait_until(holds, seconds: float = 20.0) -> None:
         (step("a", ""), "done", 0, ""),
         (step("a", "import os; os.kill(os.getpid(), 9)"), "wrong", 1, "exit status 137"),
         (step("a", "import os; os.kill(os.getppid(), 9); " + HANGS), "wrong", 1, "exit status -9"),
-        (step("a", "", needs=("tests/of_another_project",)), "missing", 1, "there is no tests/of_another_project"),
         (Step("a", ("no-such-tool",), 1.0), "missing", 1, "no-such-tool was not found"),
         (Step("a", ("no-such-tool",), 1.0, tool=True), "missing", 0, "no-such-tool was not found"),
         (step("a", "raise SystemExit('Device not supported')", tool=True), "missing", 0, "Device not supported"),
@@ -161,6 +161,7 @@ def test_a_killed_report_leaves_what_it_found_and_goes_on(report, tmp_path):
     script = f"""
 import sys
 from benchmarks import gpu_report, supervisor
+from benchmarks.apart import Gone
 from benchmarks.gpu_report import Step
 supervisor.TICK = 0.1
 gpu_report.ask = lambda report, dry: {{"run": {RUN!r}, "capability": "9.0"}}
@@ -194,38 +195,32 @@ def test_a_damaged_file_is_set_aside(report, tmp_path, name, text):
     (folder / f"{name}.1").write_text("of another time")
     code, state, log = report(step("a", ""))
     assert (code, state["a"]["status"]) == (0, "done")
-    assert f"{name} is damaged" in log
+    assert f"{name} was renamed to {name}.2: " in log
     assert [(folder / f"{name}.{number}").read_text() for number in (1, 2)] == ["of another time", text]
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing(report, tmp_path, capsys):
+@pytest.mark.parametrize("option", ["--output", "--evidence"])
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path, capsys, option):
     (tmp_path / "file").write_text("")
-    code, state, _ = report(step("a", ""), output=tmp_path / "file" / "out")
-    assert (code, state["a"]["status"]) == (0, "done")
-    assert capsys.readouterr().out.startswith("the output folder cannot be written")
-    assert gpu_report.main(["--evidence", str(tmp_path / "file" / "evidence"), "--output", str(tmp_path / "out")]) == 1
-    assert "--evidence: the folder cannot be written" in capsys.readouterr().err
+    assert gpu_report.main(["--output", str(tmp_path / "out"), option, str(tmp_path / "file" / "folder")]) == 1
+    assert f"{option}: the folder cannot be written" in capsys.readouterr().err
 
 
 def test_evidence_is_replaced_as_a_whole(tmp_path, monkeypatch):
     evidence = tmp_path / "evidence"
-    (tmp_path / "a").write_text("old")
-    supervisor.publish(tmp_path, evidence, ["a"])
-    (tmp_path / "a").write_text("new")
-
-    def killed(*_):
-        assert {path.name for path in evidence.iterdir() if path.is_file()} == {"a"}
-        raise KeyboardInterrupt
-
+    report = gpu_report.Report(tmp_path / "out", evidence)
+    report.log.write_text("old")
+    assert report.publish()
+    report.log.write_text("new")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            supervisor.publish(tmp_path, evidence, ["a"])
-    assert [(path.name, path.read_text()) for path in evidence.iterdir()] == [("a", "old")]
-    monkeypatch.setattr(supervisor, "LARGEST", 10)
-    (tmp_path / "a").write_text("beginning" + 100 * "x" + "end")
-    supervisor.publish(tmp_path, evidence, ["a"])
-    assert (evidence / "a").read_text() == "begin\n[...]\nxxend"
+        patch.setattr(os, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            report.publish()
+    assert (evidence / "log.txt").read_text() == "old"
+    monkeypatch.setattr(gpu_report, "LARGEST", 10)
+    report.log.write_text("beginning" + 100 * "x" + "end")
+    report.publish()
+    assert (evidence / "log.txt").read_text() == "begin\n[...]\nxxend"
 
 
 # ---- repeats --------------------------------------------------------------------------------------------------------
@@ -260,7 +255,7 @@ def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": other, "capability": "9.0"})
     code, _, log = report(step("a", "print('ran')"))
     assert (code, log.count("\nran\n")) == (0, 2)
-    assert "state.json is of another machine or version: it was renamed to state.json.1" in log
+    assert "state.json was renamed to state.json.1: ValueError: it is of another machine or version" in log
 
 
 def test_a_repeat_goes_on_with_its_run_and_another_driver_gets_one_beside_it(tmp_path, monkeypatch):
@@ -373,7 +368,7 @@ def test_the_tests_of_an_unfit_backend_alone_are_left_out():
     tests = next(one for one in steps(True, Path(), "", KERNELS) if one.name == "tests")
     environment = {**os.environ, **dict(tests.environment)}
     done = subprocess.run(tests.command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line} == {tests.needs[-1]}
+    assert {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line} == {tests.command[-1]}
 
 
 def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
@@ -418,18 +413,23 @@ def test_sources_are_named_where_no_commit_is(tmp_path, monkeypatch):
 # ---- the exercise ---------------------------------------------------------------------------------------------------
 
 
-def test_what_dies_hangs_or_raises_alone_is_unfit_and_what_is_wrong_is_not(tmp_path, monkeypatch, capfd):
-    stand_in = tmp_path / "python"
-    stand_in.write_text("""#!/bin/sh
-        case "$*" in
-        *"cuda --directions backward"*) exec sleep 60;;
-        *"triton --directions forward"*) kill -SEGV $$;;
-        *"sdpa --directions backward"*) exit 3;;
-        esac""")
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(stand_in))
-    assert exercise.main(["--device", "cpu", "--seconds", "1"]) == 1
-    assert capfd.readouterr().out.splitlines()[-1] == "unfit: cuda triton"
+class Behaviour(contextlib.nullcontext):
+    """In place of a process of a backend."""
+
+    def __init__(self, function, name: str, *_: object) -> None:
+        super().__init__(self)
+        self.name = name
+
+    def receive(self, seconds: float) -> int:
+        if self.name == "cuda":
+            raise Gone("no answer within 1 s")
+        return {"sdpa": exercise.WRONG, "eager": exercise.FAILED}.get(self.name, exercise.RIGHT)
+
+
+def test_what_dies_hangs_or_raises_alone_is_unfit_and_what_is_wrong_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(exercise, "Worker", Behaviour)
+    assert exercise.main(["--device", "cpu", "--directions", "forward", "--seconds", "1"]) == exercise.FAILED
+    assert capsys.readouterr().out == "cuda forward: no answer within 1 s\nunfit: cuda eager\n"
 
 
 @pytest.mark.parametrize(
