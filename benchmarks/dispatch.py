@@ -68,7 +68,7 @@ def rows(effort: timing.Effort) -> Iterator[Row]:
         for direction, calls in peers().items():
             place = {"section": "dispatch", "workload": "no work", "direction": direction, "timer": "wall clock"}
             found: dict[str, Row] = {peer: {**place, "peer": peer} for peer in calls}
-            time_all(found, {peer: timing.wall_clock(call, CALLS) for peer, call in calls.items()}, effort)
+            time_all(found, {peer: timing.wall_clock(call, "cpu", CALLS) for peer, call in calls.items()}, effort)
             yield from found.values()
     finally:
         torch.set_num_threads(threads)

@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     if facts is None:
         report.publish()
         return 1
-    report.take_up({name: value for name, value in facts["run"].items() if name != "started"})
+    report.take_up({name: value for name, value in facts["run"].items() if name not in ("started", "commit")})
 
     unfit: Sequence[str] = report.state.get("exercise", {}).get("unfit", ())
     report.steps = plan(facts["capability"], unfit)

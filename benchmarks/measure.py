@@ -83,6 +83,14 @@ def gradients(function: Function, tensors: Sequence[Tensor], grad_out: Tensor) -
     return [out.detach(), *_grads(out, tensors, grad_out)]
 
 
+def computed(function: Function, tensors: Sequence[Tensor], grad_out: Tensor, direction: str) -> list[Tensor]:
+    """The result and, unless the direction is forward, the gradients."""
+    if direction != "forward":
+        return gradients(function, tensors, grad_out)
+    with torch.no_grad():
+        return [function(*tensors)]
+
+
 def _grads(out: Tensor, tensors: Sequence[Tensor], grad_out: Tensor, retain_graph: bool = False) -> list[Tensor]:
     found = torch.autograd.grad(out, tensors, grad_out, allow_unused=True, retain_graph=retain_graph)
     return [t for t in found if t is not None]
@@ -231,7 +239,7 @@ class Run:
             with Worker(probe, self.workload.section, peer.name, self.case, direction) as worker:
                 worker.receive(PROBE_SECONDS)
         function, first = self.functions[peer.name], self.sets[0]
-        got = [timed_call(function, *first, "forward")()] if direction == "forward" else gradients(function, *first)
+        got = computed(function, *first, direction)
         if peer.gpsa:
             row["deviation"] = found = peers.deviation(got, self.truth)
             if not found <= self.allowed:
@@ -241,7 +249,7 @@ class Run:
             row |= memory(calls[0], self.device)
         if self.device == "cpu":
             row["timer"] = "wall clock"
-            return timing.wall_clock(calls[0])
+            return timing.wall_clock(calls[0], "cpu")
         clock = timing.CudaClock(calls)
         row["timer"] = clock.timer
         return clock

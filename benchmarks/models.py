@@ -79,7 +79,7 @@ def work(peer: str, workload: ModelWorkload, device: str) -> Iterator[Any]:
     if device == "cuda" or (training and not workload.compiled):
         facts["memory"] = memory(step, device)
     yield facts
-    clock = timing.wall_clock(step, finish=torch.cuda.synchronize if device == "cuda" else lambda: None)
+    clock = timing.wall_clock(step, device)
     while True:
         yield clock()
 

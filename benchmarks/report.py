@@ -163,7 +163,9 @@ def details(run: Run) -> str:
     """Layers and models, where something else is faster, and the cost of a call."""
     rounds = [row["rounds"] for row in run["rows"] if "rounds" in row]
     many = f" Medians of {min(rounds)} to {max(rounds)} interleaved rounds." if rounds else ""
-    return "\n".join([f"{header(run)}{many}", *_whole(run), *_losses(run), *_dispatch(run)]) + "\n"
+    device = run["device_type"]
+    picture = f"![How many times faster than timm's own code](../benchmarks/plots/{device}-speedups.png)"
+    return "\n".join([f"{header(run)}{many}", "", picture, *_whole(run), *_losses(run), *_dispatch(run)]) + "\n"
 
 
 def _whole(run: Run) -> list[str]:
@@ -323,52 +325,41 @@ TABLES = {one.__name__: one for one in (comparison, details, attention, models, 
 # ---- pictures, whose libraries are not everywhere -------------------------------------------------------------------
 
 
-def speedup_bars(run: Run) -> Any:
-    """How many times timm's speed every peer reaches at the headline; None where nothing can be compared."""
-    found = {direction: pooled(at_headline(run, direction)) for direction in ("forward", "both")}
-    speed = {peer: statistics.median(r) for those in reversed(found.values()) for peer, r in those.items()}
-    peers = sorted(speed, key=speed.__getitem__)
-    if not peers:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 0.8 + 0.36 * len(peers)), layout="constrained")
-    axes = figure.subplots()
-    for (direction, ratios), colour, shift in zip(found.items(), ("#0072B2", "#E69F00"), (0.2, -0.2), strict=True):
-        places = [place + shift for place, peer in enumerate(peers) if peer in ratios]
-        medians = [statistics.median(ratios[peer]) for peer in peers if peer in ratios]
-        below = [statistics.median(ratios[peer]) - min(ratios[peer]) for peer in peers if peer in ratios]
-        above = [max(ratios[peer]) - statistics.median(ratios[peer]) for peer in peers if peer in ratios]
-        label = DIRECTION_NAMES[direction]
-        bars = axes.barh(places, medians, 0.38, xerr=[below, above], color=colour, ecolor="#666666", label=label)
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=7)
-    axes.set_yticks(range(len(peers)), peers, fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times timm's speed, median and range", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
-    return figure
-
-
-def draw(runs: dict[str, Run], folder: Path, wanted: Sequence[str] | None = None) -> list[Path]:
-    """The speed-ups of every device type that has the data, or those pictures that are ``wanted``; the files written.
+def draw(runs: dict[str, Run], folder: Path) -> list[Path]:
+    """How many times timm's speed every peer reaches at the headline, a picture for each device; the files written.
 
     A picture's metadata says which run it shows.
     """
     import PIL.Image
+    from matplotlib.figure import Figure
     from PIL.PngImagePlugin import PngInfo
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for device, run in runs.items():
-        path = folder / f"{device}-speedups.png"
-        figure = speedup_bars(run) if wanted is None or path.name in wanted else None
-        if figure is not None:
-            drawn, text = BytesIO(), PngInfo()
-            figure.savefig(drawn, dpi=80)
-            text.add_text("Description", f"from the run of {run['started']}")
-            PIL.Image.open(drawn).convert("RGB").quantize(8).save(path, optimize=True, pnginfo=text)
-            written.append(path)
+        found = {direction: pooled(at_headline(run, direction)) for direction in ("forward", "both")}
+        speed = {peer: statistics.median(r) for those in reversed(found.values()) for peer, r in those.items()}
+        peers = sorted(speed, key=speed.__getitem__)
+        figure = Figure(figsize=(6.5, 0.8 + 0.36 * len(peers)), layout="constrained")
+        axes = figure.subplots()
+        for (direction, ratios), colour, shift in zip(found.items(), ("#0072B2", "#E69F00"), (0.2, -0.2), strict=True):
+            places = [place + shift for place, peer in enumerate(peers) if peer in ratios]
+            medians = [statistics.median(ratios[peer]) for peer in peers if peer in ratios]
+            below = [statistics.median(ratios[peer]) - min(ratios[peer]) for peer in peers if peer in ratios]
+            above = [max(ratios[peer]) - statistics.median(ratios[peer]) for peer in peers if peer in ratios]
+            label = DIRECTION_NAMES[direction]
+            bars = axes.barh(places, medians, 0.38, xerr=[below, above], color=colour, ecolor="#666666", label=label)
+            axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=7)
+        axes.set_yticks(range(len(peers)), peers, fontsize=8)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("times timm's speed, median and range", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        drawn, text = BytesIO(), PngInfo()
+        figure.savefig(drawn, dpi=80)
+        text.add_text("Description", f"from the run of {run['started']}")
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / f"{device}-speedups.png")
+        PIL.Image.open(drawn).convert("RGB").quantize(8).save(written[-1], optimize=True, pnginfo=text)
     return written
 
 
@@ -402,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write:
         for path in FILES:
             path.write_text(filled(path.read_text(), runs))
-        draw(runs, PLOTS, SHOWN.findall("".join(path.read_text() for path in FILES)))
+        draw(runs, PLOTS)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def describe(device: str, profile: str) -> Run:
         "triton": _version("triton"),
         "timm": _version("timm"),
         "gpsa_kernels": gpsa_kernels.__version__,
-        "commit": _commit() or f"none, sources {sources()}",
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "sources": sources(),
         "profile": profile,
     }
     return {name: value for name, value in header.items() if value is not None}
@@ -69,15 +70,8 @@ def _cpu(capability: str) -> str:
     return f"{names[0] if names else platform.processor()} ({capability})"
 
 
-def _commit() -> str | None:
-    git = ("git", "-C", str(ROOT))
-    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", "gpsa_kernels", "csrc")
-    return f"{commit}, changed" if commit and changed else commit
-
-
 def sources(root: Path = ROOT) -> str:
-    """A hash of what is measured, where no commit names it: the files of gpsa_kernels/ and csrc/ that are not built."""
+    """A hash of what is measured: the files of gpsa_kernels/ and csrc/ that are not built."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("gpsa_kernels", "csrc") for path in (root / folder).rglob("*")):
         if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
@@ -179,7 +173,7 @@ def _lasting(line: Row) -> Row:
 def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
     """Adds ``rows`` to the file's last run, or begins one where that did not start when ``run`` did.
 
-    A section tells each reason for which a peer is unavailable once.
+    A run tells each reason for which a peer is unavailable once.
 
     Raises:
         ValueError: the file is there and damaged; it is left alone.
@@ -189,8 +183,8 @@ def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
     if not runs or runs[-1]["started"] != run["started"]:
         runs.append({"rows": []})
         lines, above = [{name: value for name, value in run.items() if name != "rows"}], {}
-    told = {_excuse(row) for row in runs[-1]["rows"] if row["status"] == "unavailable"}
-    fresh = [_rounded(row) for row in rows if row["status"] != "unavailable" or _excuse(row) not in told]
+    told = {(row["peer"], row["reason"]) for row in runs[-1]["rows"] if row["status"] == "unavailable"}
+    fresh = [_rounded(row) for row in rows if (row["peer"], row.get("reason")) not in told]
     for _, group in groupby(fresh, lambda row: [row.get(name) for name in PLACE]):
         line = _line(list(group), above.get("peers", []))
         lines.append({name: line.get(name) for name in {**line, **above} if line.get(name) != above.get(name)})
@@ -214,10 +208,6 @@ def _rounded(row: Row) -> Row:
     return {name: kept(value, 3 if name in ERRORS else 4) for name, value in row.items()}
 
 
-def _excuse(row: Row) -> tuple[str, ...]:
-    return row["section"], row["peer"], row["reason"]
-
-
 def write(path: Path, text: str) -> None:
     """Replaces a file as a whole: whoever is interrupted leaves the old one."""
     new = path.with_name(f".{path.name}.unfinished")
@@ -232,11 +222,8 @@ def last(path: Path, run: Run) -> Run | None:
         ValueError: the file is there and damaged.
     """
     runs = read(path) if path.exists() else []
-    return runs[-1] if runs and _made_on(runs[-1]) == _made_on(run) else None
-
-
-def _made_on(run: Run) -> Run:
-    return {name: value for name, value in run.items() if name not in ("started", "rows")}
+    differing = {name for name in {*run, *runs[-1]} if run.get(name) != runs[-1].get(name)} if runs else set()
+    return runs[-1] if runs and differing <= {"started", "rows", "commit"} else None
 
 
 def file_name(run: Run) -> str:

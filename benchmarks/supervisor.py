@@ -60,13 +60,12 @@ def run(
 def end_session(session: int) -> None:
     """Kills every process of a session but the caller; a process group would not do, since ninja makes its own."""
     for _ in range(10):  # a process may start another one while it is being killed
-        found = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
-        alive = [pid for pid in found if _is_alive_in(session, pid)]
-        if not alive:
-            return
+        alive = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_alive_in(session, pid)]
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if not alive:
+            return
         time.sleep(0.05)
 
 
@@ -75,7 +74,7 @@ def _is_alive_in(session: int, pid: int) -> bool:
         state, _, _, found, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return False
-    return state != "Z" and int(found) == session
+    return pid != os.getpid() and state != "Z" and int(found) == session
 
 
 def main(command: list[str]) -> int:

@@ -37,14 +37,15 @@ class Effort:
 EFFORTS: dict[Profile, Effort] = {"full": Effort(40, 10.0, 5), "quick": Effort(10, 2.0, 4), "dry": Effort(2, 0.0, 2)}
 
 
-def wall_clock(call: Call, calls: int = 1, finish: Call = lambda: None) -> Clock:
-    """The mean of ``calls`` calls, to the end of their work, which ``finish`` waits for."""
+def wall_clock(call: Call, device: str, calls: int = 1) -> Clock:
+    """The mean of ``calls`` calls, from the first to the end of their work on the device."""
 
     def clock() -> float:
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        finish()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
     return clock
@@ -56,7 +57,7 @@ class CudaClock:
     pool: Any = None  # of all graphs: only one is replayed at a time, and nobody reads what it wrote
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        once = wall_clock(calls[0], finish=torch.cuda.synchronize)
+        once = wall_clock(calls[0], "cuda")
         for _ in range(3):  # compiles, autotunes, and allocates what a library keeps
             seconds = once()
         self._calls = list(calls) * (math.ceil(REPEATS / len(calls)) if seconds < SHORT else 1)
@@ -142,11 +143,9 @@ def measure_rates(device: str, dtype: str, small: bool = False) -> Rates:
     target = torch.empty_like(source)
     a, b = torch.randn(2, side, side, device=device).to(getattr(torch, dtype)).unbind()
     product = torch.empty_like(a)
-    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def best(call: Call) -> float:
-        clock = wall_clock(call, 5, finish)  # the wait at the end does not show
-        finish()
+        clock = wall_clock(call, device, calls=5)  # the wait at the end does not show
         return min(clock() for _ in range(10))
 
     copy, multiply = best(lambda: target.copy_(source)), best(lambda: torch.matmul(a, b, out=product))
