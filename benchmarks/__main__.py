@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -28,14 +27,11 @@ from gpsa_kernels import BACKENDS, info
 SECTIONS = ("operator", "accuracy", "models", "tokens", "batch", "layer", "dispatch", "compiled", "tuned")
 
 
-class Unit(NamedTuple):
-    """What is measured at a stretch and written at once."""
-
-    place: dict[str, str]  # what its rows have in common
-    rows: Callable[[], Iterable[results.Row]]
+Place = dict[str, str]  # what the rows have in common that are measured at a stretch and written at once
+Measure = Callable[[], Iterable[results.Row]]
 
 
-def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) -> Iterator[Unit]:
+def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) -> Iterator[tuple[Place, Measure]]:
     """What a section consists of; ``lost`` are peers that are left out, and why."""
     effort = timing.EFFORTS[profile]
 
@@ -45,24 +41,24 @@ def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) 
             return None  # torch's large products in 16 bits are slower there than the small ones that they should bound
         return timing.measure_rates(device, dtype, small=profile == "dry")
 
-    def unit(workload: object, rows: Callable[[], Iterable[results.Row]], **more: str) -> Unit:
-        return Unit({"section": section, "workload": str(workload), **more}, rows)
+    def place(workload: object, **more: str) -> Place:
+        return {"section": section, "workload": str(workload), **more}
 
     if section == "models":
         for model in model_workloads(device, profile):
-            rows: Callable[[], Iterable[results.Row]] = partial(models.workload_rows, model, device, effort, rates)
-            yield unit(model, rows, direction=model.direction)
+            rows = partial(models.workload_rows, model, device, effort, rates)
+            yield place(model, direction=model.direction), rows
     elif section == "accuracy":
         for case in measure.accuracy_cases(device, profile):
-            yield unit(case, partial(measure.accuracy_rows, case, device, lost))
+            yield place(case), partial(measure.accuracy_rows, case, device, lost)
     elif section == "dispatch":
-        yield unit("no work", partial(dispatch.rows, effort))
+        yield place("no work"), partial(dispatch.rows, effort)
     else:
         for workload in attention_workloads(section, device, profile):
             run = measure.Run(workload, device, lost)
             for direction in workload.directions:
-                rows = partial(run.rows, direction, effort, rates)
-                yield unit(workload, rows, direction=direction, temperature=workload.temperature)
+                where = place(workload, direction=direction, temperature=workload.temperature)
+                yield where, partial(run.rows, direction, effort, rates)
             run.release()
 
 
@@ -113,22 +109,22 @@ def main(arguments: list[str] | None = None) -> int:
         for section in options.sections:
             results.append(output, run, results.clocks(options.device, section, "before"))
             lost = lost_peers(section, there)
-            for unit in units(section, options.device, options.profile, lost):
-                known = {row["peer"] for row in there if unit.place.items() <= row.items()}
-                if known - set(lost) or not re.search(options.workloads, unit.place["workload"]):
+            for place, measured in units(section, options.device, options.profile, lost):
+                known = {row["peer"] for row in there if place.items() <= row.items()}
+                if known - set(lost) or not re.search(options.workloads, place["workload"]):
                     continue
                 start = time.perf_counter()
                 try:
-                    rows = [row for row in unit.rows() if row["peer"] not in known]
+                    rows = [row for row in measured() if row["peer"] not in known]
                 except measure.ContextLost as error:
                     results.append(output, run, [error.row])
-                    _tell(unit, [error.row], time.perf_counter() - start)
+                    _tell(place, [error.row], time.perf_counter() - start)
                     # a new process, in place of this one and with a new context, leaves that peer out
                     again = ("-m", "benchmarks", *arguments, "--resume", "--output", str(output))
                     os.execv(sys.executable, (sys.executable, *again))
                 results.append(output, run, rows)
                 there += rows
-                _tell(unit, rows, time.perf_counter() - start)
+                _tell(place, rows, time.perf_counter() - start)
             results.append(output, run, results.clocks(options.device, section, "after"))
     able = {f"gpsa_kernels {name}" for name, backend in BACKENDS.items() if backend.unavailable() is None}
     found = results.faults(
@@ -140,10 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _tell(unit: Unit, rows: list[results.Row], seconds: float) -> None:
-    """Prints a unit's rows in short."""
-    section, *place = unit.place.values()
-    print(f"{section}: {' '.join(place)} ({seconds:.0f} s)", flush=True)
+def _tell(place: Place, rows: list[results.Row], seconds: float) -> None:
+    """Prints what was measured in short."""
+    print(f"{' '.join(place.values())} ({seconds:.0f} s)", flush=True)
     for row in rows:
         if row["status"] != "ok":
             value = f"{row['status']}: {row['reason']}"

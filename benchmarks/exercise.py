@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.apart import Gone, Worker, said
-from benchmarks.measure import computed
+from benchmarks.measure import timed_call
 from benchmarks.peers import Unavailable, allowed, deviation, formula, inputs, ours
 from benchmarks.results import command_line
 from benchmarks.workloads import Case, headline
 from gpsa_kernels import BACKENDS
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "both")
 RIGHT, WRONG, FAILED = 0, 1, 2
 
 
@@ -53,7 +53,7 @@ def here(name: str, direction: str, device: str, small: bool) -> int:
     for case in cases(device, small):
         try:
             tensors, grad_out, truth = posed(case, device)
-            got = computed(ours(name).prepare(case, tensors), tensors, grad_out, direction)
+            got = timed_call(ours(name).prepare(case, tensors), tensors, grad_out, direction)()
             found, limit = deviation([t.cpu() for t in got], truth), allowed(got[0].dtype, 0.0)
             told = "right"
             if not found <= limit:

@@ -64,14 +64,9 @@ def time_all(rows: Mapping[str, Row], clocks: Mapping[str, timing.Clock], effort
         rows[peer].update({"status": "ok", **timing.summary(seconds)})
 
 
-@contextlib.contextmanager
-def own_stream(device: str) -> Iterator[None]:
+def own_stream(device: str) -> contextlib.AbstractContextManager[Any]:
     """A stream that CUDA graphs can be captured on; nothing on a CPU."""
-    if device != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream()):
-        yield
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
 
 
 # ---- one call -------------------------------------------------------------------------------------------------------
@@ -83,24 +78,16 @@ def gradients(function: Function, tensors: Sequence[Tensor], grad_out: Tensor) -
     return [out.detach(), *_grads(out, tensors, grad_out)]
 
 
-def computed(function: Function, tensors: Sequence[Tensor], grad_out: Tensor, direction: str) -> list[Tensor]:
-    """The result and, unless the direction is forward, the gradients."""
-    if direction != "forward":
-        return gradients(function, tensors, grad_out)
-    with torch.no_grad():
-        return [function(*tensors)]
-
-
 def _grads(out: Tensor, tensors: Sequence[Tensor], grad_out: Tensor, retain_graph: bool = False) -> list[Tensor]:
     found = torch.autograd.grad(out, tensors, grad_out, allow_unused=True, retain_graph=retain_graph)
     return [t for t in found if t is not None]
 
 
 def timed_call(function: Function, tensors: Sequence[Tensor], grad_out: Tensor, direction: str) -> timing.Call:
-    """What is timed in a direction, on one set of inputs."""
+    """What is timed in a direction, on one set of inputs; it returns a list of tensors."""
     if direction == "forward":
         detached = [t.detach() for t in tensors]
-        return torch.no_grad()(lambda: function(*detached))
+        return torch.no_grad()(lambda: [function(*detached)])
     if direction == "both":
         return lambda: gradients(function, tensors, grad_out)
     out = function(*tensors)
@@ -239,7 +226,7 @@ class Run:
             with Worker(probe, self.workload.section, peer.name, self.case, direction) as worker:
                 worker.receive(PROBE_SECONDS)
         function, first = self.functions[peer.name], self.sets[0]
-        got = computed(function, *first, direction)
+        got = timed_call(function, *first, "forward" if direction == "forward" else "both")()
         if peer.gpsa:
             row["deviation"] = found = peers.deviation(got, self.truth)
             if not found <= self.allowed:

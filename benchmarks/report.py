@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import results
 from benchmarks.results import PLACE, ROOT, Row, Run
@@ -287,23 +287,14 @@ def accuracy(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Chip(NamedTuple):
-    """What the vendor publishes: memory bytes, dense bfloat16 flops with float32 sums, and exponentials a second.
-
-    An exponential takes one slot of the special function units: 16 a clock on each multiprocessor.
-    """
-
-    bytes: float
-    flops: float
-    exponentials: float
-
-
+# what the vendor publishes, a second: memory bytes, dense bfloat16 flops with float32 sums, and exponentials, of which
+# the special function units do 16 a clock on each multiprocessor
 CHIPS = {
-    "B200": Chip(8e12, 2250e12, 16 * 148 * 1.86e9),
-    "H200 SXM": Chip(4.8e12, 989e12, 16 * 132 * 1.83e9),
-    "H100 SXM": Chip(3.35e12, 989e12, 16 * 132 * 1.83e9),
-    "A100 SXM 80 GB": Chip(2.04e12, 312e12, 16 * 108 * 1.41e9),
-    "RTX 4090": Chip(1.008e12, 165e12, 16 * 128 * 2.52e9),
+    "B200": (8e12, 2250e12, 16 * 148 * 1.86e9),
+    "H200 SXM": (4.8e12, 989e12, 16 * 132 * 1.83e9),
+    "H100 SXM": (3.35e12, 989e12, 16 * 132 * 1.83e9),
+    "A100 SXM 80 GB": (2.04e12, 312e12, 16 * 108 * 1.41e9),
+    "RTX 4090": (1.008e12, 165e12, 16 * 128 * 2.52e9),
 }
 
 
