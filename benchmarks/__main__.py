@@ -127,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
                 _tell(place, rows, time.perf_counter() - start)
             results.append(output, run, results.clocks(options.device, section, "after"))
     able = {f"gpsa_kernels {name}" for name, backend in BACKENDS.items() if backend.unavailable() is None}
-    found = results.faults(
-        (row for row in there if row["section"] in options.sections), options.device, options.profile
-    )
+    found = results.faults({**run, "rows": [row for row in there if row["section"] in options.sections]})
     wrong = sum(row["status"] != "unavailable" or row["peer"] in able for row in found)
     print(f"written to {output}, after {(time.perf_counter() - began) / 60:.0f} minutes", end="")
     print(f"; {wrong} rows of gpsa_kernels are wrong, failed or missing" if wrong else "")

@@ -29,21 +29,15 @@ from benchmarks.results import ROOT
 from benchmarks.workloads import headline
 
 PYTHON = sys.executable
-EMPTY = {
-    "results.jsonl": "",
-    "state.json": '{"machine": {}, "steps": {}}\n',
-    "report.txt": "nothing is done yet\n",
-    "log.txt": "",
-}
+FILES = ("results.jsonl", "state.json", "report.txt", "log.txt")
 MINUTES = 9.0  # that the steps' limits are made for
 LEAST_SECONDS = 10  # that must be left for a step to begin
-TAIL_LINES = 15
 
 LARGEST = 15 * 2**20  # characters of a file in the evidence folder
 
 DONE, WRONG, MISSING, UNFINISHED, LEFT = "done", "wrong", "missing", "out of time", "not begun"
 UNDER_WAY = "interrupted"  # until it is something else
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
+
 
 KERNELS = ("triton", "cuda")  # the backends with kernels of ours, and what these are called
 KERNEL_NAMES = ("whole_image", "tiled_kernel", "attention_", "separable_", "axis_tables")
@@ -134,42 +128,34 @@ class Report:
 
     def __init__(self, folder: Path, evidence: Path | None) -> None:
         self.folder, self.evidence = folder, evidence
-        self.results_file, self.state_file, self.text_file, self.log = (folder / name for name in EMPTY)
+        self.results_file, self.state_file, self.text_file, self.log = (folder / name for name in FILES)
         self.machine: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.steps: list[Step] = []
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in EMPTY.items():
-            if not (folder / name).exists():
-                results.write(folder / name, text)
         self.say(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
 
     def say(self, text: str) -> None:
-        """Prints a line and adds it to the log."""
         print(text, flush=True)
         with self.log.open("a") as log:
             log.write(f"{text}\n")
 
     def take_up(self, machine: dict[str, Any]) -> None:
-        """Goes on with what the folder has of this machine; what is damaged or another machine's is set aside."""
+        """Goes on with what the folder has of this machine; another one's state, or a damaged one, is set aside."""
         self.machine = machine
-        for path, read in ((self.state_file, self._read_state), (self.results_file, results.read)):
-            try:
-                read(path)
-            except DAMAGED as error:  # the file is renamed, never over another one, and begun anew
-                number = 1
-                while (kept := path.with_name(f"{path.name}.{number}")).exists():
-                    number += 1
-                os.replace(path, kept)
-                results.write(path, EMPTY[path.name])
-                self.say(f"{path.name} was renamed to {kept.name}: {type(error).__name__}: {error}")
-
-    def _read_state(self, path: Path) -> None:
-        old = json.loads(path.read_text())
-        steps = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
-        if steps and old["machine"] != self.machine:
-            raise ValueError("it is of another machine or version")
-        self.state = steps
+        try:
+            old = json.loads(self.state_file.read_text())
+            if old["machine"] != machine:
+                raise ValueError("it is of another machine or version")
+            self.state = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            number = 1
+            while (kept := self.folder / f"{self.state_file.name}.{number}").exists():
+                number += 1
+            os.replace(self.state_file, kept)
+            self.say(f"{self.state_file.name} was renamed to {kept.name}: {type(error).__name__}: {error}")
 
     def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
         """What became of a step, in all files at once: whoever ends us finds it."""
@@ -181,9 +167,8 @@ class Report:
     def publish(self) -> bool:
         """Copies the files to the evidence folder, each replaced as a whole; tells what keeps it from being written."""
         try:
-            for name in EMPTY if self.evidence else ():
-                self.evidence.mkdir(parents=True, exist_ok=True)
-                text = (self.folder / name).read_text(errors="replace")
+            for name in FILES if self.evidence else ():
+                text = (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
                 cut = f"{text[: LARGEST // 2]}\n[...]\n{text[-LARGEST // 2 :]}"
                 results.write(self.evidence / name, cut if len(text) > LARGEST else text)
         except OSError as error:
@@ -209,25 +194,18 @@ class Report:
         return "\n".join([*lines, ""])
 
     def status(self, step: Step) -> str:
-        """What became of a step."""
         return self.state.get(step.name, {}).get("status", LEFT)
 
-    def is_done(self, step: Step) -> bool:
-        """Whether a step was done, and what it measured, if it measures, has not been lost since."""
-        return self.status(step) == DONE and ("--sections" not in step.command or self.run() is not None)
-
     def run(self) -> results.Run | None:
-        """This machine's rows, if there are any."""
         return results.last(self.results_file, self.machine)
 
     def faults(self) -> list[results.Row]:
-        """Rows of ours that are wrong, or missing where they must not."""
         run = self.run()
-        return results.faults(run["rows"], run["device_type"], run["profile"]) if run else []
+        return results.faults(run) if run else []
 
-    def verdict(self, dry: bool) -> int:
-        """The exit status; a rehearsal forgives what is not there."""
-        found = {self.status(step) for step in self.steps if not (step.tool or dry) or self.status(step) != MISSING}
+    def verdict(self) -> int:
+        """The exit status; the vendor's tools may be missing."""
+        found = {self.status(step) for step in self.steps if not (step.tool and self.status(step) == MISSING)}
         if found & {WRONG, MISSING} or self.faults():
             return 1
         return 2 if found & {UNFINISHED, LEFT} else 0
@@ -299,14 +277,14 @@ def main(arguments: list[str] | None = None) -> int:
     report.steps = plan(facts["capability"], unfit)
     for index, name in enumerate([step.name for step in report.steps]):
         step, left = report.steps[index], end - time.monotonic()
-        if report.is_done(step):
+        if report.status(step) == DONE:
             continue
         if shutil.which(step.command[0], path=tools()) is None:
             report.set(step, MISSING, f"{step.command[0]} was not found")
         elif left < LEAST_SECONDS:
             report.set(step, LEFT)
         else:
-            to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one)]
+            to_come = [one.seconds for one in report.steps[index:] if report.status(one) != DONE]
             spare = left - sum(to_come) * minutes / MINUTES
             limit = step.seconds * minutes / MINUTES + max(0.0, spare)
             report.set(step, UNDER_WAY)
@@ -317,10 +295,8 @@ def main(arguments: list[str] | None = None) -> int:
                 more["unfit"] = unfit = told[-1].split()
                 report.steps = plan(facts["capability"], unfit)
             report.set(step, status, word, time.monotonic() - start, **more)
-            if status == WRONG:
-                print("\n".join(f"  | {line}" for line in printed.splitlines()[-TAIL_LINES:]), flush=True)
     print(report.text())
-    return report.verdict(dry)
+    return report.verdict()
 
 
 if __name__ == "__main__":

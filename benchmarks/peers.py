@@ -281,6 +281,7 @@ ONCE = Peer("eager, position once", eager)
 MAP = Peer("SDPA + positional map", sdpa_and_map)
 CUDNN = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
 CACHED = Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",))
+PLAIN = Peer("SDPA alone", sdpa_alone(), gpsa=False)
 
 OPERATOR = Subject(
     peers=(
@@ -288,7 +289,7 @@ OPERATOR = Subject(
         Peer("SDPA + positional map, cuDNN", CUDNN, devices=("cuda",)),
         CACHED,
         *(ours(name) for name in reversed(BACKENDS)),
-        Peer("SDPA alone", sdpa_alone(), gpsa=False),
+        PLAIN,
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
         Peer("SDPA alone, cuDNN", sdpa_alone(SDPBackend.CUDNN_ATTENTION), gpsa=False, devices=("cuda",)),
         Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
@@ -322,57 +323,50 @@ def _heads(t: Tensor, heads: int) -> Tensor:
     return t.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _plain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: Sequence[Tensor], heads: int) -> Tensor:
-    """Projections around an attention of q, k and v."""
-    x, qk, v, proj, proj_bias = tensors[:5]
+def in_layer(peer: Peer) -> Peer:
+    """Projections around a peer of the operator, the same for everybody."""
+
+    def make(case: Case, tensors: list[Tensor]) -> Function:
+        attention = peer.prepare(case, layer_attention(case, tensors))
+        return lambda *tensors: _projected(attention, tensors, case.heads)
+
+    return replace(peer, make=make)
+
+
+def _projected(attention: Function, tensors: Sequence[Tensor], heads: int) -> Tensor:
+    x, qk, v, proj, proj_bias, pos_weight, gate = tensors[:7]
     q, k = F.linear(x, qk).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    out = attention(q, k, _heads(F.linear(x, v), heads))
+    out = attention(q, k, _heads(F.linear(x, v), heads), pos_weight, gate)
     return F.linear(out.transpose(1, 2).flatten(2), proj, proj_bias)
 
 
 def layer_formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
     """The layer's result and the gradients of x and of all PARAMETERS but the last, computed in ``dtype``."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors[:-1]]
-    *_, pos_weight, gate = leaves
-
-    out = _plain(lambda *qkv: literal(case, *qkv, pos_weight, gate), leaves, case.heads)
+    out = _projected(partial(literal, case), leaves, case.heads)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
 
-def _holding(layer: nn.Module, tensors: Sequence[Tensor]) -> Function:
-    """``layer`` with the shared parameters in place of its own."""
-    for name, parameter in zip(PARAMETERS, tensors[1:], strict=True):
-        owner, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, parameter)
-    return lambda x, *_: layer(x)
-
-
-def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
-    return _holding(timm_layer(case, tensors[0]), tensors)
-
-
 def layer_attention(case: Case, tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors like those of the layer's attention, and its parameters."""
     return [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]]
 
 
 def our_layer(name: str) -> Peer:
-    """FusedGPSA on a backend."""
+    """FusedGPSA on a backend, with the shared parameters in place of its own."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
         check_backend(name, case, layer_attention(case, tensors))
         layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
-        return _holding(layer, tensors)
+        for parameter, tensor in zip(PARAMETERS, tensors[1:], strict=True):
+            owner, _, attribute = parameter.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, tensor)
+        return lambda x, *_: layer(x)
 
     return Peer(f"gpsa_kernels {name}", make)
 
 
-def sdpa_in_layer(case: Case, tensors: list[Tensor]) -> Function:
-    """The same projections around attention without a position."""
-    return lambda *tensors: _plain(F.scaled_dot_product_attention, tensors, case.heads)
-
-
-TIMM_LAYER = Peer(REFERENCE, timm_whole)
-PLAIN_LAYER = Peer("SDPA alone", sdpa_in_layer, gpsa=False)
+TIMM_LAYER, PLAIN_LAYER = in_layer(TIMM), in_layer(PLAIN)
 
 LAYER = Subject(
     peers=(

@@ -374,17 +374,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="into README and docs; draws their pictures")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES), help="those to print")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")
-    parser.add_argument("--plots", type=Path, help="draw all pictures into this folder")
     options = parser.parse_args(arguments)
     runs = results.newest(options.results)
-    if not (options.write or options.plots):
+    if not options.write:
         print("\n".join(unique(TABLES[name](run) for run in runs.values() for name in options.tables)))
-    if options.plots:
-        draw(runs, options.plots)
-    if options.write:
-        for path in FILES:
-            path.write_text(filled(path.read_text(), runs))
-        draw(runs, PLOTS)
+        return
+    for path in FILES:
+        path.write_text(filled(path.read_text(), runs))
+    draw(runs, PLOTS)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,6 @@ def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
         lines.append({name: line.get(name) for name in {**line, **above} if line.get(name) != above.get(name)})
         above = _lasting(line)
     text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, (path.read_text() if path.exists() else "") + text)
 
 
@@ -210,6 +209,7 @@ def _rounded(row: Row) -> Row:
 
 def write(path: Path, text: str) -> None:
     """Replaces a file as a whole: whoever is interrupted leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.unfinished")
     new.write_text(text)
     os.replace(new, path)
@@ -241,17 +241,18 @@ def newest(folder: Path = FOLDER) -> dict[str, Run]:
     return {run["device_type"]: run for run in sorted(found, key=lambda r: (r["profile"] == "full", r["started"]))}
 
 
-def faults(rows: Iterable[Row], device: str, profile: str) -> list[Row]:
+def faults(run: Run) -> list[Row]:
     """Rows of gpsa_kernels that are wrong, or failed, or on a GPU not there where all depends on them.
 
     All depends on the models and on the headline of the operator.
     """
-    first = ("operator", str(headline(device, profile)))
+    first = ("operator", str(headline(run["device_type"], run["profile"])))
 
     def needed(row: Row) -> bool:
-        return device == "cuda" and (row["section"] == "models" or (row["section"], row["workload"]) == first)
+        there = row["section"] == "models" or (row["section"], row["workload"]) == first
+        return there and run["device_type"] == "cuda"
 
-    ours = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
+    ours = [row for row in run["rows"] if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
     return [row for row in ours if row["status"] != "unavailable" or needed(row)]
 
 

@@ -206,14 +206,13 @@ class OldGPSA(peers.GPSA):
         return super().get_rel_indices(num_patches).float()
 
 
-@pytest.mark.parametrize("subject", [peers.OPERATOR, peers.LAYER], ids=["operator", "layer"])
-def test_the_layer_of_an_old_timm_is_measured(monkeypatch, subject):
+def test_the_layer_of_an_old_timm_is_measured(monkeypatch):
     monkeypatch.setattr(peers, "GPSA", OldGPSA)
     case = dataclasses.replace(TINY, dtype="bfloat16")
-    tensors = subject.inputs(case, "cpu", 0)
+    tensors = peers.inputs(case, "cpu", 0)
     grad_out = torch.randn_like(tensors[0])
-    got = measure.gradients(subject.peers[0].prepare(case, tensors), tensors, grad_out)
-    assert peers.deviation(got, subject.formula(tensors, grad_out, case, torch.float64)) < 0.1
+    got = measure.gradients(peers.TIMM.prepare(case, tensors), tensors, grad_out)
+    assert peers.deviation(got, peers.formula(tensors, grad_out, case, torch.float64)) < 0.1
 
 
 @pytest.mark.parametrize(("name", "count"), [("flash", 1), ("cuDNN", 2), ("efficient", 1)])
@@ -431,8 +430,8 @@ def test_the_gpus_path_on_cpu_tensors(monkeypatch, tmp_path):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_measured_is_kept_by_direction(tmp_path, monkeypatch):
-    path = tmp_path / "results.jsonl"
+def test_a_run_goes_on_by_direction_and_on_another_driver_a_new_one_begins_beside_it(tmp_path, monkeypatch):
+    path, header = tmp_path / "results.jsonl", results.describe("cpu", "dry")
     rows, asked = measure.Run.rows, []
 
     def ends_once(run, direction, *more):
@@ -442,15 +441,17 @@ def test_what_was_measured_is_kept_by_direction(tmp_path, monkeypatch):
         return rows(run, direction, *more)
 
     monkeypatch.setattr(measure.Run, "rows", ends_once)
-    with pytest.raises(KeyboardInterrupt):
-        rehearse(path, "--resume", "--sections", "operator")
-    first = results.read(path)[0]["rows"]
-    assert {row["direction"] for row in first} == {"forward", "backward"}
-    assert rehearse(path, "--resume", "--sections", "operator") == 0
-    assert asked == [*DIRECTIONS, "both"]
-    (run,) = results.read(path)
-    assert run["rows"][: len(first)] == first
-    assert {row["direction"] for row in run["rows"][len(first) :]} == {"both"}
+    for second, driver in enumerate(("580.1", "580.1", "580.2")):
+        run = {**header, "started": f"2026-01-02T03:04:0{second}+00:00", "driver": driver}
+        monkeypatch.setattr(results, "describe", lambda *_, run=run: run)
+        ending = contextlib.nullcontext() if second else pytest.raises(KeyboardInterrupt)
+        with ending:
+            assert rehearse(path, "--resume", "--sections", "operator") == 0
+    assert asked == [*DIRECTIONS, "both", *DIRECTIONS]
+    first, second = results.read(path)
+    assert [(run["driver"], run["started"][17:19]) for run in (first, second)] == [("580.1", "00"), ("580.2", "02")]
+    for run in (first, second):
+        assert list(dict.fromkeys(row["direction"] for row in run["rows"])) == list(DIRECTIONS)
 
 
 def test_committed_are_the_newest_runs_of_each_machine_alone():
