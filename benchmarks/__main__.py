@@ -62,12 +62,6 @@ def units(section: str, device: str, profile: Profile, lost: Mapping[str, str]) 
             run.release()
 
 
-def lost_peers(section: str, rows: Iterable[results.Row]) -> dict[str, str]:
-    """The peers that ended a process of this section, and how."""
-    found = [row for row in rows if row["section"] == section and row["status"] == "failed"]
-    return {row["peer"]: row["reason"] for row in found if row["reason"].startswith(measure.LOST)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the sections asked for; returns 1 where gpsa_kernels has faults in them, 0 otherwise.
 
@@ -108,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     with measure.own_stream(options.device):
         for section in options.sections:
             results.append(output, run, results.clocks(options.device, section, "before"))
-            lost = lost_peers(section, there)
+            ended = (row for row in there if row["section"] == section and row["status"] == "failed")
+            lost = {row["peer"]: row["reason"] for row in ended if row["reason"].startswith(measure.LOST)}
             for place, measured in units(section, options.device, options.profile, lost):
                 known = {row["peer"] for row in there if place.items() <= row.items()}
                 if known - set(lost) or not re.search(options.workloads, place["workload"]):

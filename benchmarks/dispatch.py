@@ -59,22 +59,6 @@ class Bare(torch.autograd.Function):
         return kernel_backward(*ctx.saved_tensors)
 
 
-def rows(effort: timing.Effort) -> Iterator[Row]:
-    """Microseconds on one thread: on a CPU whatever the device, for it is the CPU that they cost."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gpsa_kernels.BACKENDS["null"] = NULL
-    try:
-        for direction, calls in peers().items():
-            place = {"section": "dispatch", "workload": "no work", "direction": direction, "timer": "wall clock"}
-            found: dict[str, Row] = {peer: {**place, "peer": peer} for peer in calls}
-            time_all(found, {peer: timing.wall_clock(call, "cpu", CALLS) for peer, call in calls.items()}, effort)
-            yield from found.values()
-    finally:
-        torch.set_num_threads(threads)
-        del gpsa_kernels.BACKENDS["null"]
-
-
 def peers() -> dict[str, dict[str, Callable[[], Any]]]:
     """The calls of each direction: forward without a graph, both with one."""
     tensors = [t.clone().requires_grad_() for t in (Q, Q, Q, POS_WEIGHT, GATE)]
@@ -99,3 +83,19 @@ def peers() -> dict[str, dict[str, Callable[[], Any]]]:
 
     forward = {name: torch.no_grad()(call) for name, call in calls.items()}
     return {"forward": forward, "both": {name: both(call) for name, call in calls.items()}}
+
+
+def rows(effort: timing.Effort) -> Iterator[Row]:
+    """Microseconds on one thread: on a CPU whatever the device, for it is the CPU that they cost."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gpsa_kernels.BACKENDS["null"] = NULL
+    try:
+        for direction, calls in peers().items():
+            place = {"section": "dispatch", "workload": "no work", "direction": direction, "timer": "wall clock"}
+            found: dict[str, Row] = {peer: {**place, "peer": peer} for peer in calls}
+            time_all(found, {peer: timing.wall_clock(call, "cpu", CALLS) for peer, call in calls.items()}, effort)
+            yield from found.values()
+    finally:
+        torch.set_num_threads(threads)
+        del gpsa_kernels.BACKENDS["null"]

@@ -47,8 +47,8 @@ def posed(case: Case, device: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     return tensors, grad_out, formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
 
 
-def here(name: str, direction: str, device: str, small: bool) -> int:
-    """Exercises a backend in this process, up to the first failure, after which the device may refuse everything."""
+def exercise(name: str, direction: str, device: str, small: bool) -> Iterator[int]:
+    """Runs a backend up to the first failure, after which the device may refuse everything; yields what it was."""
     status = RIGHT
     for case in cases(device, small):
         try:
@@ -65,12 +65,7 @@ def here(name: str, direction: str, device: str, small: bool) -> int:
         print(f"{name} {direction}: {case}: {told}", flush=True)
         if status == FAILED:
             break
-    return status
-
-
-def answers(*what: object) -> Iterator[int]:
-    """The status of ``here``, for a Worker."""
-    yield here(*what)
+    yield status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,11 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [(*one, options.device, options.small) for one in product(options.backends, options.directions)]
     if options.seconds is None:
-        return max(here(*one) for one in chosen)
+        return max(status for one in chosen for status in exercise(*one))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chosen))))
     end, statuses, unfit = time.monotonic() + options.seconds, [], set()
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(answers, *one)) for one in chosen]
+        workers = [stack.enter_context(Worker(exercise, *one)) for one in chosen]
         for (name, direction, *_), worker in zip(chosen, workers, strict=True):
             try:
                 statuses.append(worker.receive(max(0.0, end - time.monotonic())))

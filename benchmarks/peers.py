@@ -160,19 +160,13 @@ class _Pair(tuple[Tensor, ...]):
     permute = reshape
 
 
-def timm_layer(case: Case, like: Tensor) -> GPSA:
-    """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
+def timm(case: Case, tensors: list[Tensor]) -> Function:
+    """timm's own layer code between the projections, on given q, k and v, as every timm since 0.6 has it."""
     if case.rows != case.columns:
         raise Unavailable("it knows square grids only")
-    layer = GPSA(case.heads * case.head_dim, case.heads).to(like)
-    layer.rel_indices = layer.get_rel_indices(case.tokens).to(like)
-    return layer
-
-
-def timm(case: Case, tensors: list[Tensor]) -> Function:
-    """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
-    layer = timm_layer(case, q)
+    layer = GPSA(case.heads * case.head_dim, case.heads).to(q)
+    layer.rel_indices = layer.get_rel_indices(case.tokens).to(q)
     del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
     layer.qk, layer.v, layer.proj = lambda x: x.qk, lambda x: x.v, nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -213,18 +214,8 @@ def _dispatch(run: Run) -> list[str]:
     return table(titles, ([peer, *those] for peer, those in cells.items()))
 
 
-def attention(run: Run) -> str:
-    """Every peer of every workload of the operator and the layer."""
-    return _every(run, ("layer", *OPERATOR_SECTIONS))
-
-
-def models(run: Run) -> str:
-    """Every model."""
-    return _every(run, ("models",))
-
-
-def _every(run: Run, sections: Sequence[str]) -> str:
-    """Times, floors and memory of all peers, and what became of the others."""
+def measured(run: Run, sections: Sequence[str]) -> str:
+    """Times, floors and memory of every peer of every workload, and what became of the others."""
     lines = [header(run)]
     compared = "images/s", "times timm's speed", "floor, µs", "share of it", "memory, MB", "off by"
     for section, workload in unique((row["section"], row["workload"]) for row in run["rows"]):
@@ -311,7 +302,14 @@ def roofline(_: Run) -> str:
     return "\n".join([about, *table(titles, lines)]) + "\n"
 
 
-TABLES = {one.__name__: one for one in (comparison, details, attention, models, accuracy, roofline)}
+TABLES: dict[str, Callable[[Run], str]] = {
+    "comparison": comparison,
+    "details": details,
+    "attention": partial(measured, sections=("layer", *OPERATOR_SECTIONS)),
+    "models": partial(measured, sections=("models",)),
+    "accuracy": accuracy,
+    "roofline": roofline,
+}
 
 # ---- pictures, whose libraries are not everywhere -------------------------------------------------------------------
 

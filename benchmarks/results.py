@@ -46,28 +46,26 @@ def describe(device: str, profile: str) -> Run:
 
     import gpsa_kernels
 
+    versions = {found.name: found.version for found in importlib.metadata.distributions()}
+    info = Path("/proc/cpuinfo")
+    cpus = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
+    cpu = f"{cpus[0]} ({torch.backends.cpu.get_cpu_capability()})"
     header = {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(torch.backends.cpu.get_cpu_capability()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "device_type": device,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        "triton": versions.get("triton"),
+        "timm": versions.get("timm"),
         "gpsa_kernels": gpsa_kernels.__version__,
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
         "sources": sources(),
         "profile": profile,
     }
     return {name: value for name, value in header.items() if value is not None}
-
-
-def _cpu(capability: str) -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{names[0] if names else platform.processor()} ({capability})"
 
 
 def sources(root: Path = ROOT) -> str:
@@ -88,13 +86,6 @@ def clocks(device: str, section: str, moment: str) -> list[Row]:
     values = zip(READINGS, told.split(","), strict=True)
     known = {name: float(value) for name, value in values if value.strip()[:1].isdigit()}
     return [{"section": "clocks", "workload": section, "peer": moment, "status": "ok", **known}]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

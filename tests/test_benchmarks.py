@@ -160,7 +160,7 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
     assert not any("median_us" in row for row in rows.values() if row["status"] != "ok")
     results.append(tmp_path / "r.jsonl", RUN, rows.values())
     (run,) = results.read(tmp_path / "r.jsonl")
-    table = report.attention(run)
+    table = report.TABLES["attention"](run)
     assert "- doubled forward, forward + backward: wrong: it is 1.0e+00 from the formula" in table
     assert "- raises forward, forward + backward: failed: ZeroDivisionError: division by zero" in table
 
@@ -542,7 +542,7 @@ def test_tables_show_the_median_of_the_headlines_measurements_what_is_faster_and
     eager = [{**row, "auto": "eager", "peer": row["peer"].replace("sdpa", "eager")} for row in SHOWN["rows"]]
     table = report.glance({"cpu": {**RUN, "rows": eager}})
     assert "| CPU, `eager` | 3.00× (2.00 to 4.00) | | | |\n| GPU | not measured yet" in table
-    table = report.attention(SHOWN)
+    table = report.TABLES["attention"](SHOWN)
     cells = "images/s | times timm's speed | floor, µs | share of it | memory, MB | off by |"
     assert f"**operator: B=8 H=9 14x14 D=48 float32**\n\n| | direction | µs | p20 to p80 | {cells}\n" in table
     assert "| timm | forward, warm | 400.0 | 360.0 to 440.0 | 20000.0 | 1.00× | | | | |\n" in table
@@ -553,7 +553,7 @@ def test_tables_show_the_median_of_the_headlines_measurements_what_is_faster_and
 @pytest.mark.parametrize(("us", "bounded"), [(51, True), (49, False)])
 def test_a_floor_that_somebody_goes_below_is_none(us, bounded):
     rows = [row("a", 400, **SLOW), row("b", us, **SLOW)]
-    assert report.attention({**RUN, "rows": rows}).count("50.0 (memory)") == 2 * bounded
+    assert report.TABLES["attention"]({**RUN, "rows": rows}).count("50.0 (memory)") == 2 * bounded
 
 
 def test_every_table_of_the_newest_run_can_be_printed(capsys):
