@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
                 try:
                     rows = [row for row in measured() if row["peer"] not in known]
                 except measure.ContextLost as error:
-                    results.append(output, run, [error.row])
-                    _tell(place, [error.row], time.perf_counter() - start)
+                    results.append(output, run, error.args)
+                    _tell(place, error.args, time.perf_counter() - start)
                     # a new process, in place of this one and with a new context, leaves that peer out
                     again = ("-m", "benchmarks", *arguments, "--resume", "--output", str(output))
                     os.execv(sys.executable, (sys.executable, *again))
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _tell(place: Place, rows: list[results.Row], seconds: float) -> None:
+def _tell(place: Place, rows: Iterable[results.Row], seconds: float) -> None:
     """Prints what was measured in short."""
     print(f"{' '.join(place.values())} ({seconds:.0f} s)", flush=True)
     for row in rows:

@@ -2,10 +2,9 @@
 
 python -m benchmarks.gpu_report [--evidence DIR] [--output DIR] [--minutes 9] [--dry-run] [--skip STEP ...]
 
-Steps run in order of importance until the time is up. What is done is kept in the output folder; the same command again
-goes on from there. The evidence folder gets four files, replaced as a whole every few seconds: whatever ends the
-command, they hold all that was found until then. It needs torch and timm, and uses nvcc, triton, pytest, pytest-xdist,
-compute-sanitizer and ncu where they are installed; it installs nothing and needs no network.
+What is done is kept in the output folder, and the same command again goes on from there; docs/benchmarks.md tells more.
+It needs torch and timm, uses nvcc, triton, pytest, pytest-xdist, compute-sanitizer and ncu where they are installed,
+installs nothing and needs no network.
 
 Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but not all done.
 """
@@ -48,9 +47,8 @@ class Step(NamedTuple):
     """A command."""
 
     name: str  # for --skip, the log and the table
-    command: Sequence[str]  # words; the first may be a tool that is not there
+    command: Sequence[str]  # words; the first is Python, or a vendor's tool, which a machine may lack or forbid
     seconds: float  # what it may take at most of nine minutes, beside what the steps before it left over
-    tool: bool = False  # whether it is the vendor's tool that looks, which a machine may lack or forbid
     environment: Sequence[tuple[str, str]] = ()  # in addition to this process's
 
 
@@ -95,7 +93,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         options = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         options += [word for name in KERNEL_NAMES for word in ("--kernel-name", f"kns={name}")]
         command = (*([] if dry else options), *exercise, "--small", *kernels)
-        return Step(tool, command, seconds, tool=True, environment=uncached)
+        return Step(tool, command, seconds, environment=uncached)
 
     profiler = ["ncu", "--target-processes", "all", "--clock-control", "none", "--csv", "--launch-count", "60"]
     profiler += ["--kernel-name", f"regex:{'|'.join(KERNEL_NAMES)}"]
@@ -115,7 +113,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         measured("compiled", 25),
         tested("tests", 30, "tests/kernels", "tests/cuda/test_primitives.py"),
         sanitized("racecheck", 20),
-        Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20, tool=True),
+        Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20),
         measured("rest", 25, "accuracy", "dispatch", "layer", "models", "batch", "tuned"),
     ]
 
@@ -185,7 +183,7 @@ class Report:
         if {UNFINISHED, LEFT, UNDER_WAY} & set(map(self.status, self.steps)):
             lines.append("not all is done: the same command goes on")
         try:
-            if (run := self.run()) is not None:
+            if run := self.run():
                 failed = [row for row in run["rows"] if row["status"] in ("wrong", "failed")]
                 lines += ["", *dict.fromkeys(map(_told, [*self.faults(), *failed]))]
                 lines += ["", tables.comparison(run), tables.details(run)]
@@ -205,8 +203,8 @@ class Report:
 
     def verdict(self) -> int:
         """The exit status; the vendor's tools may be missing."""
-        found = {self.status(step) for step in self.steps if not (step.tool and self.status(step) == MISSING)}
-        if found & {WRONG, MISSING} or self.faults():
+        found = set(map(self.status, self.steps))
+        if WRONG in found or self.faults():
             return 1
         return 2 if found & {UNFINISHED, LEFT} else 0
 
@@ -224,7 +222,7 @@ def perform(step: Step, seconds: float, report: Report) -> tuple[str, str, str]:
     command = [shutil.which(step.command[0], path=tools()) or step.command[0], *step.command[1:]]
     code = supervisor.run(command, seconds, report.log, environment, report.publish)
     printed = report.log.read_bytes()[before:].decode(errors="replace")
-    if step.tool and (refused := NOT_SUPPORTED.search(printed)):
+    if step.command[0] != PYTHON and (refused := NOT_SUPPORTED.search(printed)):
         return MISSING, refused[0], printed
     if code is None:
         return UNFINISHED, f"ended after {seconds:.0f} s", printed

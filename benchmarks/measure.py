@@ -27,14 +27,7 @@ class Wrong(Exception):
 
 
 class ContextLost(Exception):
-    """A peer raised (after an illegal access, say) and nothing on the GPU works in this process any more.
-
-    ``row`` is the peer's.
-    """
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row["reason"])
-        self.row = row
+    """Nothing on the GPU works in this process any more (after an illegal access, say); with the row of who did it."""
 
 
 def excuse(row: Row, error: Exception) -> None:

@@ -1,8 +1,7 @@
 """ConViT end to end: timm's, the same one fused, and the DeiT of its size, each in a process of its own.
 
-What a call costs depends on the pages that the allocator holds, so on who else allocates in the same process: a model
-that is trained or served has its process to itself, and waits while the others work. Times are by the wall clock, from
-the call to the end of the work on the device, as a user sees them.
+What a call costs depends on the pages that the allocator holds, so on who else allocates in the same process. Each
+model waits while the others work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a user could do instead of gpsa_kernels, and gpsa_kernels, one small entry each; and the truth about them.
 
-Every peer of the operator takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D); every peer
-of the layer takes tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside
-the clock. Whether a peer computes what the formula says is decided before it is timed, on the tensors that are timed.
+Every peer of the operator takes q, k, v, pos_weight and gate and returns (B, H, N, D); every peer of the layer takes
+tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside the clock.
 """
 
 from __future__ import annotations

@@ -84,10 +84,10 @@ def reached(found: Iterable[Sequence[Row]]) -> list[float]:
 
 def header(run: Run) -> str:
     """Where, when and with what a run was measured."""
-    on_gpu = run["device_type"] == "cuda"
-    facts = [f"driver {run.get('driver', 'unknown')}" if on_gpu else f"{run['threads']} threads"]
+    facts = [f"{run['threads']} threads"]
+    if run["device_type"] == "cuda":
+        facts = [f"driver {run.get('driver', 'unknown')}", f"triton {run.get('triton', 'not installed')}"]
     facts += [f"torch {run['torch']}", f"timm {run['timm']}"]
-    facts += [f"triton {run.get('triton', 'not installed')}"] if on_gpu else []
     facts += [] if run["profile"] == "full" else [f"{run['profile']} profile"]
     return f"Measured on {run['started'][:10]}: {run['device']}, {', '.join(facts)}."
 
@@ -227,15 +227,14 @@ def measured(run: Run, sections: Sequence[str]) -> str:
         for rows in found:
             bounded = all(row.get("floor_us", 0) <= row["median_us"] for row in timed(rows).values())
             for peer, row in timed(rows).items():
-                where = f"{_direction(row)}, {row['temperature']}" if "temperature" in row else _direction(row)
-                cells.append([peer, where, _us(row["median_us"]), f"{_us(row['p20_us'])} to {_us(row['p80_us'])}"])
-                cells[-1] += [f"{1e6 * images / row['median_us']:.1f}", times(speedups(rows).get(peer))]
+                us, bound = row["median_us"], ["", ""]
                 if bounded and "floor_us" in row:
-                    share = f"{row['floor_us'] / row['median_us']:.0%}"
-                    cells[-1] += [f"{_us(row['floor_us'])} ({row['floor_bound']})", share]
-                else:
-                    cells[-1] += ["", ""]
-                cells[-1] += [_memory(row), f"{row['deviation']:.0e}" if "deviation" in row else ""]
+                    bound = [f"{_us(row['floor_us'])} ({row['floor_bound']})", f"{row['floor_us'] / us:.0%}"]
+                where = f"{_direction(row)}, {row['temperature']}" if "temperature" in row else _direction(row)
+                speed = [f"{1e6 * images / us:.1f}", times(speedups(rows).get(peer))]
+                exact = f"{row['deviation']:.0e}" if "deviation" in row else ""
+                percentiles = f"{_us(row['p20_us'])} to {_us(row['p80_us'])}"
+                cells.append([peer, where, _us(us), percentiles, *speed, *bound, _memory(row), exact])
         lines += ["", f"**{section}: {workload}**", *table(("", "direction", "µs", "p20 to p80", *compared), cells)]
         lines += _excuses(row for rows in found for row in rows)
     return "\n".join(lines) + "\n"

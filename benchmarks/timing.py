@@ -1,9 +1,4 @@
-"""Clocks, and rounds in which every peer is called once, in an order that changes, so that all see the same machine.
-
-On a CPU a sample is one call by the wall clock. On a GPU it is the replay of a CUDA graph that holds one call for each
-set of inputs, between two events: launch overhead, which hides the kernels' own time below some 100 µs, is left out,
-and as the sets rotate no call finds its inputs in the cache.
-"""
+"""Clocks, and rounds in which every peer is called once, in an order that changes; docs/benchmarks.md says why."""
 
 from __future__ import annotations
 
