@@ -74,16 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workloads", default="", metavar="REGEX", help="only those whose name it finds")
     parser.add_argument("--without", nargs="+", choices=BACKENDS, default=[], metavar="BACKEND", help="to leave out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="torch's threads on the CPU")
     parser.add_argument("--describe", action="store_true", help="measure nothing, and tell what this machine is")
     parser.add_argument("--output", type=Path, help="the file to add to; benchmarks/results/<machine>-<day>.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on with the file's last run, leaving out what it has")
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that are started here
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device was found")
     run = results.describe(options.device, options.profile)

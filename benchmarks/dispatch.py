@@ -27,7 +27,6 @@ def kernel_forward(*_: Any) -> Forward:
 
 
 def kernel_backward(*_: Any) -> Gradients:
-    """Allocates what a kernel would fill."""
     return Gradients(*(torch.empty_like(t) for t in (Q, Q, Q, POS_WEIGHT, GATE)))
 
 

@@ -27,7 +27,7 @@ from gpsa_kernels.functional import select_backend
 Function = Callable[..., Tensor]
 Make = Callable[[Case, list[Tensor]], Function]  # prepares a peer for a case and its tensors
 HOPELESS = 1e30  # JSON has no infinity
-_LARGEST_MAP = 2**25  # entries, that float64 maps and what autograd keeps of them fit anywhere
+_LARGEST_MAP = 2**24  # entries, that float64 maps and what autograd keeps of them fit anywhere
 
 # ---- the truth ------------------------------------------------------------------------------------------------------
 
@@ -40,16 +40,22 @@ def literal(case: Case, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gat
 def formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
     """The formula's result and its five gradients, in the order of TENSORS, computed in ``dtype``.
 
-    A slice of the batch at a time: images are independent but for the sums of the parameters' gradients.
+    A head and a slice of the batch at a time: they are independent but for the sums over the batch.
     """
-    step = max(1, _LARGEST_MAP // (case.heads * case.tokens**2))
-    parts = []
-    for *qkv, grad in zip(*(t.detach().split(step) for t in (*tensors[:3], grad_out)), strict=True):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (*qkv, *tensors[3:])]
-        out = literal(case, *leaves)
-        parts.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
-    *slices, pos_weight, gate = zip(*parts, strict=True)
-    return [*map(torch.cat, slices), *(torch.stack(pieces).double().sum(0) for pieces in (pos_weight, gate))]
+    step = max(1, _LARGEST_MAP // case.tokens**2)
+    found = []
+    for head in range(case.heads):
+        weights, parts = [t.detach()[head : head + 1] for t in tensors[3:]], []
+        images = (t.detach()[:, head : head + 1].split(step) for t in (*tensors[:3], grad_out))
+        for *qkv, grad in zip(*images, strict=True):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (*qkv, *weights)]
+            out = literal(case, *leaves)
+            parts.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+        *slices, pos_weight, gate = zip(*parts, strict=True)
+        sums = (torch.stack(pieces).double().sum(0) for pieces in (pos_weight, gate))
+        found.append([*map(torch.cat, slices), *sums])
+    *whole, pos_weight, gate = zip(*found, strict=True)
+    return [*(torch.cat(heads, 1) for heads in whole), torch.cat(pos_weight), torch.cat(gate)]
 
 
 def deviation(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -370,9 +370,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = results.command_line("benchmarks.report", __doc__)
     parser.add_argument("--write", action="store_true", help="into README and docs; draws their pictures")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=tuple(TABLES), help="those to print")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="the folder with the results")
     options = parser.parse_args(arguments)
-    runs = results.newest(options.results)
+    runs = results.newest()
     if not options.write:
         print("\n".join(unique(TABLES[name](run) for run in runs.values() for name in options.tables)))
         return

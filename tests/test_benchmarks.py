@@ -320,17 +320,17 @@ def test_models_are_proved_and_a_compiled_reference_that_dies_keeps_no_other_fro
 
 
 @pytest.mark.parametrize(
-    ("function", "argument", "reason"),
+    ("function", "argument", "seconds", "reason"),
     [
-        (os._exit, 3, "the process died with exit code 3"),
-        (time.sleep, 60, "no answer within 5 s"),
-        (iter, 3, "TypeError: 'int' object is not iterable"),
-        (iter, "a", "the process died with exit code 0"),
+        (os._exit, 3, 60, "the process died with exit code 3"),
+        (time.sleep, 60, 1, "no answer within 1 s"),
+        (iter, 3, 60, "TypeError: 'int' object is not iterable"),
+        (iter, "a", 60, "the process died with exit code 0"),
     ],
 )
-def test_a_process_that_has_no_answer_is_survived(function, argument, reason):
+def test_a_process_that_has_no_answer_is_survived(function, argument, seconds, reason):
     with apart.Worker(function, argument) as worker, pytest.raises(apart.Gone, match=reason):
-        assert worker.receive(5) == worker.ask(5)
+        assert worker.receive(seconds) == worker.ask(seconds)
 
 
 def test_accuracy_rows():
