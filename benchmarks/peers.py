@@ -165,13 +165,19 @@ class _Pair(tuple[Tensor, ...]):
     permute = reshape
 
 
-def timm(case: Case, tensors: list[Tensor]) -> Function:
-    """timm's own layer code between the projections, on given q, k and v, as every timm since 0.6 has it."""
+def _timm_layer(case: Case, like: Tensor) -> GPSA:
+    """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
     if case.rows != case.columns:
         raise Unavailable("it knows square grids only")
+    layer = GPSA(case.heads * case.head_dim, case.heads).to(like)
+    layer.rel_indices = layer.get_rel_indices(case.tokens).to(like)
+    return layer
+
+
+def timm(case: Case, tensors: list[Tensor]) -> Function:
+    """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
-    layer = GPSA(case.heads * case.head_dim, case.heads).to(q)
-    layer.rel_indices = layer.get_rel_indices(case.tokens).to(q)
+    layer = _timm_layer(case, q)
     del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
     layer.qk, layer.v, layer.proj = lambda x: x.qk, lambda x: x.v, nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
@@ -322,16 +328,6 @@ def _heads(t: Tensor, heads: int) -> Tensor:
     return t.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def in_layer(peer: Peer) -> Peer:
-    """Projections around a peer of the operator, the same for everybody."""
-
-    def make(case: Case, tensors: list[Tensor]) -> Function:
-        attention = peer.prepare(case, layer_attention(case, tensors))
-        return lambda *tensors: _projected(attention, tensors, case.heads)
-
-    return replace(peer, make=make)
-
-
 def _projected(attention: Function, tensors: Sequence[Tensor], heads: int) -> Tensor:
     x, qk, v, proj, proj_bias, pos_weight, gate = tensors[:7]
     q, k = F.linear(x, qk).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -351,21 +347,36 @@ def layer_attention(case: Case, tensors: list[Tensor]) -> list[Tensor]:
     return [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]]
 
 
+def _holding(layer: nn.Module, tensors: Sequence[Tensor]) -> Function:
+    """``layer`` with the shared parameters in place of its own."""
+    for name, parameter in zip(PARAMETERS, tensors[1:], strict=True):
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, parameter)
+    return lambda x, *_: layer(x)
+
+
+def timm_layer(case: Case, tensors: list[Tensor]) -> Function:
+    return _holding(_timm_layer(case, tensors[0]), tensors)
+
+
+def plain_layer(case: Case, tensors: list[Tensor]) -> Function:
+    """The same projections around attention without a position."""
+    attention = sdpa_alone()(case, tensors)
+    return lambda *tensors: _projected(attention, tensors, case.heads)
+
+
 def our_layer(name: str) -> Peer:
-    """FusedGPSA on a backend, with the shared parameters in place of its own."""
+    """FusedGPSA on a backend."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
         check_backend(name, case, layer_attention(case, tensors))
         layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
-        for parameter, tensor in zip(PARAMETERS, tensors[1:], strict=True):
-            owner, _, attribute = parameter.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, tensor)
-        return lambda x, *_: layer(x)
+        return _holding(layer, tensors)
 
     return Peer(f"gpsa_kernels {name}", make)
 
 
-TIMM_LAYER, PLAIN_LAYER = in_layer(TIMM), in_layer(PLAIN)
+TIMM_LAYER, PLAIN_LAYER = Peer(REFERENCE, timm_layer), Peer("SDPA alone", plain_layer, gpsa=False)
 
 LAYER = Subject(
     peers=(

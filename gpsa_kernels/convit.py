@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -308,10 +307,31 @@ class ConViT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# arXiv 2103.10697, table 1: heads of 48 channels, those of the "+" models 64
-convit_tiny = partial(ConViT, embed_dim=192, num_heads=4)  # 6 M parameters
-convit_small = partial(ConViT, embed_dim=432, num_heads=9)  # 28 M
-convit_base = partial(ConViT, embed_dim=768, num_heads=16)  # 86 M
-convit_tiny_plus = partial(ConViT, embed_dim=256, num_heads=4)  # 10 M
-convit_small_plus = partial(ConViT, embed_dim=576, num_heads=9)  # 48 M
-convit_base_plus = partial(ConViT, embed_dim=1024, num_heads=16)  # 152 M
+def convit_tiny(**kwargs: Any) -> ConViT:
+    """ConViT-Ti (arXiv 2103.10697, table 1): 4 heads of 48, C = 192, 6 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 192, "num_heads": 4, **kwargs})
+
+
+def convit_small(**kwargs: Any) -> ConViT:
+    """ConViT-S (arXiv 2103.10697, table 1): 9 heads of 48, C = 432, 28 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 432, "num_heads": 9, **kwargs})
+
+
+def convit_base(**kwargs: Any) -> ConViT:
+    """ConViT-B (arXiv 2103.10697, table 1): 16 heads of 48, C = 768, 86 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 768, "num_heads": 16, **kwargs})
+
+
+def convit_tiny_plus(**kwargs: Any) -> ConViT:
+    """ConViT-Ti+ (arXiv 2103.10697, table 1): 4 heads of 64, C = 256, 10 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 256, "num_heads": 4, **kwargs})
+
+
+def convit_small_plus(**kwargs: Any) -> ConViT:
+    """ConViT-S+ (arXiv 2103.10697, table 1): 9 heads of 64, C = 576, 48 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 576, "num_heads": 9, **kwargs})
+
+
+def convit_base_plus(**kwargs: Any) -> ConViT:
+    """ConViT-B+ (arXiv 2103.10697, table 1): 16 heads of 64, C = 1024, 152 M parameters; ``kwargs`` go to ConViT."""
+    return ConViT(**{"embed_dim": 1024, "num_heads": 16, **kwargs})

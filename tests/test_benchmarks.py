@@ -207,13 +207,14 @@ class OldGPSA(peers.GPSA):
         return super().get_rel_indices(num_patches).float()
 
 
-def test_the_layer_of_an_old_timm_is_measured(monkeypatch):
+@pytest.mark.parametrize("subject", [peers.OPERATOR, peers.LAYER], ids=["operator", "layer"])
+def test_the_layer_of_an_old_timm_is_measured(monkeypatch, subject):
     monkeypatch.setattr(peers, "GPSA", OldGPSA)
     case = dataclasses.replace(TINY, dtype="bfloat16")
-    tensors = peers.inputs(case, "cpu", 0)
+    tensors = subject.inputs(case, "cpu", 0)
     grad_out = torch.randn_like(tensors[0])
-    got = measure.gradients(peers.TIMM.prepare(case, tensors), tensors, grad_out)
-    assert peers.deviation(got, peers.formula(tensors, grad_out, case, torch.float64)) < 0.1
+    got = measure.gradients(subject.peers[0].prepare(case, tensors), tensors, grad_out)
+    assert peers.deviation(got, subject.formula(tensors, grad_out, case, torch.float64)) < 0.1
 
 
 @pytest.mark.parametrize(("name", "count"), [("flash", 1), ("cuDNN", 2), ("efficient", 1)])
