@@ -129,8 +129,7 @@ def _find_out(index: int | None, dtype: torch.dtype, *about: Any) -> str:
 
 def _checked(index: int, kind: Kind) -> Verdict:
     """What is known after calls of this kind have been checked, here or, meanwhile, in another process."""
-    with verdict.lock(_WAIT):
-        found = verdict.read(verdict.machine(index))
+    with verdict.renewed(verdict.machine(index), _WAIT) as found:
         if found.fastest(kind) is None:
             from gpsa_kernels import check
 
@@ -141,8 +140,7 @@ def _checked(index: int, kind: Kind) -> Verdict:
             for proof, wrong in found.proofs.items():
                 if wrong and not before.get(proof):
                     _log.warning("gpsa_kernels: %s is not taken: %s", proof, wrong)
-            verdict.write(found)
-        return found
+    return found
 
 
 def outlook(device: torch.device) -> str:

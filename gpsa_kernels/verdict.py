@@ -167,24 +167,23 @@ def read(about: dict[str, str]) -> Verdict:
 
 
 def write(found: Verdict) -> None:
-    """Keeps a verdict, with what an earlier one knows beyond it; the file is replaced as a whole.
+    """Keeps a verdict; the file is replaced as a whole.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    path, old = _path(found.machine), read(found.machine)
-    whole = dataclasses.replace(found, proofs=old.proofs | found.proofs, times=old.times | found.times)
+    path = _path(found.machine)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(dataclasses.asdict(whole), file, indent=1)
+        json.dump(dataclasses.asdict(found), file, indent=1)
     os.replace(file.name, path)
 
 
 @contextlib.contextmanager
-def lock(seconds: float) -> Iterator[None]:
-    """Held by one process of the user at a time.
+def renewed(about: dict[str, str], seconds: float) -> Iterator[Verdict]:
+    """The verdict about a machine, for one process of the user at a time to add to; it is kept afterwards.
 
     Raises:
-        TimeoutError: another one has held it for so long.
+        TimeoutError: another process has held it for so long.
         OSError: the folder cannot be written.
     """
     import fcntl
@@ -200,4 +199,6 @@ def lock(seconds: float) -> Iterator[None]:
                 if time.monotonic() >= end:
                     raise TimeoutError(f"another process has been checking for {seconds:.0f} s") from None
                 time.sleep(0.05)
-        yield
+        found = read(about)
+        yield found
+        write(found)

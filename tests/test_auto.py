@@ -189,7 +189,7 @@ def test_two_processes_check_once(monkeypatch, caplog):
     assert checks == [KIND]
     assert {verdict.fastest(KIND) for verdict in found} == {"quick"}
     monkeypatch.setattr(auto, "_WAIT", 0.1)
-    with verdict.lock(0):
+    with verdict.renewed(GPU, 0):
         assert chosen(tokens=500) == "quick"
         verdict._path(GPU).unlink()
         auto._verdicts.clear()
@@ -208,10 +208,10 @@ def test_a_damaged_or_foreign_file_is_ignored_with_a_warning(caplog, text):
 
 def test_a_verdict_adds_to_what_is_known(tmp_path):
     verdict.write(known(quick=1.0))
-    verdict.write(Verdict(GPU, "2027-01-01", times={str(KIND): {"slow": 1.0}}))
-    times = {**known(quick=1.0).times, str(KIND): {"slow": 1.0}}
-    assert verdict.read(GPU) == replace(known(quick=1.0), date="2027-01-01", times=times)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
+    with verdict.renewed(GPU, 1.0) as found:
+        found.times[str(KIND)] = {"slow": 1.0}
+    assert verdict.read(GPU) == found == replace(known(quick=1.0), times=found.times)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", verdict._path(GPU).name}
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("0", "sdpa"), ("trust", "slow")])
@@ -344,7 +344,9 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
     monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(quick=5.0, slow=7.0, sdpa=8.0)))
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    verdict.write(replace(known(slow=1.0), proofs={"an earlier": ""}))
     assert main(["check"]) == 0
+    assert "an earlier" in verdict.read(GPU).proofs
     assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
     assert "7.00     5.00*" in said
     monkeypatch.setattr(check, "one_kind", None)
