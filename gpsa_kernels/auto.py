@@ -2,10 +2,8 @@
 
 - ``eager``, which alone has all derivatives, in forward mode and inside a transform of torch.func.
 - On the CPU ``sdpa``, but ``eager`` where that was measured to be faster (``_EAGER_TOKENS``).
-- On an NVIDIA GPU the fastest of those that are proven there for calls of this kind (:mod:`gpsa_kernels.verdict`). The
-  first call of a kind that nothing is known about has them proven and timed, in another process. What cannot be checked
-  is not taken: ``sdpa`` serves. ``GPSA_CHECK=0`` never checks and takes ``sdpa``; ``GPSA_CHECK=trust`` takes the first
-  of BACKENDS that runs, unproven.
+- On an NVIDIA GPU the fastest of those that are proven there for calls of this kind (:mod:`gpsa_kernels.verdict`), which
+  the first such call has found out; ``sdpa`` where it cannot be. ``GPSA_CHECK`` forbids that, or trusts the kernels.
 - On any other device ``sdpa``.
 
 A backend that cannot run the call gives way to ``sdpa``, and that to ``eager``, which runs everything.
@@ -72,7 +70,7 @@ def _on_gpu(call: Call) -> str:
         from torch.fx.experimental.symbolic_shapes import statically_known_true as holds
     side, timed_dim = verdict.size(tokens, head_dim, holds)
     large = not holds(batch * heads * tokens < verdict.LARGE)
-    return _fastest(q.device.index, cast_dtype(q), mode, side, timed_dim, large)
+    return _fastest(q.device.index or 0, cast_dtype(q), mode, side, timed_dim, large)
 
 
 # ---- what is known about the GPUs of this process ------------------------------------------------------------------
@@ -107,13 +105,12 @@ def _verdict(index: int) -> Verdict:
 
 
 @functools.cache
-def _find_out(index: int | None, dtype: torch.dtype, *about: Any) -> str:
+def _find_out(index: int, dtype: torch.dtype, *about: Any) -> str:
     kind, setting = Kind(str(dtype).removeprefix("torch."), *about), _setting()
     if setting == "trust":
         return _ANY
     if setting == "0" or kind.dtype not in verdict.DTYPES or not _kernels():
         return "sdpa"
-    index = torch.cuda.current_device() if index is None else index
     try:
         found = _verdict(index)
         if found.fastest(kind) is None and index not in _unchecked:
@@ -155,7 +152,7 @@ def outlook(device: torch.device) -> str:
         return "sdpa (none of the kernels can run)"
     if setting == "trust":
         return f"{kernels[0]} (unproven: GPSA_CHECK=trust)"
-    found = _verdict(torch.cuda.current_device() if device.index is None else device.index)
+    found = _verdict(device.index or 0)
     counts = Counter(answer for kind in verdict.kinds() if (answer := found.fastest(kind)))
     if not counts:
         return "what the first call finds to be right and fastest (python -m gpsa_kernels check finds out now)"

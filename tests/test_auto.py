@@ -17,7 +17,7 @@ from torch import nn
 from gpsa_kernels import BACKENDS, FusedGPSA, auto, backend_of, check, fuse, gpsa_attention, info, verdict
 from gpsa_kernels.__main__ import main
 from gpsa_kernels.backends import Call
-from gpsa_kernels.check import report, worker
+from gpsa_kernels.check import worker
 from gpsa_kernels.verdict import Kind, Verdict
 
 ON_CPU = auto._on_cpu
@@ -40,10 +40,6 @@ while True:
 """
 
 
-def command(**answers):
-    return [sys.executable, "-SEc", WORKER.format(answers={"machine": {"machine": GPU}, **answers})]
-
-
 @pytest.fixture(autouse=True)
 def _fake_gpu(tmp_path, monkeypatch):
     """CPU tensors are treated as a GPU's, for which there are two backends with kernels: ``quick`` and ``slow``."""
@@ -54,7 +50,6 @@ def _fake_gpu(tmp_path, monkeypatch):
         monkeypatch.setitem(BACKENDS, name, replace(BACKENDS["sdpa"], **kernels))
     monkeypatch.setattr(auto, "_on_cpu", auto._on_gpu)
     monkeypatch.setattr(verdict, "machine", lambda index: GPU)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(auto, "_unchecked", set())
     forget()
     yield
@@ -69,12 +64,13 @@ def forget():
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Makes a fake worker answer the first call of a kind."""
-    real = check.one_kind
+    """Has a fake worker answer."""
 
     def give(**answers):
-        monkeypatch.setattr(check, "LIMIT", 1.0)
-        monkeypatch.setattr(check, "one_kind", partial(real, command=command(**answers)))
+        fake = WORKER.format(answers={"machine": {"machine": GPU}, **answers})
+        monkeypatch.setattr(check, "WORKER", [sys.executable, "-SEc", fake])
+        if "hang" in answers.values():
+            monkeypatch.setattr(check, "LIMIT", 1.0)
 
     return give
 
@@ -198,19 +194,14 @@ def test_two_processes_check_once(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"machine": {}}', '{"machine": null, "date": ""}', '{"times": {"a": 1}}'])
-def test_a_damaged_or_foreign_file_is_ignored_with_a_warning(caplog, text):
+def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_another_one_added_to(caplog, tmp_path, text):
     verdict._path(GPU).write_text(text)
-    assert verdict.read(GPU) == Verdict(GPU)
-    assert "is ignored" in caplog.text
-    verdict.write(known(quick=1.0))
-    assert verdict.read(GPU) == known(quick=1.0)
-
-
-def test_a_verdict_adds_to_what_is_known(tmp_path):
-    verdict.write(known(quick=1.0))
-    with verdict.renewed(GPU, 1.0) as found:
-        found.times[str(KIND)] = {"slow": 1.0}
-    assert verdict.read(GPU) == found == replace(known(quick=1.0), times=found.times)
+    for proof, before in (("first", {}), ("second", {"first": ""})):
+        with verdict.renewed(GPU, 1.0) as found:
+            assert found == Verdict(GPU, proofs=before)
+            found.proofs[proof] = ""
+    assert [message.split(" is ")[1][:7] for message in caplog.messages] == ["ignored"]
+    assert verdict.read(GPU) == found
     assert {path.name for path in tmp_path.iterdir()} == {"lock", verdict._path(GPU).name}
 
 
@@ -326,9 +317,8 @@ def test_the_cpu_is_checked_for_real(monkeypatch):
     assert all(0 < answer["error"] < 1e-4 for answer in proofs.values())
 
 
-def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
-    given = {"machine": {"machine": {}}, "slow": {"wrong": "out: error 1"}, "sdpa": 7e3, "quick": "crash"}
-    monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(**given)))
+def test_the_command_prints_what_auto_takes(monkeypatch, capsys, answers):
+    answers(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash")
     monkeypatch.setattr(auto, "_on_cpu", ON_CPU)
     assert main(["check", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -340,8 +330,8 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert table["14x14 D=48 dropout"][3:] == ["7.00", "0.01*", "-", "-", "0.01"] * 2
 
 
-def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
-    monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(quick=5.0, slow=7.0, sdpa=8.0)))
+def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys, answers):
+    answers(quick=5.0, slow=7.0, sdpa=8.0)
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     verdict.write(replace(known(slow=1.0), proofs={"an earlier": ""}))
@@ -354,11 +344,12 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("limit", "wrong"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
-def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, wrong):
+def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, answers, limit, wrong):
+    answers(sdpa="hang")
     monkeypatch.setattr(check, "LIMIT", limit)
     monkeypatch.setattr(check, "names", lambda: ["sdpa"])
     found = Verdict(GPU)
-    check.find_out(torch.device("cpu"), found, [KIND], seconds=1.0, reserved=0.3, command=command(sdpa="hang"))
+    check.find_out(torch.device("cpu"), found, [KIND], seconds=1.0, reserved=0.3)
     assert list(found.proofs.values()) == wrong
     assert len(found.times) == len(wrong)
 

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from gpsa_kernels.verdict import ALONE, Kind, Verdict
 
 SHORT = 30.0  # seconds that the first call of a kind may take
 LIMIT = 20.0  # seconds for one answer
+WORKER: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker")
 _WORKERS = 6  # which prove at a time: most of that is compiling
 # (tiled, head_dim) -> batch, heads, grid and head_dim: a usual call, and one that no tile divides; few, because Triton
 # compiles kernels for each. Of few tokens in long lines the CUDA kernels are whole-image forward and tiled backward.
@@ -51,7 +51,6 @@ def find_out(
     kinds: Sequence[Kind],
     seconds: float,
     reserved: float,
-    command: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker"),
     tell: Callable[[str], None] = lambda about: None,
 ) -> dict[str, Answer]:
     """Adds to a verdict, and returns what the worker answered for each proof that the verdict lacked.
@@ -101,7 +100,7 @@ def find_out(
     with contextlib.ExitStack() as stack:
         count = max(1, min(_WORKERS, os.cpu_count() or 1, len(unproven)))
         for _ in range(count):
-            free.put(worker := Worker([*command, str(device)]))
+            free.put(worker := Worker([*WORKER, str(device)]))
             stack.callback(worker.stop)
         pool = ThreadPoolExecutor(count)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # before the workers go, whatever happens
@@ -126,14 +125,14 @@ def find_out(
     return proofs
 
 
-def one_kind(device: torch.device, kind: Kind, found: Verdict, **settings: Any) -> None:
+def one_kind(device: torch.device, kind: Kind, found: Verdict) -> None:
     """Adds what SHORT seconds of checking calls of a kind find out, and those that it will meet with.
 
     Raises:
         Refused: the machine is to blame that nothing can be found out.
     """
     related = [k for k in verdict.kinds() if k.proof("") == kind.proof("") and k.side == kind.side]
-    proofs = find_out(device, found, sorted(related, key=lambda k: k != kind), SHORT, reserved=5.0, **settings)
+    proofs = find_out(device, found, sorted(related, key=lambda k: k != kind), SHORT, reserved=5.0)
     reasons = [answer["cannot"] for answer in proofs.values() if "cannot" in answer]
     if reasons and found.fastest(kind) is None:
         raise Refused(reasons[0])
