@@ -2,8 +2,8 @@
 
 - ``eager``, which alone has all derivatives, in forward mode and inside a transform of torch.func.
 - On the CPU ``sdpa``, but ``eager`` where that was measured to be faster (``_EAGER_TOKENS``).
-- On an NVIDIA GPU the fastest of those that are proven there for calls of this kind (:mod:`gpsa_kernels.verdict`), which
-  the first such call has found out; ``sdpa`` where it cannot be. ``GPSA_CHECK`` forbids that, or trusts the kernels.
+- On an NVIDIA GPU the fastest of those that are proven there for calls of this kind (:mod:`gpsa_kernels.verdict`). The
+  first such call has that found out; where it cannot be, ``sdpa``. ``GPSA_CHECK`` forbids it, or trusts the kernels.
 - On any other device ``sdpa``.
 
 A backend that cannot run the call gives way to ``sdpa``, and that to ``eager``, which runs everything.

@@ -34,7 +34,7 @@ def report() -> str:
             continue
         served = [_served(backend, device) for device in ("cuda", "cpu") if device == "cpu" or count]
         backends.append((name, "yes", "\n".join(filter(None, served))))
-    return f"{_aligned(facts)}\n\n{_aligned(backends)}"
+    return f"{aligned(facts)}\n\n{aligned(backends)}"
 
 
 def _library() -> str:
@@ -65,7 +65,7 @@ def _served(backend: Backend, device: str) -> str:
     return f"{device}: {', '.join(names)}" + ("" if with_dropout else "; no attention dropout")
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """``rows`` in columns; a last cell of several lines stays in its column."""
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     lines = []

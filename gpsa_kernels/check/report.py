@@ -14,6 +14,7 @@ from gpsa_kernels._version import __version__
 from gpsa_kernels.backends import Call
 from gpsa_kernels.check import Refused, find_out, names
 from gpsa_kernels.check.apart import Answer
+from gpsa_kernels.info import aligned
 from gpsa_kernels.verdict import ALONE, DTYPES, Kind, Verdict
 
 
@@ -74,9 +75,8 @@ def table(found: Verdict, proofs: dict[str, Answer], device: torch.device) -> st
     machine = found.machine or {"gpu": f"cpu, {torch.get_num_threads()} threads", "torch": torch.__version__}
     facts = [f"{key} {machine[key]}" for key in ("torch", "cuda", "triton") if key in machine]
     lines = [", ".join([machine["gpu"], *facts, f"gpsa_kernels {__version__}"]), ""]
-    rows = [["error (eager's)", *DTYPES]]
-    rows += [[name, *(_proof(proofs, name, dtype) for dtype in DTYPES)] for name in names()]
-    lines += ["{:24}{:26}{:26}{:26}".format(*row).rstrip() for row in rows]
+    rows = [(name, *(_proof(proofs, name, dtype) for dtype in DTYPES)) for name in names()]
+    lines.append(aligned([("error (eager's)", *DTYPES), *rows]))
     lines += [f"  {key}: {wrong}" for key, wrong in found.proofs.items() if wrong]
     for dtype, title in (("bfloat16", "16 bits"), ("float32", "float32")):
         lines += ["", *_times(found, device, dtype, title)]
