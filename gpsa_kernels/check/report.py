@@ -53,9 +53,9 @@ def command(name: str | None, seconds: float) -> int:
 
     try:
         device = chosen_device(name)
-        on_gpu = device.type == "cuda"
-        with verdict.renewed(verdict.machine(device.index), seconds) if on_gpu else nullcontext(Verdict({})) as kept:
-            found = Verdict(kept.machine)
+        machine = verdict.machine(device.index) if device.type == "cuda" else {}
+        with verdict.renewed(machine, seconds) if machine else nullcontext(Verdict({})) as kept:
+            found = Verdict(machine)
             proofs = find_out(device, found, kinds, seconds, reserved=seconds / 3, tell=tell)
             kept.proofs |= found.proofs
             kept.times |= found.times
