@@ -45,7 +45,7 @@ UNDER_WAY = "interrupted"  # until it is something else
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
 
 KERNELS = ("triton", "cuda")  # the backends with kernels of ours, and what these are called
-KERNEL_NAMES = ("whole_image", "tiled_kernel", "attention_", "separable_", "axis_tables")
+KERNEL_NAMES = ("gpsa_kernel", "attention_", "separable_", "axis_tables")
 NOT_SUPPORTED = re.compile("Device not supported|ERR_NVGPUCTRPERM|LibraryNotLoaded")
 
 

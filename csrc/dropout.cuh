@@ -22,8 +22,8 @@ GPSA_DEVICE Words philox(Words counter, uint32_t key_low, uint32_t key_high) {
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = uint64_t{0xd2511f53} * counter.w[0], b = uint64_t{0xcd9e8d57} * counter.w[2];
         counter = {
-            {static_cast<uint32_t>(b >> 32) ^ counter.w[1] ^ key_low, static_cast<uint32_t>(b),
-             static_cast<uint32_t>(a >> 32) ^ counter.w[3] ^ key_high, static_cast<uint32_t>(a)}};
+            {uint32_t(b >> 32) ^ counter.w[1] ^ key_low, uint32_t(b), uint32_t(a >> 32) ^ counter.w[3] ^ key_high,
+             uint32_t(a)}};
         key_low += 0x9e3779b9;
         key_high += 0xbb67ae85;
     }
@@ -38,45 +38,38 @@ public:
     GPSA_DEVICE Dropout(const Problem& problem, int64_t batch_head)
         : keep_scale(problem.dropout_p < 1 ? 1 / (1 - problem.dropout_p) : 0),
           // a power of two times a float is exact, and so is its whole part for p >= 2^-8; below, p is off by 2^-31
-          threshold(static_cast<uint32_t>(problem.dropout_p * 0x1p31f)),
-          seed(static_cast<uint64_t>(load(Global<const int64_t>(problem.seed)))),
-          batch_head(static_cast<uint64_t>(batch_head)) {}
+          threshold(uint32_t(problem.dropout_p * 0x1p31f)),
+          seed(uint64_t(load(Global<const int64_t>(problem.seed)))),
+          batch_head(uint64_t(batch_head)) {}
 
     /// Of the (16, 16) tile of scores that begins at (query, key), multiples of 16: whether this lane's elements are
     /// kept, bit 4 n + i for values[i] of the n-th of its two accumulators.
-    GPSA_DEVICE uint32_t keep(int query, int key) const {
-        uint32_t bits = 0;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const Words words = draw(query + fragment_row(), key + fragment_column() + c);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) bits |= kept(words.w[i]) << (4 * (i % 2) + 2 * (i / 2) + c);
-        }
-        return bits;
-    }
-
+    GPSA_DEVICE uint32_t keep(int query, int key) const { return draw<false>(query, key); }
     /// The same of the transposed scores, keys their rows.
-    GPSA_DEVICE uint32_t keep_transposed(int query, int key) const {
-        uint32_t bits = 0;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            const Words words = draw(query + fragment_column() + c, key + fragment_row());
-#pragma unroll
-            for (int i = 0; i < 4; ++i) bits |= kept(words.w[i]) << (4 * (i / 2) + 2 * (i % 2) + c);
-        }
-        return bits;
-    }
+    GPSA_DEVICE uint32_t keep_transposed(int query, int key) const { return draw<true>(query, key); }
 
 private:
     const uint32_t threshold;  // 2^31 p
     const uint64_t seed, batch_head;
 
-    /// Words for (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8).
-    GPSA_DEVICE Words draw(int query, int key) const {
-        return philox(
-            {{static_cast<uint32_t>(query), static_cast<uint32_t>(key), static_cast<uint32_t>(batch_head),
-              static_cast<uint32_t>(batch_head >> 32)}},
-            static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    template <bool transposed>
+    GPSA_DEVICE uint32_t draw(int query, int key) const {
+        uint32_t bits = 0;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            const int row = fragment_row(), column = fragment_column() + c;
+            const Words words = philox(
+                {{uint32_t(query + (transposed ? column : row)), uint32_t(key + (transposed ? row : column)),
+                  uint32_t(batch_head), uint32_t(batch_head >> 32)}},
+                uint32_t(seed), uint32_t(seed >> 32));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // (query, key), (query, key + 8), (query + 8, key), (query + 8, key + 8)
+                const int query_half = i / 2, key_half = i % 2;
+                const int bit = transposed ? 4 * query_half + 2 * key_half : 4 * key_half + 2 * query_half;
+                bits |= kept(words.w[i]) << (bit + c);
+            }
+        }
+        return bits;
     }
     GPSA_DEVICE uint32_t kept(uint32_t word) const { return (word >> 1) >= threshold; }
 };

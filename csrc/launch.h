@@ -1,7 +1,7 @@
 // The launchers' only door to the machine, as primitives.h is the kernels'; and what one launcher knows of another.
 //
 // This is the CUDA runtime's side. Compiled for the host (the tests do it), find_device and Launcher come from
-// tests/cuda/emulator/launch_host.h, and so do __global__ and its like: a .cu file is plain C++ there.
+// tests/cuda/emulator/launch_host.h: a .cu file is plain C++ there.
 #pragma once
 
 #include "gpsa.h"
@@ -11,6 +11,12 @@ namespace gpsa {
 /// What decides which kernels serve a problem.
 struct Device {
     int multiprocessors, shared_bytes;  // shared_bytes: the most that one block can ask for
+};
+
+/// How a kernel is launched: blocks in x and y, threads and bytes of shared memory of each.
+struct Shape {
+    int64_t blocks;
+    int threads, shared_bytes, blocks_y = 1;
 };
 
 }  // namespace gpsa
@@ -29,6 +35,18 @@ struct Device {
 
 namespace gpsa {
 
+#ifdef __CUDA_ARCH__
+constexpr int architecture = __CUDA_ARCH__;  // 900 for sm_90
+#else
+constexpr int architecture = 0;
+#endif
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::most_threads(architecture), Kernel::least_blocks(architecture))
+    gpsa_kernel(const __grid_constant__ typename Kernel::Call call) {
+    Kernel::run(call);
+}
+
 /// Null, or what failed and why, until this thread's next failure. Nobody else finds it as the last error.
 inline const char* failure(const char* what, cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
@@ -43,22 +61,19 @@ inline const char* find_device(int index, Device& device) {
     static std::mutex mutex;
     static std::map<int, Device> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(index);
-    if (found != known.end()) {
-        device = found->second;
-        return nullptr;
-    }
-    Device asked{};
-    const char* error = failure(
-        "cudaDevAttrMultiProcessorCount",
-        cudaDeviceGetAttribute(&asked.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-    if (!error) {
+    if (known.count(index) == 0) {
+        const char* error = failure(
+            "cudaDevAttrMultiProcessorCount",
+            cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+        if (error) return error;
         error = failure(
             "cudaDevAttrMaxSharedMemoryPerBlockOptin",
-            cudaDeviceGetAttribute(&asked.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+            cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+        if (error) return error;
+        known[index] = device;
     }
-    if (!error) device = known[index] = asked;
-    return error;
+    device = known[index];
+    return nullptr;
 }
 
 /// Launches kernels on a stream of the current device.
@@ -72,20 +87,23 @@ public:
         if (!error) error = find_device(index, device);
     }
 
-    /// Null, or why the kernel was not launched. `entry(kernel)` is its __global__ function.
-    template <typename Kernel, typename Entry, typename... Arguments>
-    const char* operator()(
-        Kernel kernel, Entry entry, dim3 grid, int threads, int shared_bytes, const Arguments&... arguments) const {
-        const auto function = entry(kernel);
-        if (shared_bytes > 0) {
+    /// Null, or why the kernel was not launched.
+    template <typename Kernel>
+    const char* operator()(Kernel, const Shape& shape, const typename Kernel::Call& call) const {
+        return start(gpsa_kernel<Kernel>, shape, call);
+    }
+
+    template <typename Function, typename Call>
+    const char* start(Function* function, const Shape& shape, const Call& call) const {
+        if (shape.shared_bytes > 0) {
             if (const char* reason = allow_shared_memory(reinterpret_cast<const void*>(function))) return reason;
         }
         cudaLaunchConfig_t config{};
-        config.gridDim = grid;
-        config.blockDim = dim3(threads);
-        config.dynamicSmemBytes = shared_bytes;
+        config.gridDim = dim3(unsigned(shape.blocks), shape.blocks_y);
+        config.blockDim = dim3(shape.threads);
+        config.dynamicSmemBytes = shape.shared_bytes;
         config.stream = stream;
-        return failure("kernel launch", cudaLaunchKernelEx(&config, function, arguments...));
+        return failure("kernel launch", cudaLaunchKernelEx(&config, function, call));
     }
 
 private:
@@ -102,7 +120,7 @@ private:
         cudaFuncAttributes attributes{};
         const char* reason = failure("cudaFuncGetAttributes", cudaFuncGetAttributes(&attributes, function));
         if (reason) return reason;
-        const int most = device.shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+        const int most = device.shared_bytes - int(attributes.sharedSizeBytes);
         reason = failure(
             "cudaFuncAttributeMaxDynamicSharedMemorySize",
             cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace gpsa {
 
@@ -32,6 +33,9 @@ struct Pair {
 #define GPSA_HOST_DEVICE __host__ __device__ __forceinline__
 
 namespace gpsa {
+
+template <typename T>
+constexpr bool is_half = std::is_same_v<T, Half>;
 
 // Where this thread is.
 
@@ -154,11 +158,6 @@ GPSA_DEVICE void copy_wait() {
 GPSA_DEVICE void sync_block() { __syncthreads(); }
 GPSA_DEVICE void sync_warp() { __syncwarp(); }
 
-/// A barrier of `count` threads (whole warps) under a number from 1 to 15.
-GPSA_DEVICE void sync_named(int barrier, int count) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
 // Warp-level instructions. All 32 lanes take part.
 
 /// Four 8x8 matrices of 16-bit elements; lanes 8i to 8i+7 give the rows of matrix i. Lane l receives, of each matrix,
@@ -180,43 +179,22 @@ GPSA_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<T> row) {
                  : "memory");
 }
 
-/// Two matrices; the addresses of lanes 16 to 31 are not looked at.
-template <typename T>
-GPSA_DEVICE void ldmatrix_x2(uint32_t (&r)[2], Shared<T> row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(row.address)
-                 : "memory");
-}
-
-template <typename T>
-GPSA_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<T> row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(row.address)
-                 : "memory");
-}
-
 /// c += a b, (16, 16) times (16, 8), accumulated in fp32. With r = lane / 4 and t = lane % 4 * 2, a lane holds
 /// a: rows r, r+8 of columns t, t+1, then of columns t+8, t+9;  b: rows t, t+1, then t+8, t+9 of column r;
 /// c: columns t, t+1 of row r, then of row r+8.
 template <typename T>
-GPSA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-template <>
-GPSA_DEVICE void mma<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-GPSA_DEVICE void mma<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+GPSA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (is_half<T>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
 }
 
 GPSA_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
@@ -262,37 +240,25 @@ GPSA_DEVICE int kept(int number) {
 
 /// Two floats rounded to nearest even and packed, `low` in the lower half of the word.
 template <typename T>
-GPSA_DEVICE uint32_t pack(float low, float high);
-
-template <>
-GPSA_DEVICE uint32_t pack<Half>(float low, float high) {
+GPSA_DEVICE uint32_t pack(float low, float high) {
     uint32_t word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
-}
-
-template <>
-GPSA_DEVICE uint32_t pack<Bfloat16>(float low, float high) {
-    uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    if constexpr (is_half<T>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
     return word;
 }
 
 template <typename T>
-GPSA_DEVICE Pair unpack(uint32_t word);
-
-template <>
-GPSA_DEVICE Pair unpack<Half>(uint32_t word) {
-    Pair p;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-        : "=f"(p.low), "=f"(p.high)
-        : "r"(word));
+GPSA_DEVICE Pair unpack(uint32_t word) {
+    Pair p{__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    if constexpr (is_half<T>) {
+        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+            : "=f"(p.low), "=f"(p.high)
+            : "r"(word));
+    }
     return p;
-}
-
-template <>
-GPSA_DEVICE Pair unpack<Bfloat16>(uint32_t word) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
 }  // namespace gpsa

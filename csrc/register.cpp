@@ -26,68 +26,91 @@ using torch::stable::Tensor;
 constexpr int64_t row_alignment = 16;  // bytes: rows are read and written 16 bytes at a time
 constexpr int64_t element_bytes = 2;
 
-void check_device(const char* name, const Tensor& t, const Tensor& q) {
-    STD_TORCH_CHECK(t.device() == q.device(), name, " must be on q's device");
-}
+gpsa::Dtype dtype_of(bool bfloat16) { return bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16; }
 
-gpsa::Problem problem_of(
-    const Tensor& q, const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale, double dropout_p) {
+gpsa::Tensor struct_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+/// The tensors of a call as the kernels can read them, all of them on q's device. What they cannot read as it lies is
+/// copied, and the copy kept here.
+class Inputs {
+public:
+    explicit Inputs(const Tensor& q) : q(q) {}
+
+    /// `t`, of q's shape and dtype, in rows that can be read 16 bytes at a time.
+    gpsa::Tensor tokens(const char* name, const Tensor& t) {
+        check_device(name, t);
+        STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
+        STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
+        bool readable = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % row_alignment == 0;
+        for (int axis = 0; axis < 4; ++axis) {
+            STD_TORCH_CHECK(
+                t.size(axis) == q.size(axis), name, " must have q's size ", q.size(axis), " in dimension ", axis,
+                ", got ", t.size(axis));
+            readable &= axis == 3 || t.size(axis) <= 1 || t.stride(axis) * element_bytes % row_alignment == 0;
+        }
+        return struct_of(readable ? t : copy(t, t.scalar_type()));
+    }
+
+    /// `count` numbers without gaps in float32.
+    const float* floats(const char* name, const Tensor& t, int64_t count) {
+        check_device(name, t);
+        STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+        const bool readable = t.scalar_type() == ScalarType::Float && t.is_contiguous();
+        return static_cast<float*>((readable ? t : copy(t, ScalarType::Float)).data_ptr());
+    }
+
+    const int64_t* seed(const std::optional<Tensor>& t) const {
+        STD_TORCH_CHECK(t.has_value(), "dropout needs a seed");
+        STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1, "seed must be one int64");
+        check_device("seed", *t);
+        return static_cast<const int64_t*>(t->data_ptr());
+    }
+
+private:
+    const Tensor& q;
+    std::vector<Tensor> copies;
+
+    void check_device(const char* name, const Tensor& t) const {
+        STD_TORCH_CHECK(t.device() == q.device(), name, " must be on q's device");
+    }
+    const Tensor& copy(const Tensor& t, ScalarType dtype) {
+        constexpr auto same = std::nullopt;
+        constexpr auto contiguous = torch::headeronly::MemoryFormat::Contiguous;
+        return copies.emplace_back(torch::stable::to(t, dtype, same, same, same, false, true, contiguous));
+    }
+};
+
+/// What forward and backward are both given.
+template <typename Call>
+Call call_of(
+    Inputs& inputs, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight, const Tensor& gate,
+    const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale, double dropout_p) {
     STD_TORCH_CHECK(q.dim() == 4, "q must have 4 dimensions, got ", q.dim());
     const ScalarType dtype = q.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "q must be float16 or bfloat16");
     STD_TORCH_CHECK(
         rows > 0 && columns > 0 && rows * columns == q.size(2), "rows * columns must be the ", q.size(2),
         " tokens of q, got ", rows, " * ", columns);
-    gpsa::Problem problem{};
-    problem.batch = q.size(0);
-    problem.heads = static_cast<int>(q.size(1));
-    problem.rows = static_cast<int>(rows);
-    problem.columns = static_cast<int>(columns);
-    problem.head_dim = static_cast<int>(q.size(3));
-    problem.scale = static_cast<float>(scale);
-    problem.dropout_p = static_cast<float>(dropout_p);
-    problem.dtype = dtype == ScalarType::Half ? gpsa::Dtype::float16 : gpsa::Dtype::bfloat16;
-    if (dropout_p > 0) {
-        STD_TORCH_CHECK(seed.has_value(), "dropout needs a seed");
-        STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed must be one int64");
-        check_device("seed", *seed, q);
-        problem.seed = static_cast<const int64_t*>(seed->data_ptr());
-    }
-    return problem;
+    Call call{};
+    call.problem = {
+        q.size(0),
+        int(q.size(1)),
+        int(rows),
+        int(columns),
+        int(q.size(3)),
+        float(scale),
+        float(dropout_p),
+        dropout_p > 0 ? inputs.seed(seed) : nullptr,
+        dtype_of(dtype == ScalarType::BFloat16)};
+    call.q = inputs.tokens("q", q);
+    call.k = inputs.tokens("k", k);
+    call.v = inputs.tokens("v", v);
+    call.pos_weight = inputs.floats("pos_weight", pos_weight, 3 * q.size(1));
+    call.gate = inputs.floats("gate", gate, q.size(1));
+    return call;
 }
 
-/// `t` in new memory, without gaps.
-Tensor copy_of(const Tensor& t, ScalarType dtype) {
-    constexpr auto same = std::nullopt;
-    return torch::stable::to(t, dtype, same, same, same, false, true, torch::headeronly::MemoryFormat::Contiguous);
-}
-
-gpsa::Tensor struct_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-
-/// `t`, of q's shape and dtype. Where its rows cannot be read 16 bytes at a time, a copy that `copies` keeps.
-gpsa::Tensor tokens_of(const char* name, const Tensor& t, const Tensor& q, std::vector<Tensor>& copies) {
-    check_device(name, t, q);
-    STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), name, " must have q's dtype");
-    STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, got ", t.dim());
-    bool readable = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.data_ptr()) % row_alignment == 0;
-    for (int axis = 0; axis < 4; ++axis) {
-        STD_TORCH_CHECK(
-            t.size(axis) == q.size(axis), name, " must have q's size ", q.size(axis), " in dimension ", axis, ", got ",
-            t.size(axis));
-        readable &= axis == 3 || t.size(axis) <= 1 || t.stride(axis) * element_bytes % row_alignment == 0;
-    }
-    return struct_of(readable ? t : copies.emplace_back(copy_of(t, t.scalar_type())));
-}
-
-/// `count` numbers without gaps in float32, copied into `copies` if they are not.
-const float* floats_of(const char* name, const Tensor& t, int64_t count, const Tensor& q, std::vector<Tensor>& copies) {
-    check_device(name, t, q);
-    STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-    const bool readable = t.scalar_type() == ScalarType::Float && t.is_contiguous();
-    return static_cast<float*>((readable ? t : copies.emplace_back(copy_of(t, ScalarType::Float))).data_ptr());
-}
-
-/// New memory on q's device, as are the next two.
+/// New memory on q's device, as is the next.
 template <size_t dimensions>
 Tensor empty(const int64_t (&sizes)[dimensions], const int64_t (&strides)[dimensions], int32_t dtype, const Tensor& q) {
     int32_t device = 0;
@@ -106,41 +129,31 @@ Tensor empty_output(const Tensor& q) {
     return empty({q.size(0), heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype, q);
 }
 
-/// What the kernels of a call keep between them. It may be freed once they are launched: what uses its memory next
-/// runs after them, on the same stream.
-std::optional<Tensor> empty_workspace(int64_t bytes, const Tensor& q) {
-    return bytes ? std::optional(empty({bytes}, {1}, aoti_torch_dtype_uint8(), q)) : std::nullopt;
-}
-
 gpsa::Sizes sizes_for(const gpsa::Problem& problem, const Tensor& q) {
     return gpsa::sizes(problem, q.is_cuda() ? q.get_device_index() : -1);
 }
 
-/// Calls `launch` with the current stream of q's device, with that device current.
-template <typename Arguments>
-void launch_on(const Tensor& q, const char* (*launch)(const Arguments&, cudaStream_t), const Arguments& arguments) {
+/// Calls `launch` with a workspace and the current stream of q's device, with that device current. The workspace may be
+/// freed once kernels are launched: what uses its memory next runs after them, on the same stream.
+template <typename Call>
+void launch_on(const Tensor& q, const char* (*launch)(const Call&, cudaStream_t), Call& call, int64_t workspace_bytes) {
+    std::optional<Tensor> workspace;
+    if (workspace_bytes > 0) workspace = empty({workspace_bytes}, {1}, aoti_torch_dtype_uint8(), q);
+    call.workspace = workspace ? workspace->data_ptr() : nullptr;
     STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device");
-    if (q.numel() == 0) {
-        return;
-    }
+    if (q.numel() == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-    const char* error = launch(arguments, static_cast<cudaStream_t>(stream));
+    const char* error = launch(call, static_cast<cudaStream_t>(stream));
     STD_TORCH_CHECK(error == nullptr, "gpsa_cuda: ", error);
 }
 
 std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight, const Tensor& gate,
     const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale, double dropout_p, bool save) {
-    gpsa::Forward call{};
-    std::vector<Tensor> copies;
-    call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
-    call.q = tokens_of("q", q, q, copies);
-    call.k = tokens_of("k", k, q, copies);
-    call.v = tokens_of("v", v, q, copies);
-    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q, copies);
-    call.gate = floats_of("gate", gate, q.size(1), q, copies);
+    Inputs inputs(q);
+    auto call = call_of<gpsa::Forward>(inputs, q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p);
     const gpsa::Sizes sizes = sizes_for(call.problem, q);
     const Tensor out = empty_output(q);
     call.out = struct_of(out);
@@ -154,9 +167,7 @@ std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
         logsumexp = empty({q.size(0), heads, tokens}, {heads * tokens, tokens, 1}, aoti_torch_dtype_float32(), q);
         call.logsumexp = static_cast<float*>(logsumexp->data_ptr());
     }
-    const auto workspace = empty_workspace(save ? sizes.forward_workspace : sizes.inference_workspace, q);
-    call.workspace = workspace ? workspace->data_ptr() : nullptr;
-    launch_on(q, gpsa::launch_forward, call);
+    launch_on(q, gpsa::launch_forward, call, save ? sizes.forward_workspace : sizes.inference_workspace);
     return {out, content, logsumexp};
 }
 
@@ -174,18 +185,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pos_weight,
     const Tensor& gate, const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale,
     double dropout_p, const std::optional<Tensor>& content, const Tensor& logsumexp) {
-    gpsa::Backward call{};
-    std::vector<Tensor> copies;
-    call.problem = problem_of(q, seed, rows, columns, scale, dropout_p);
-    call.grad_out = tokens_of("grad_out", grad_out, q, copies);
-    call.q = tokens_of("q", q, q, copies);
-    call.k = tokens_of("k", k, q, copies);
-    call.v = tokens_of("v", v, q, copies);
-    call.pos_weight = floats_of("pos_weight", pos_weight, 3 * q.size(1), q, copies);
-    call.gate = floats_of("gate", gate, q.size(1), q, copies);
-    call.logsumexp = floats_of("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2), q, copies);
+    Inputs inputs(q);
+    auto call = call_of<gpsa::Backward>(inputs, q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p);
+    call.grad_out = inputs.tokens("grad_out", grad_out);
+    call.logsumexp = inputs.floats("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2));
     const gpsa::Sizes sizes = sizes_for(call.problem, q);
-    if (content && sizes.content) call.content = tokens_of("content", *content, q, copies);
+    if (content && sizes.content) call.content = inputs.tokens("content", *content);
     const Tensor grad_q = empty_output(q), grad_k = empty_output(q), grad_v = empty_output(q);
     call.grad_q = struct_of(grad_q);
     call.grad_k = struct_of(grad_k);
@@ -193,9 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const int64_t numbers = 4 * q.size(1);
     const Tensor sums = empty({q.size(0) * sizes.slots, numbers}, {numbers, 1}, aoti_torch_dtype_float32(), q);
     call.sums = static_cast<float*>(sums.data_ptr());
-    const auto workspace = empty_workspace(sizes.backward_workspace, q);
-    call.workspace = workspace ? workspace->data_ptr() : nullptr;
-    launch_on(q, gpsa::launch_backward, call);
+    launch_on(q, gpsa::launch_backward, call, sizes.backward_workspace);
     const int64_t first = 0;
     Tensor total = torch::stable::sum(sums, torch::headeronly::IntHeaderOnlyArrayRef(&first, 1));
     const ScalarType dtype = pos_weight.scalar_type();
@@ -205,14 +208,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 /// Whether backward of a shape, for any batch and heads, reads the content branch's own output on a device.
 bool saves_content(int64_t rows, int64_t columns, int64_t head_dim, bool bfloat16, double dropout_p, int64_t device) {
-    gpsa::Problem problem{};
-    problem.batch = problem.heads = 1;
-    problem.rows = static_cast<int>(rows);
-    problem.columns = static_cast<int>(columns);
-    problem.head_dim = static_cast<int>(head_dim);
-    problem.dropout_p = static_cast<float>(dropout_p);
-    problem.dtype = bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16;
-    return gpsa::sizes(problem, static_cast<int>(device)).content;
+    const gpsa::Problem problem{
+        1, 1, int(rows), int(columns), int(head_dim), 1.0f, float(dropout_p), nullptr, dtype_of(bfloat16)};
+    return gpsa::sizes(problem, int(device)).content;
 }
 
 }  // namespace

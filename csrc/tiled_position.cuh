@@ -1,68 +1,42 @@
 // The positional branch for grids of any size: its statistics, and products with an axis' table along the lines.
 //
-//   R = Ay (x) Ax,   A[i, j] = softmax_j(w d + w2 d^2),  d = j - i,  along an axis
-//
 // R V is V mixed along x, then along y. A line's tokens stream through shared memory, 64 at a time, whole rows of
 // channels: what is read and written is contiguous, and a line may be of any length. (A slab of all tokens and a few
 // channels would mix along both axes at once, but reads pieces of rows, and must fit in shared memory.) Entries of A
 // are formed in registers. Traffic of a block: its lines' tokens once, its own tokens of the result once.
 #pragma once
 
-#include <type_traits>
-
 #include "position.cuh"
-#include "tiled_rows.cuh"
+#include "tiled.cuh"
 
 namespace gpsa {
 
-/// One axis of one head, with its statistics in global memory: of a coordinate, log2 of the softmax's normaliser, and
-/// the means of d and d^2 under its row of A.
-class GridAxis {
-public:
-    const int size;
+using GridAxis = Axis<Global<const float>>;
 
-    GPSA_DEVICE GridAxis(const Problem& problem, const float* pos_weight, const float* statistics, int head, bool is_x)
-        : size(is_x ? problem.columns : problem.rows),
-          stride(problem.rows + problem.columns),
-          linear(load(Global<const float>(pos_weight) + (3 * head + (is_x ? 0 : 1))) * log2_e),
-          square(load(Global<const float>(pos_weight) + (3 * head + 2)) * log2_e),
-          statistics(Global<const float>(statistics) + (int64_t{3} * head * stride + (is_x ? 0 : problem.columns))) {}
-
-    /// Of a token, along x.
-    GPSA_DEVICE int row_of(int token) const { return static_cast<unsigned>(token) / static_cast<unsigned>(size); }
-    GPSA_DEVICE float log2_normaliser(int i) const { return load(statistics + smaller(i, size - 1)); }
-    GPSA_DEVICE float mean(int i) const { return load(statistics + (stride + smaller(i, size - 1))); }
-    GPSA_DEVICE float mean_square(int i) const { return load(statistics + (2 * stride + smaller(i, size - 1))); }
-
-    GPSA_DEVICE float score(float d) const { return d * (linear + square * d); }
-    /// A[i, j], 0 outside of the axis.
-    GPSA_DEVICE float entry(int i, int j, float normaliser) const {
-        return i < size && j < size ? exp2_approx(score(static_cast<float>(j - i)) - normaliser) : 0.0f;
-    }
-
-private:
-    const int stride;
-    const float linear, square;
-    const Global<const float> statistics;
-};
-
-/// R entry by entry, from those statistics.
-GPSA_DEVICE DensePosition<GridAxis> dense_position(
-    const Problem& problem, const float* pos_weight, const float* statistics, int head) {
-    return {{problem, pos_weight, statistics, head, true}, {problem, pos_weight, statistics, head, false}};
-}
-
-struct StatisticsCall {
+/// `statistics`: (H, C + R, 3) float32, along x, then along y.
+struct PositionCall {
     Problem problem;
     const float* pos_weight;
     float* statistics;
+
+    /// Where an axis' statistics begin.
+    GPSA_DEVICE int64_t first(int head, bool is_x) const {
+        return 3 * (int64_t{head} * (problem.rows + problem.columns) + (is_x ? 0 : problem.columns));
+    }
+    GPSA_DEVICE GridAxis axis(int head, bool is_x) const {
+        const Global<const float> weights = Global<const float>(pos_weight) + 3 * head;
+        return {
+            is_x ? problem.columns : problem.rows, load(weights + (is_x ? 0 : 1)), load(weights + 2),
+            Global<const float>(statistics) + first(head, is_x)};
+    }
+    GPSA_DEVICE DensePosition<GridAxis> axes(int head) const { return {axis(head, true), axis(head, false)}; }
 };
 
 /// The statistics of both axes, a warp per head and coordinate.
-struct PositionStatistics {
-    using Call = StatisticsCall;
-    static constexpr int blocks_per_multiprocessor = 8;
+struct PositionStatistics : TiledKernel {
+    using Call = PositionCall;
 
+    static constexpr int least_blocks(int architecture) { return sharing(8, architecture); }
     static int shared_bytes() { return 0; }
     static int64_t blocks(const Call& call) {
         const Problem& p = call.problem;
@@ -73,72 +47,23 @@ struct PositionStatistics {
         const int both = call.problem.rows + call.problem.columns;
         const int64_t item = int64_t{block_x()} * (threads() / 32) + warp();
         if (item >= int64_t{call.problem.heads} * both) return;
-        const int head = static_cast<int>(item / both), coordinate = static_cast<int>(item % both);
+        const int head = int(item / both), coordinate = int(item % both);
         const bool is_x = coordinate < call.problem.columns;
-        const GridAxis axis(call.problem, call.pos_weight, call.statistics, head, is_x);
-        const int i = is_x ? coordinate : coordinate - call.problem.columns;
-        float largest = -INFINITY;
-        for (int j = lane(); j < axis.size; j += 32) largest = maximum(largest, axis.score(static_cast<float>(j - i)));
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
-        float sum = 0, mean = 0, mean_square = 0;
-        for (int j = lane(); j < axis.size; j += 32) {
-            const float d = static_cast<float>(j - i), weight = exp2_approx(axis.score(d) - largest);
-            sum += weight;
-            mean += weight * d;
-            mean_square += weight * d * d;
-        }
-        sum = warp_sum(sum);
-        mean = warp_sum(mean);
-        mean_square = warp_sum(mean_square);
-        if (lane() == 0) {
-            const Global<float> to = Global<float>(call.statistics) + (int64_t{3} * head * both + coordinate);
-            store(to, largest + log2_approx(sum));
-            store(to + both, mean / sum);
-            store(to + 2 * both, mean_square / sum);
-        }
+        call.axis(head, is_x)
+            .prepare<32>(
+                is_x ? coordinate : coordinate - call.problem.columns,
+                Global<float>(call.statistics) + call.first(head, is_x));
     }
 };
 
-/// Starts copying a block's lines, coordinates start to start + width - 1 of each, one line after the other; zeros
-/// where there is no token or channel.
-template <typename E, int channels>
-GPSA_DEVICE void copy_lines(
-    const Rows<E, channels>& rows, Global<const E> from, int64_t stride, const Lines& lines, int first_line, int start,
-    int head_dim) {
-    constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
-    for (int row = thread() / beside; row < lines.together() * lines.width(); row += threads() / beside) {
-        const int own_line = row >> (4 + lines.log2_room()), line = first_line + own_line;
-        const int i = start + row - own_line * lines.width();
-        copy_chunks<chunks>(
-            rows.chunk(row, thread() % beside), from + lines.token(line, i) * stride,
-            line < lines.count && i < lines.size, head_dim);
-    }
-}
-
-/// 16 accumulated rows of this warp, coordinates first to first + 15 of a line, rounded, by way of `staged` to global
-/// memory, 16 bytes a lane.
-template <typename E, int channels>
-GPSA_DEVICE void store_line_rows(
-    const Sum* sums, const Rows<E, channels>& staged, Global<E> to, int64_t stride, const Lines& lines, int line,
-    int first, int head_dim) {
-    stage_rows<E, channels>(sums, staged);
-    sync_warp();
-    store_rows<channels / 8>(
-        to + lines.token(line, 0) * stride, lines.step * stride, first, lines.size, 0, head_dim,
-        [&](int i, int chunk) { return staged.chunk(i - first, chunk); });
-}
-
 struct MixCall {
-    Problem problem;
+    PositionCall position;
     Lines lines;
-    const float* pos_weight;
-    const float* statistics;
     Tensor from, to;
-    Tensor values;  // of the rest, what only the backward kernel has
-    const float* gate;
-    float* sums;  // of Backward
-    int slots, first_slot;
+    Tensor values{};  // of the rest, what only the backward kernel has
+    const float* gate = nullptr;
+    float* sums = nullptr;  // of Backward
+    int slots = 0, first_slot = 0;
 };
 
 /// to = A from along every line. Backward: to = A^T from, `from` being a gradient of what `values` was mixed into, and
@@ -146,173 +71,177 @@ struct MixCall {
 ///   dA[i, j] = sum over lines and channels of from[i] values[j],   dw = g sum of A (d - mean of d) dA,
 /// and of g (1 - g) sum of A dA. All are sums over the entries of A^T, so its rows may be shared out over blocks. The
 /// pass along y comes first: what it writes, and the one along x then reads and writes, carries early_share().
-template <typename Config, bool backward>
-struct MixLines {
-    using E = typename Config::E;
+template <typename E_, int channels_, bool backward>
+struct MixLines : TiledKernel {
+    using E = E_;
     using Call = MixCall;
-    static constexpr int channels = Config::channels;
-    static constexpr int blocks_per_multiprocessor = channels > 64 ? 2 : channels > 48 && backward ? 3 : 4;
+    static constexpr int channels = channels_;
 
+    static constexpr int least_blocks(int architecture) {
+        return sharing(channels > 64 ? 2 : channels > 48 && backward ? 3 : 4, architecture);
+    }
     static int shared_bytes() { return (backward ? 3 : 2) * tile_tokens * channels * 2 + (backward ? 4 * 3 * 4 : 0); }
-    static int64_t blocks(const Call& call) { return call.problem.batch * call.problem.heads * call.lines.blocks(); }
+    static int64_t blocks(const Call& call) {
+        return call.position.problem.batch * call.position.problem.heads * call.lines.blocks();
+    }
 
     GPSA_DEVICE static void run(const Call& call) {
-        const Problem& problem = call.problem;
         const Lines& lines = call.lines;
-        const int batch_head = block_x() / lines.blocks(), block = block_x() % lines.blocks();
-        const int batch = batch_head / problem.heads, head = batch_head % problem.heads;
-        const int first_line = block / lines.blocks_per_line() * lines.together();
-        const int first = block % lines.blocks_per_line() * lines.width();  // coordinate of the result
-        const int own_line = warp() >> lines.log2_room(), own_tile = warp() - (own_line << lines.log2_room());
-        const int own_row = first + 16 * own_tile;
-        const bool idle = own_tile >= lines.tiles() || first_line + own_line >= lines.count;
-
+        const int head_dim = call.position.problem.head_dim;
+        const Place place(call);
         SharedMemory memory;
         const Shared<E> streamed = memory.array<E>(2 * tile_tokens * channels, "streamed");
-        const Global<const E> from = rows_of<const E>(call.from, batch, head);
+        const Global<const E> from = rows_of<const E>(call.from, place.batch, place.head);
         const auto fetch = [&](int start, int stage) {
-            copy_lines<E, channels>(
-                {streamed, stage * tile_tokens}, from, call.from.token, lines, first_line, start, problem.head_dim);
+            copy_lines({streamed, stage * tile_tokens}, from, call.from.token, call, place.first_line, start);
             copy_commit();
         };
-        const GridAxis axis(problem, call.pos_weight, call.statistics, head, lines.along_x);
-        Factor factor(call, axis, memory, batch, head, first_line, first, own_row);
+        const GridAxis axis = call.position.axis(place.head, lines.along_x);
+        Factor factor(call, axis, memory, place);
         fetch(0, 0);
         copy_wait<0>();
         sync_block();
-        if (!idle) factor.prepare();
+        if (!place.idle) factor.prepare();
 
         Sum sums[channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
         for (int start = 0; start < lines.size; start += lines.width(), stage ^= 1) {
             if (start + lines.width() < lines.size) fetch(start + lines.width(), stage ^ 1);
-            const Rows<E, channels> line{streamed, stage * tile_tokens + own_line * lines.width()};
+            const Tokens line{streamed, stage * tile_tokens + place.own_line * lines.width()};
 #pragma unroll 1
-            for (int tile = 0; !idle && tile < lines.tiles() && start + 16 * tile < lines.size; ++tile) {
+            for (int tile = 0; !place.idle && tile < lines.tiles() && start + 16 * tile < lines.size; ++tile) {
                 const auto at = [&](int i, int chunk) { return line.chunk(16 * tile + i, chunk); };
-                const Left a = factor.tile(axis, own_row, start + 16 * tile, at);
-#pragma unroll
-                for (int s = 0; s < channels / 16; ++s) {
-                    const Right b = load_right_over_tokens<E>(s, at);
-                    multiply<E>(&sums[2 * s], a, b);
-                }
+                add_over_tokens<E, channels>(sums, factor.tile(axis, place.own_row, start + 16 * tile, at), at);
             }
             copy_wait<0>();
             sync_block();
         }
-        if (!idle) {
+        if (!place.idle) {
             factor.scale(call, sums);
-            store_line_rows<E, channels>(
-                sums, {streamed, 16 * warp()}, rows_of<E>(call.to, batch, head), call.to.token, lines,
-                first_line + own_line, own_row, problem.head_dim);
+            const int64_t token = lines.token(place.first_line + place.own_line, 0), stride = call.to.token;
+            store_own_rows<E, channels>(
+                sums, {streamed, 16 * warp()}, rows_of<E>(call.to, place.batch, place.head) + token * stride,
+                lines.step * stride, place.own_row, lines.size, head_dim);
         }
-        factor.finish(call, batch_head, block);
+        factor.finish(call, place);
     }
 
 private:
+    using Tokens = Rows<E, channels>;
+
+    /// Which lines and coordinates of which (batch, head) a block has, and which of them this warp.
+    struct Place {
+        int batch, head, block, first_line, first, own_line, own_row;
+        bool idle;
+
+        GPSA_DEVICE explicit Place(const Call& call) {
+            const Lines& lines = call.lines;
+            const int batch_head = block_x() / lines.blocks();
+            block = block_x() % lines.blocks();
+            batch = batch_head / call.position.problem.heads;
+            head = batch_head % call.position.problem.heads;
+            first_line = block / lines.blocks_per_line() * lines.together();
+            first = block % lines.blocks_per_line() * lines.width();  // coordinate of the result
+            own_line = warp() >> lines.log2_room();
+            const int own_tile = warp() - (own_line << lines.log2_room());
+            own_row = first + 16 * own_tile;
+            idle = own_tile >= lines.tiles() || first_line + own_line >= lines.count;
+        }
+    };
+
+    /// Starts copying a block's lines, coordinates start to start + width - 1 of each, one line after the other; zeros
+    /// where there is no token or channel.
+    GPSA_DEVICE static void copy_lines(
+        const Tokens& rows, Global<const E> from, int64_t stride, const Call& call, int first_line, int start) {
+        constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
+        const Lines& lines = call.lines;
+        for (int row = thread() / beside; row < lines.together() * lines.width(); row += threads() / beside) {
+            const int own_line = row >> (4 + lines.log2_room()), line = first_line + own_line;
+            const int i = start + row - own_line * lines.width();
+            copy_chunks<chunks>(
+                rows.chunk(row, thread() % beside), from + lines.token(line, i) * stride,
+                line < lines.count && i < lines.size, call.position.problem.head_dim);
+        }
+    }
+
     /// Tiles of A. An entry's row is the own coordinate.
     struct Table {
-        float normaliser[2];
+        float shift[2];
 
-        GPSA_DEVICE Table(const Call&, const GridAxis& axis, SharedMemory&, int64_t, int, int, int, int own_row) {
-            for (int half = 0; half < 2; ++half) {
-                normaliser[half] = axis.log2_normaliser(own_row + fragment_row() + 8 * half);
-            }
+        GPSA_DEVICE Table(const Call&, const GridAxis& axis, SharedMemory&, const Place& place) {
+            axis.load_shifts(shift, place.own_row);
         }
         GPSA_DEVICE void prepare() {}
 
         template <typename At>
         GPSA_DEVICE Left tile(const GridAxis& axis, int own_row, int start, At) {
-            Sum entries[2];
-            for (int n = 0; n < 2; ++n) {
-                for (int i = 0; i < 4; ++i) {
-                    entries[n].values[i] = axis.entry(
-                        own_row + fragment_row() + i / 2 * 8, start + 8 * n + fragment_column() + i % 2,
-                        normaliser[i / 2]);
-                }
-            }
-            return as_left<E>(entries);
+            return axis.template tile<E>(own_row, start, shift);
         }
         GPSA_DEVICE void scale(const Call&, Sum*) {}
-        GPSA_DEVICE void finish(const Call&, int64_t, int) {}
+        GPSA_DEVICE void finish(const Call&, const Place&) {}
     };
 
     /// Tiles of A^T. An entry's column of A is the own coordinate.
     struct Transposed {
-        const Rows<E, channels> values;
+        const Tokens values;
         const Shared<float> partial;
         const float gate;
         Left own[channels / 16];
-        float linear = 0, square = 0, total = 0;
+        float sums[3] = {};
 
-        GPSA_DEVICE Transposed(
-            const Call& call, const GridAxis&, SharedMemory& memory, int64_t batch, int head, int first_line, int first,
-            int)
+        GPSA_DEVICE Transposed(const Call& call, const GridAxis&, SharedMemory& memory, const Place& place)
             : values{memory.array<E>(tile_tokens * channels, "values")},
               partial(memory.array<float>(12, "sums")),
-              gate(load(Global<const float>(call.gate) + head)) {
-            copy_lines<E, channels>(
-                values, rows_of<const E>(call.values, batch, head), call.values.token, call.lines, first_line, first,
-                call.problem.head_dim);
+              gate(load(Global<const float>(call.gate) + place.head)) {
+            copy_lines(
+                values, rows_of<const E>(call.values, place.batch, place.head), call.values.token, call,
+                place.first_line, place.first);
         }
-        GPSA_DEVICE void prepare() {
-#pragma unroll
-            for (int s = 0; s < channels / 16; ++s) {
-                own[s] = load_left<E>(s, [&](int i, int chunk) { return values.chunk(16 * warp() + i, chunk); });
-            }
-        }
+        GPSA_DEVICE void prepare() { load_own_rows(own, values.tile(warp())); }
 
         template <typename At>
         GPSA_DEVICE Left tile(const GridAxis& axis, int own_row, int start, At at) {
             Sum grads[2] = {}, entries[2];
+            add_over_channels<E>(grads, own, at);
+            each_column([&](int n, int c, int column) {
+                const int i = start + column;
+                const float shift = axis.log2_normaliser(i), mean = axis.mean(i), mean_square = axis.mean_square(i);
 #pragma unroll
-            for (int s = 0; s < channels / 16; ++s) multiply<E>(grads, own[s], load_right_over_channels<E>(s, at));
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int i = start + 8 * n + fragment_column() + c;
-                    const float normaliser = axis.log2_normaliser(i);
-                    const float mean = axis.mean(i), mean_square = axis.mean_square(i);
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const int j = own_row + fragment_row() + 8 * half;
-                        const float d = static_cast<float>(j - i), entry = axis.entry(i, j, normaliser);
-                        const float share = entry * grads[n].values[2 * half + c];
-                        linear += share * (d - mean);
-                        square += share * (d * d - mean_square);
-                        total += share;
-                        entries[n].values[2 * half + c] = entry;
-                    }
+                for (int half = 0; half < 2; ++half) {
+                    const int j = own_row + fragment_row() + 8 * half;
+                    const float d = float(j - i), entry = axis.entry(i, j, shift);
+                    const float share = entry * grads[n].values[2 * half + c];
+                    sums[0] += share * (d - mean);
+                    sums[1] += share * (d * d - mean_square);
+                    sums[2] += share;
+                    entries[n].values[2 * half + c] = entry;
                 }
-            }
+            });
             return as_left<E>(entries);
         }
 
         GPSA_DEVICE float early(const Call& call) const {
-            return early_share(sigmoid(gate), call.problem.rows * call.problem.columns);
+            return early_share(sigmoid(gate), call.position.problem.rows * call.position.problem.columns);
         }
         GPSA_DEVICE void scale(const Call& call, Sum* sums) const {
-            if (!call.lines.along_x) scale_rows<channels>(sums, early(call));
+            if (!call.lines.along_x) gpsa::scale<channels / 8>(sums, early(call));
         }
 
-        GPSA_DEVICE void finish(const Call& call, int64_t batch_head, int block) {
-            const float sums[3] = {linear, square, total};
-            float of_block[3];
-            add_up(of_block, sums, partial);
-            if (thread() == 0) {
-                const bool along_x = call.lines.along_x;
-                const float open = sigmoid(gate), late = along_x ? open / early(call) : open;
-                const int heads = call.problem.heads, head = static_cast<int>(batch_head % heads);
-                const int64_t slot = batch_head / heads * call.slots + call.first_slot + block;
-                const auto sum = [&](int n) { return sum_of(call.sums, slot, heads, head, n); };
-                // sum dO * O_pos is sum A dA of either axis: the one along y tells it
-                store(sum(0), along_x ? late * of_block[0] : 0);
-                store(sum(1), along_x ? 0 : late * of_block[0]);
-                store(sum(2), late * of_block[1]);
-                store(sum(3), along_x ? 0 : open * sigmoid(-gate) * of_block[2]);
-            }
+        GPSA_DEVICE void finish(const Call& call, const Place& place) {
+            store_partial<3>(partial, sums);
+            sync_block();
+            if (thread() > 0) return;
+            const bool along_x = call.lines.along_x;
+            const float open = sigmoid(gate), late = along_x ? open / early(call) : open;
+            const int64_t slot = int64_t{place.batch} * call.slots + call.first_slot + place.block;
+            const auto sum = [&](int n) { return sum_of(call.sums, slot, call.position.problem.heads, place.head, n); };
+            // sum dO * O_pos is sum A dA of either axis: the one along y tells it
+            const float linear = late * total<3>(partial, tiled_warps, 0);
+            store(sum(0), along_x ? linear : 0);
+            store(sum(1), along_x ? 0 : linear);
+            store(sum(2), late * total<3>(partial, tiled_warps, 1));
+            store(sum(3), along_x ? 0 : open * sigmoid(-gate) * total<3>(partial, tiled_warps, 2));
         }
     };
 

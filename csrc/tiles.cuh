@@ -1,9 +1,10 @@
-// Typed tiles and the small verbs the kernels are written in: rows of channels in shared memory, operands and
-// accumulators of a matrix product in the registers of a warp.
+// The verbs that the kernels are written in: rows of channels in shared memory, operands and accumulators of matrix
+// products in a warp's registers.
 #pragma once
 
 #include <cfloat>
 #include <cstring>
+#include <type_traits>
 
 #include "gpsa.h"
 #include "primitives.h"
@@ -13,17 +14,42 @@ namespace gpsa {
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float ln_2 = 0.6931471805599453f;
 
+GPSA_HOST_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+GPSA_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-x * log2_e)); }
+
+/// visit(element, channels, has_dropout): what the kernels of a problem of head_dim `most` at most are compiled for.
+/// Rows of head_dim channels are padded to `channels` in shared memory.
+template <int most = 128, typename Visit>
+auto dispatch(const Problem& problem, Visit visit) {
+    const auto with_channels = [&](auto element, auto channels) {
+        if (problem.dropout_p > 0) return visit(element, channels, std::true_type{});
+        return visit(element, channels, std::false_type{});
+    };
+    const auto with_element = [&](auto element) {
+        if (problem.head_dim <= 32) return with_channels(element, std::integral_constant<int, 32>{});
+        if (problem.head_dim <= 48) return with_channels(element, std::integral_constant<int, 48>{});
+        if constexpr (most > 64) {
+            if (problem.head_dim > 64) return with_channels(element, std::integral_constant<int, 128>{});
+        }
+        return with_channels(element, std::integral_constant<int, 64>{});
+    };
+    return problem.dtype == Dtype::float16 ? with_element(Half{}) : with_element(Bfloat16{});
+}
+
+// Rows in shared memory.
+
 /// Into groups of how many chunks a row is divided, within which they are swizzled.
 template <int chunks>
 constexpr int chunk_group = chunks % 8 == 0 ? 8 : (chunks % 4 == 0 ? 4 : 2);
 
-/// What to add to a row's chunks, by exclusive or, so that 8 consecutive rows' chunks of one column lie in 8 different
-/// groups of 4 banks. Without it a row advances by chunks % 8 groups, and comes round after `period` rows.
+/// What to add to a row's chunks, by exclusive or, so that 8 consecutive rows' chunks of one column, which ldmatrix and
+/// cp.async move at a time, lie in different groups of 4 banks: 48 channels' chunk c of row r is at c ^ (r / 4 % 2).
 template <int chunks>
 GPSA_DEVICE int swizzle(unsigned row) {
     static_assert(chunks % 2 == 0 && (chunks % 8 == 0 || chunks < 8), "the swizzled chunk must be in the row");
     constexpr unsigned shared_factor = chunk_group<chunks>, period = 8 / shared_factor;
-    return static_cast<int>(row / period % shared_factor);
+    return int(row / period % shared_factor);
 }
 
 /// A chunk of the row that begins `row_start` elements after `base`. The group is added last: all groups are then
@@ -37,7 +63,6 @@ GPSA_DEVICE Shared<E> chunk_of_row(Shared<E> base, int row_start, int row, int c
 /// Rows of `channels` elements, one per token.
 template <typename E, int channels>
 struct Rows {
-    static constexpr int chunks = channels / 8;
     Shared<E> base;
     int first = 0;  // row of the array that is row 0 here
 
@@ -45,7 +70,7 @@ struct Rows {
     GPSA_DEVICE Rows tile(int n) const { return {base, first + 16 * n}; }
 
     GPSA_DEVICE Shared<E> chunk(int row, int chunk) const {
-        return chunk_of_row<chunks>(base, (first + row) * channels, first + row, chunk);
+        return chunk_of_row<channels / 8>(base, (first + row) * channels, first + row, chunk);
     }
     /// The same of row 16 tile + row: with `tile` known to the compiler one address serves all tiles.
     GPSA_DEVICE Shared<E> chunk(int row, int chunk_, int tile) const {
@@ -53,11 +78,18 @@ struct Rows {
     }
 };
 
-/// Divides tokens by the columns of their grid, of at most 256 tokens: a multiplication instead of a division.
+/// Divides tokens by the columns of their grid.
 struct Columns {
+    const int count;
+
+    GPSA_DEVICE explicit Columns(int count) : count(count) {}
+    GPSA_DEVICE int row_of(int token) const { return unsigned(token) / unsigned(count); }
+};
+/// The same of at most 256 tokens: by a multiplication.
+struct FewColumns {
     const int count, reciprocal;  // in units of 2^-16
 
-    GPSA_DEVICE explicit Columns(int count) : count(count), reciprocal(0x10000u / count + 1) {}
+    GPSA_DEVICE explicit FewColumns(int count) : count(count), reciprocal(0x10000u / count + 1) {}
     GPSA_DEVICE int row_of(int token) const { return token * reciprocal >> 16; }
 };
 
@@ -95,7 +127,7 @@ public:
     }
 
 private:
-    const Columns columns;
+    const FewColumns columns;
 
     /// By how many chunks.
     GPSA_HOST_DEVICE static int late(unsigned y, int columns) {
@@ -105,6 +137,8 @@ private:
     }
 };
 
+// Operands and accumulators. Where an accumulator's columns are, r = fragment_row() and t = fragment_column().
+
 /// A (16, 16) left operand.
 struct Left {
     uint32_t words[4];
@@ -113,13 +147,49 @@ struct Left {
 struct Right {
     uint32_t words[4];
 };
-/// A (16, 8) accumulator. This lane holds columns t, t + 1 of rows r, r + 8; r = fragment_row(), t = fragment_column().
+/// A (16, 8) accumulator. This lane holds columns t, t + 1 of row r, then of row r + 8.
 struct Sum {
     float values[4];
 };
 
 GPSA_DEVICE int fragment_row() { return lane() / 4; }
 GPSA_DEVICE int fragment_column() { return lane() % 4 * 2; }
+
+/// visit(n, i) for values[i] of the n-th of `count` accumulators.
+template <int count, typename Visit>
+GPSA_DEVICE void each_value(Visit visit) {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) visit(n, i);
+    }
+}
+
+/// visit(half, n) for values[2 half] and values[2 half + 1] of the n-th: columns t, t + 1 of row r + 8 half.
+template <int count, typename Visit>
+GPSA_DEVICE void each_pair(Visit visit) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < count; ++n) visit(half, n);
+    }
+}
+
+/// visit(n, c, column) for the columns that this lane has of two accumulators side by side: values[c] and values[2 + c]
+/// of the n-th.
+template <typename Visit>
+GPSA_DEVICE void each_column(Visit visit) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) visit(n, c, 8 * n + fragment_column() + c);
+    }
+}
+
+template <int count>
+GPSA_DEVICE void scale(Sum* sums, float factor) {
+    each_value<count>([&](int n, int i) { sums[n].values[i] *= factor; });
+}
 
 /// sums[0], sums[1] += a b.
 template <typename E>
@@ -171,18 +241,25 @@ GPSA_DEVICE Right load_right_over_tokens(int s, At at) {
     return b;
 }
 
-/// The same where this lane's part is, its channels summed over, or its tokens.
-template <typename E>
-GPSA_DEVICE Right load_right(Shared<E> at) {
-    Right b;
-    ldmatrix_x4<E>(b.words, at);
-    return b;
+/// load_left of all channels.
+template <typename E, int steps, typename At>
+GPSA_DEVICE void load_left(Left (&a)[steps], At at) {
+#pragma unroll
+    for (int s = 0; s < steps; ++s) a[s] = load_left<E>(s, at);
 }
-template <typename E>
-GPSA_DEVICE Right load_right_transposed(Shared<E> at) {
-    Right b;
-    ldmatrix_x4_trans<E>(b.words, at);
-    return b;
+
+/// (16, 16) sums += a times 16 tokens, over all channels.
+template <typename E, int steps, typename At>
+GPSA_DEVICE void add_over_channels(Sum* sums, const Left (&a)[steps], At at) {
+#pragma unroll
+    for (int s = 0; s < steps; ++s) multiply<E>(sums, a[s], load_right_over_channels<E>(s, at));
+}
+
+/// (16, channels) sums += a times 16 tokens, over these.
+template <typename E, int channels, typename At>
+GPSA_DEVICE void add_over_tokens(Sum* sums, const Left& a, At at) {
+#pragma unroll
+    for (int s = 0; s < channels / 16; ++s) multiply<E>(&sums[2 * s], a, load_right_over_tokens<E>(s, at));
 }
 
 /// Where a lane's part of a right operand is, in elements after its first row: formed once for all operands in rows
@@ -206,21 +283,50 @@ private:
     }
 };
 
-/// The largest value, or the sum, of the four lanes that hold a row of an accumulator.
-GPSA_DEVICE float row_maximum(float x) {
-    x = maximum(x, shuffle_xor(x, 1));
-    return maximum(x, shuffle_xor(x, 2));
+/// The operand there, its channels summed over, or its tokens.
+template <typename E>
+GPSA_DEVICE Right load_right(Shared<E> at) {
+    Right b;
+    ldmatrix_x4<E>(b.words, at);
+    return b;
 }
-GPSA_DEVICE float row_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
+template <typename E>
+GPSA_DEVICE Right load_right_transposed(Shared<E> at) {
+    Right b;
+    ldmatrix_x4_trans<E>(b.words, at);
+    return b;
 }
 
-GPSA_DEVICE float warp_sum(float x) {
-    x = row_sum(x);
-    x += shuffle_xor(x, 4);
-    x += shuffle_xor(x, 8);
-    return x + shuffle_xor(x, 16);
+// Sums and softmaxes over lanes.
+
+/// The sum, or the largest value, of a group of lanes: 4 hold a row of an accumulator, 32 are a warp.
+template <int lanes>
+GPSA_DEVICE float sum_of_lanes(float x) {
+#pragma unroll
+    for (int mask = 1; mask < lanes; mask *= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+template <int lanes>
+GPSA_DEVICE float maximum_of_lanes(float x) {
+#pragma unroll
+    for (int mask = 1; mask < lanes; mask *= 2) x = maximum(x, shuffle_xor(x, mask));
+    return x;
+}
+
+/// What each lane of a block holds of `count` numbers, added up for each warp; after a barrier total() adds these up.
+template <int count>
+GPSA_DEVICE void store_partial(Shared<float> partial, const float (&values)[count]) {
+    float sums[count];
+    for (int n = 0; n < count; ++n) sums[n] = sum_of_lanes<32>(values[n]);
+    const Shared<float> own = partial + count * warp();  // by all lanes: warp() is a shuffle
+    if (lane() > 0) return;
+    for (int n = 0; n < count; ++n) store(own + n, sums[n]);
+}
+template <int count>
+GPSA_DEVICE float total(Shared<float> partial, int warps, int n) {
+    float sum = 0;
+    for (int w = 0; w < warps; ++w) sum += load(partial + (count * w + n));
+    return sum;
 }
 
 // Two accumulators side by side have 16 columns, of which a lane holds four: 8 n + t + i in sums[n][i]. Where there
@@ -239,23 +345,81 @@ GPSA_DEVICE float column_sum(const float (&sums)[2][2]) {
     return sum + shuffle_xor(sum, 4);
 }
 
-/// Four floats, at a multiple of 16 bytes.
-GPSA_DEVICE void load_four(float (&to)[2][2], Shared<float> from) {
-    const Chunk chunk = load_chunk<float>(from);
-    std::memcpy(to, chunk.words, sizeof to);
+/// |scale| in the exponent of 2, whose sign the queries get. A scale of 0 becomes one whose products vanish beside 1
+/// but still keep -inf.
+GPSA_DEVICE float log2_scale_of(float scale, Left* q, int count) {
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+        for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
+    }
+    return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
 }
 
-GPSA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+/// scores = -inf where there is no key, of 8 count keys of which `keys` exist.
+template <int count>
+GPSA_DEVICE void mask_keys(Sum* scores, int keys) {
+    each_value<count>([&](int n, int i) {
+        if (8 * n + fragment_column() + i % 2 >= keys) scores[n].values[i] = -INFINITY;
+    });
+}
+
+/// Of rows r and r + 8: the largest of this lane's scores. In pairs: half as long a chain of dependent instructions.
+template <int count>
+GPSA_DEVICE void largest_scores(float (&largest)[2], const Sum* scores) {
+    largest[0] = largest[1] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < count; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float* pair = &scores[n].values[2 * half];
+            largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
+        }
+    }
+}
+
+/// scores = exp(scale scores) relative to 2^shift. Of rows r and r + 8: the sum of this lane's.
+template <int count>
+GPSA_DEVICE void exponentiate(float (&sum)[2], Sum* scores, float log2_scale, const float (&shift)[2]) {
+    sum[0] = sum[1] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < count; ++n) {
+            float* pair = &scores[n].values[2 * half];
+            for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
+            sum[half] += pair[0] + pair[1];
+        }
+    }
+}
+
+/// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of what exponentials are
+/// relative to, and their sum.
+GPSA_DEVICE void store_logsumexp(
+    Global<float> to, int first, int tokens, const float (&shift)[2], const float (&sum)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int token = first + fragment_row() + 8 * half;
+        if (fragment_column() == 0 && token < tokens) {
+            store(to + token, (shift[half] + log2_approx(sum[half])) * ln_2);
+        }
+    }
+}
+
+// Between global memory, shared memory and registers.
+
+/// The first element of a (batch, head).
+template <typename T>
+GPSA_DEVICE Global<T> rows_of(const Tensor& t, int64_t batch, int head) {
+    return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head);
+}
 
 /// Where sum `n` of a head goes in a slot of `sums`: the weights' of all heads, then the gates'.
 GPSA_DEVICE Global<float> sum_of(float* sums, int64_t slot, int heads, int head, int n) {
     return Global<float>(sums) + (4 * slot * heads + (n < 3 ? 3 * head + n : 3 * heads + head));
 }
 
-GPSA_DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-x * log2_e)); }
-
 /// How threads share out rows of chunks: `beside` lanes take a group of a row's chunks, and the same of its other
-/// groups, which are `step` elements apart in shared and in global memory alike.
+/// groups, which are `step` elements apart in shared and in global memory alike: one address serves them all.
 template <int chunks>
 struct ChunkShare {
     static constexpr int beside = chunk_group<chunks>, groups = chunks / beside, step = beside * 8;
@@ -275,14 +439,7 @@ GPSA_DEVICE void copy_chunks(Shared<E> to, Global<const E> row, bool valid, int 
     }
 }
 
-/// The first element of a (batch, head).
-template <typename T>
-GPSA_DEVICE Global<T> rows_of(const Tensor& t, int64_t batch, int head) {
-    return Global<T>(static_cast<T*>(t.data)) + (batch * t.batch + head * t.head);
-}
-
-/// Starts copying `count` tokens of a (batch, head) into rows, the channels from head_dim on and rows from `count` to
-/// `padded` filled with zeros.
+/// Starts copying `count` tokens of a (batch, head) into rows; zeros from head_dim on and in rows `count` to `padded`.
 template <typename E, int channels>
 GPSA_DEVICE void copy_rows(
     const Rows<E, channels>& rows, Global<const E> from, int64_t stride, int count, int padded, int head_dim) {
@@ -294,12 +451,27 @@ GPSA_DEVICE void copy_rows(
     }
 }
 
-/// `chunks` chunks, from first_chunk on, of 16 tokens from `first` on to global memory, as far as tokens and channels
-/// exist, 16 bytes a lane of this warp. `at(token, chunk)` says where they are.
-template <int chunks, typename E, typename At>
-GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens, int first_chunk, int head_dim, At at) {
-    using Share = ChunkShare<chunks>;
-    const int chunk = first_chunk + lane() % Share::beside;
+/// Accumulated rows row to row + 15, those below `size`, rounded, where `at(row, chunk)` says in shared memory.
+template <typename E, int channels, typename At>
+GPSA_DEVICE void stage_rows(const Sum* sums, int row, int size, At at) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int i = row + fragment_row() + 8 * half;
+        if (i >= size) continue;
+#pragma unroll
+        for (int n = 0; n < channels / 8; ++n) {
+            const float* pair = &sums[n].values[2 * half];
+            store_pair<E>(at(i, n) + fragment_column(), pack<E>(pair[0], pair[1]));
+        }
+    }
+}
+
+/// 16 tokens from `first` on, as far as tokens and channels exist, from where `at(token, chunk)` says to global memory,
+/// 16 bytes a lane of this warp.
+template <int channels, typename E, typename At>
+GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens, int head_dim, At at) {
+    using Share = ChunkShare<channels / 8>;
+    const int chunk = lane() % Share::beside;
     Chunk own[Share::turns][Share::groups];  // all are loaded before the first is stored: the waits overlap
     const auto each = [&](auto visit) {
 #pragma unroll
@@ -316,29 +488,6 @@ GPSA_DEVICE void store_rows(Global<E> to, int64_t stride, int first, int tokens,
     each([&](const Chunk& value, int token, int offset) {
         store_chunk<E>(to + (token * stride + chunk * 8) + offset, value);
     });
-}
-
-/// |scale| in the exponent of 2, whose sign the queries get. A scale of 0 becomes one whose products vanish beside 1
-/// but still keep -inf.
-GPSA_DEVICE float log2_scale_of(float scale, Left* q, int count) {
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-        for (uint32_t& word : q[n].words) word ^= scale < 0 ? 0x80008000u : 0;
-    }
-    return scale == 0 ? FLT_MIN : (scale < 0 ? -scale : scale) * log2_e;
-}
-
-/// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of the largest exponential, and
-/// the sum of exponentials relative to it.
-GPSA_DEVICE void store_logsumexp(
-    Global<float> to, int first, int tokens, const float (&shift)[2], const float (&sum)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int token = first + fragment_row() + 8 * half;
-        if (fragment_column() == 0 && token < tokens) {
-            store(to + token, (shift[half] + log2_approx(sum[half])) * ln_2);
-        }
-    }
 }
 
 }  // namespace gpsa

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 
 from gpsa_kernels.backends import BACKENDS
 from gpsa_kernels.tensors import autocast_dtype
@@ -15,57 +15,37 @@ from gpsa_kernels.tensors import autocast_dtype
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _fit(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> bool:
-    """Whether :func:`check_tensors` has nothing to say, without asking anything twice."""
-    for t in (q, k, v, pos_weight, gate):
-        if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_nested:
-            return False
-    if q.dim() != 4:
-        return False
-    _, heads, tokens, head_dim = shape = q.shape
-    return (
-        heads > 0
-        and tokens > 0
-        and head_dim > 0
-        and shape == k.shape == v.shape
-        and pos_weight.shape == (heads, 3)
-        and gate.shape == (heads,)
-        and q.dtype == k.dtype == v.dtype
-        and q.dtype in _DTYPES
-        and pos_weight.dtype in _DTYPES
-        and gate.dtype in _DTYPES
-        and q.device == k.device == v.device == pos_weight.device == gate.device
-    )
-
-
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, gate: Tensor) -> None:
     """Raises TypeError or ValueError unless these are tensors of :func:`gpsa_kernels.gpsa_attention`."""
-    if _fit(q, k, v, pos_weight, gate):
-        return
     for name, t in (("q", q), ("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-        if t.layout is not torch.strided or t.is_nested:
+        if t.layout is not strided or t.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got {'nested' if t.is_nested else t.layout}")
         if t.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {t.dtype}")
     shape, dtype, device = q.shape, q.dtype, q.device
     if len(shape) != 4:
         raise ValueError(f"q must have 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(shape)}")
-    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+    _, heads, tokens, head_dim = shape
+    if heads == 0 or tokens == 0 or head_dim == 0:
         raise ValueError(f"q must have at least one head, token and channel, got shape {tuple(shape)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.shape != shape:
-            raise ValueError(f"{name} must have q's shape {tuple(shape)}, got {tuple(t.shape)}")
-        # under autocast q, k and v are cast to one dtype before any work, as SDPA's are, unless they are float64
-        if t.dtype != dtype and (autocast_dtype(device.type) is None or torch.float64 in (t.dtype, dtype)):
-            raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
-    for name, t, expected in (("pos_weight", pos_weight, (shape[1], 3)), ("gate", gate, (shape[1],))):
+    for name, t, expected in (
+        ("k", k, shape),
+        ("v", v, shape),
+        ("pos_weight", pos_weight, (heads, 3)),
+        ("gate", gate, (heads,)),
+    ):
         if t.shape != expected:
-            raise ValueError(f"{name} must have shape {tuple(expected)} for {shape[1]} heads, got {tuple(t.shape)}")
-    for name, t in (("k", k), ("v", v), ("pos_weight", pos_weight), ("gate", gate)):
+            wanted = f"q's shape {tuple(shape)}" if expected is shape else f"shape {expected} for {heads} heads"
+            raise ValueError(f"{name} must have {wanted}, got {tuple(t.shape)}")
         if t.device != device:
             raise ValueError(f"{name} must be on q's device {device}, got {t.device}")
+    if not dtype == k.dtype == v.dtype:
+        # under autocast q, k and v are cast to one dtype before any work, as SDPA's are, unless they are float64
+        for name, t in (("k", k), ("v", v)):
+            if t.dtype != dtype and (autocast_dtype(device.type) is None or torch.float64 in (t.dtype, dtype)):
+                raise TypeError(f"{name} must have q's dtype {dtype}, got {t.dtype}")
 
 
 def check_backend(name: Any) -> None:
@@ -97,12 +77,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def as_pair(name: str, value: Any, meaning: str = "(rows, columns)") -> tuple[int, int]:
-    """``value`` as two integers: a tuple or list of Python's or NumPy's.
-
-    Raises:
-        TypeError: it does not hold integers.
-        ValueError: it is not a pair.
-    """
+    """``value``, a tuple or list, as two integers. Raises ValueError if it is no pair, TypeError for other contents."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(f"{name} must be a pair {meaning}, got {value!r}")
     first, second = value

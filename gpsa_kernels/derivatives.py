@@ -64,19 +64,6 @@ def first_order_gradients(inputs: tuple[Tensor, ...], grads: tuple[Tensor | None
     return _NoSecondDerivative.apply(len(inputs), *inputs, *grads)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The identity on the inputs of a composed backend, whose gradients then cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return first_order_gradients((), grads)
-
-
 def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors``, with a clear error where what is composed of them is differentiated in another way than once.
 
@@ -85,8 +72,10 @@ def first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if transformed() and _differentiated_by_transform():
         raise _refusal("it is differentiated by torch.func or in forward mode")
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
         return tensors
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return tensors
-    return _FirstOrder.apply(*tensors)
+    views = tuple(t.view_as(t) for t in tensors)
+    for view in views:
+        if view.requires_grad:
+            view.register_hook(lambda grad: first_order_gradients((), (grad,))[0])
+    return views

@@ -64,7 +64,10 @@ def gpsa_attention(
             is "eager", when a gradient of the result is differentiated again.
     """
     check_tensors(q, k, v, pos_weight, gate)
-    rows, columns = _check_grid(grid_size, q.shape[2])
+    rows, columns = as_pair("grid_size", grid_size)
+    if rows < 1 or columns < 1 or rows * columns != q.shape[2]:
+        wanted = f"(rows, columns) with rows * columns = {q.shape[2]} tokens"
+        raise ValueError(f"grid_size must be {wanted}, got {grid_size!r}")
     if scale is None:
         scale = q.shape[3] ** -0.5
     elif type(scale) is not float:
@@ -118,10 +121,3 @@ def select_backend(call: Call, name: str = "auto") -> Backend:
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
     return chosen
-
-
-def _check_grid(grid_size: tuple[int, int], tokens: int) -> tuple[int, int]:
-    rows, columns = as_pair("grid_size", grid_size)
-    if rows < 1 or columns < 1 or rows * columns != tokens:
-        raise ValueError(f"grid_size must be (rows, columns) with rows * columns = {tokens} tokens, got {grid_size!r}")
-    return rows, columns

@@ -1,11 +1,9 @@
 """The operator contract of the kernels: ``torch.ops.gpsa.attention_forward`` and ``attention_backward``.
 
-The schemas, fake tensors, autograd and autocast rules are here, once, for every backend that brings kernels; the
-backend is an argument of the operator, so a new one registers nothing. Both operators are pure functions of their
-arguments: the dropout seed is an input, drawn outside, so nothing hides from torch.compile, activation checkpointing
-or CUDA-graph capture.
-
-The schemas are flat: the fields of a :class:`Call` in their order, what else a pass takes, and the backend's name.
+Schemas, fake tensors, vmap, autograd and autocast are here, once, for every backend that brings kernels; its name is an
+argument, so a new one registers nothing. The schemas are flat: the fields of a :class:`Call` in their order, what else
+a pass takes, and the name. Both operators are pure functions of their arguments: the dropout seed is drawn outside, so
+nothing hides from torch.compile, activation checkpointing or CUDA-graph capture.
 
 A trip through the dispatcher, once for each rule in Python, costs more than a small kernel. :func:`attention` takes it
 only where something but the kernels would see the operator, and else does the same without.
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_fake, register_vmap
 
 from gpsa_kernels.arguments import check_tensors
 from gpsa_kernels.backends import BACKENDS, Backend, Call
@@ -46,6 +45,14 @@ _library.define(
 )
 
 
+_FORWARD, _BACKWARD = torch.ops.gpsa.attention_forward, torch.ops.gpsa.attention_backward
+
+
+def _forward_arguments(*arguments: Any) -> tuple[Call, str, bool]:
+    backend, *save = arguments[_FIELDS:]  # torch leaves out a last False
+    return Call(*arguments[:_FIELDS]), backend, save == [True]
+
+
 def _check(call: Call, backend: str) -> None:
     """Raises where a kernel would read what is not there, or drop nothing in silence."""
     check_tensors(call.q, call.k, call.v, call.pos_weight, call.gate)
@@ -61,21 +68,25 @@ def _check(call: Call, backend: str) -> None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
 
 
-def _check_saved(grad_out: Tensor, q: Tensor, content: Tensor, logsumexp: Tensor) -> None:
-    expected = {"grad_out": (grad_out, q.shape), "content": (content, q.shape), "logsumexp": (logsumexp, q.shape[:3])}
-    for name, (t, shape) in expected.items():
-        if t.shape != shape and not (name == "content" and t.numel() == 0):
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+def _checked_backward(grad_out: Tensor, *arguments: Any) -> tuple[Call, Tensor, Tensor, str]:
+    """The arguments of the backward pass, which raise as those of the forward pass do."""
+    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
+    _check(call, backend)
+    for name, t, dims in (("grad_out", grad_out, 4), ("content", content, 4), ("logsumexp", logsumexp, 3)):
+        expected = tuple(call.q.shape[:dims])
+        if t.shape != expected and not (name == "content" and t.numel() == 0):
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(t.shape)}")
+    return call, content, logsumexp, backend
 
 
-# ---- kernels -------------------------------------------------------------------------------------------------------
+# ---- kernels and fake tensors --------------------------------------------------------------------------------------
 
 
 def _run_forward(*arguments: Any) -> Forward:
-    call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]  # torch leaves out a last False
+    call, backend, save = _forward_arguments(*arguments)
     kernel = BACKENDS[backend].forward
     assert kernel is not None
-    return kernel(call, save == [True])
+    return kernel(call, save)
 
 
 def _run_backward(grad_out: Tensor, *arguments: Any) -> Gradients:
@@ -85,46 +96,35 @@ def _run_backward(grad_out: Tensor, *arguments: Any) -> Gradients:
     return kernel(grad_out, call, Saved(*saved))
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """With tensors for what is not saved, as the schema has it."""
-    call = Call(*arguments[:_FIELDS])
-    _check(call, arguments[_FIELDS])
-    out, content, logsumexp = _run_forward(*arguments)
+def _empty_forward(*arguments: Any) -> Forward:
+    call, backend, save = _forward_arguments(*arguments)
+    return Forward.empty(call.q, save, save and BACKENDS[backend].saves_content(call))
+
+
+def _forward(run: Callable[..., Forward], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``run``, checked, with tensors for what is not saved, as the schema has it."""
+    call, backend, _ = _forward_arguments(*arguments)
+    _check(call, backend)
+    out, content, logsumexp = run(*arguments)
     content = call.q.new_empty(0) if content is None else content
     logsumexp = call.q.new_empty(0, dtype=accumulation_dtype(call.q.dtype)) if logsumexp is None else logsumexp
     return out, content, logsumexp
 
 
-def _backward(grad_out: Tensor, *arguments: Any) -> Gradients:
+def _backward(*arguments: Any) -> Gradients:
     """In tensors that share no memory, as an operator's results must."""
-    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check(call, backend)
-    _check_saved(grad_out, call.q, content, logsumexp)
+    call, content, logsumexp, backend = _checked_backward(*arguments)
     # as the forward kernel has laid them out, whatever happened to them since
     saved = as_output(content) if content.dim() == 4 else content, logsumexp.contiguous()
-    grads = _run_backward(grad_out, *call, *saved, backend)
+    grads = _run_backward(arguments[0], *call, *saved, backend)
     return grads._replace(gate=grads.gate.clone())
 
 
-# ---- fake tensors --------------------------------------------------------------------------------------------------
-
-
-def _forward_fake(*arguments: Any) -> Forward:
-    call, backend, *save = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check(call, backend)
-    q, saves = call.q, save == [True]
-    content = empty_output(q) if saves and BACKENDS[backend].saves_content(call) else q.new_empty(0)
-    logsumexp = q.new_empty(q.shape[:3] if saves else (0,), dtype=accumulation_dtype(q.dtype))
-    return Forward(empty_output(q), content, logsumexp)
-
-
-def _backward_fake(grad_out: Tensor, *arguments: Any) -> Gradients:
-    call, content, logsumexp, backend = Call(*arguments[:_FIELDS]), *arguments[_FIELDS:]
-    _check(call, backend)
-    _check_saved(grad_out, call.q, content, logsumexp)
-    q, pos_weight, gate = call.q, call.pos_weight, call.gate
-    grads = empty_output(q), empty_output(q), empty_output(q)
-    return Gradients(*grads, pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape))
+def _backward_fake(*arguments: Any) -> Gradients:
+    call, *_ = _checked_backward(*arguments)
+    *_, pos_weight, gate = tensors = call[:_DIFFERENTIABLE]
+    parameters = pos_weight.new_empty(pos_weight.shape), gate.new_empty(gate.shape)
+    return Gradients(*map(empty_output, tensors[:3]), *parameters)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class _Attention(torch.autograd.Function):
         batched = torch._C._functorch.is_legacy_batchedtensor(grad_out)  # by autograd.grad's is_grads_batched
         if torch.is_grad_enabled() or batched or _is_observed(grad_out, *inputs):
             content = grad_out.new_empty(0) if content is None else content
-            grads = torch.ops.gpsa.attention_backward(grad_out, *inputs, *settings, content, logsumexp, backend)
+            grads = _BACKWARD(grad_out, *inputs, *settings, content, logsumexp, backend)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = _run_backward(grad_out, *inputs, *settings, content, logsumexp, backend)
@@ -198,10 +198,10 @@ def _forward_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = arguments[:_DIFFERENTIABLE]
     if transformed():
         check_transforms(*inputs)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return _Attention.apply(torch.ops.gpsa.attention_forward, arguments[_DIFFERENTIABLE : _FIELDS + 1], *inputs)
+    if Call(*arguments[:_FIELDS]).wants_gradients:
+        return _Attention.apply(_FORWARD, arguments[_DIFFERENTIABLE : _FIELDS + 1], *inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.gpsa.attention_forward(*arguments)
+        return _FORWARD(*arguments)
 
 
 def _backward_autograd(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -209,39 +209,34 @@ def _backward_autograd(*arguments: Any) -> tuple[Tensor | None, ...]:
     if transformed():
         check_transforms(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        grads = torch.ops.gpsa.attention_backward(*arguments)
+        grads = _BACKWARD(*arguments)
     return first_order_gradients(inputs, grads)
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
-
-_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _forward_autocast(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = autocast_inputs(q, k, v)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.gpsa.attention_forward(q, k, v, *rest)
+        return _FORWARD(q, k, v, *rest)
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("attention_forward", _forward, _key)
+    _library.impl("attention_forward", functools.partial(_forward, _run_forward), _key)
     _library.impl("attention_backward", _backward, _key)
-for _key in _AUTOCAST_KEYS:
-    _library.impl("attention_forward", _forward_autocast, _key)
+    _library.impl("attention_forward", _forward_autocast, f"Autocast{_key}")
 _library.impl("attention_forward", _forward_autograd, "Autograd")
 _library.impl("attention_backward", _backward_autograd, "Autograd")
-torch.library.register_fake("gpsa::attention_forward", _forward_fake, lib=_library)
-torch.library.register_fake("gpsa::attention_backward", _backward_fake, lib=_library)
-for _name, _seed in (("attention_forward", _DIFFERENTIABLE), ("attention_backward", 1 + _DIFFERENTIABLE)):
-    _operator = getattr(torch.ops.gpsa, _name)
-    torch.library.register_vmap(f"gpsa::{_name}", functools.partial(_vmap, _operator, _seed), lib=_library)
+register_fake("gpsa::attention_forward", functools.partial(_forward, _empty_forward), lib=_library)
+register_fake("gpsa::attention_backward", _backward_fake, lib=_library)
+register_vmap("gpsa::attention_forward", functools.partial(_vmap, _FORWARD, _DIFFERENTIABLE), lib=_library)
+register_vmap("gpsa::attention_backward", functools.partial(_vmap, _BACKWARD, 1 + _DIFFERENTIABLE), lib=_library)
 
 
 # ---- without the dispatcher ----------------------------------------------------------------------------------------
-
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -265,7 +260,7 @@ def attention(call: Call, backend: Backend) -> Tensor:
     if _is_observed(q, k, v, pos_weight, gate):
         if are_distributed(q, k, v, pos_weight, gate):
             return on_shards(lambda shards: attention(shards, backend), call)
-        return torch.ops.gpsa.attention_forward(*call, backend.name)[0]
+        return _FORWARD(*call, backend.name)[0]
     if autocast_dtype(q.device.type) is None:
         return _attention(call, backend)
     q, k, v = autocast_inputs(q, k, v)

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import importlib.util
 import os
+import re
 import shutil
 import subprocess
-import sys
-import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gpsa_kernels.tensors import parameter_gradients
+from gpsa_kernels import BACKENDS
+from gpsa_kernels.backends import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
-EMULATOR = ROOT / "tests" / "cuda" / "emulator"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra")
+CSRC, EMULATOR = ROOT / "csrc", ROOT / "tests" / "cuda" / "emulator"
+KEPT = ROOT / "build" / "emulator"
+COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra")
+ONE_KERNEL = ("-DGPSA_ONE_KERNEL", "-O1")  # of each kind: 48 channels, float16, up to 64 tokens of a whole image
 SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+# what register.cpp knows of CUDA devices
+ON_THE_HOST = {
+    "(gpsa_cuda,": "(gpsa_emulated,",
+    'STD_TORCH_CHECK(q.is_cuda(), "q must be on a CUDA device");': "",
+    "const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());": "",
+    "TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));": "",
+}
+
+# ---- building --------------------------------------------------------------------------------------------------------
 
 
 def _run(command: Sequence[str | Path]) -> bytes:
@@ -35,74 +47,97 @@ def _run(command: Sequence[str | Path]) -> bytes:
     return done.stdout
 
 
-def build(csrc: Path = ROOT / "csrc", flags: Sequence[str] = ()) -> Path:
-    """The extension module of the kernels in ``csrc``; only what changed since the last build is compiled.
+def _made(command: Sequence[str | Path], key: bytes, suffix: str) -> Path:
+    """What a command compiles or links: kept under a hash of all that it depends on, so that nothing stale is used."""
+    target = KEPT / (hashlib.sha256(key).hexdigest()[:16] + suffix)
+    if not target.exists():
+        unfinished = KEPT / f"{os.getpid()}.{target.name}"
+        _run([*command, "-o", unfinished])
+        unfinished.replace(target)
+    return target
 
-    An object file is named after its source's preprocessed text, so that nothing stale is ever used.
-    """
-    folder = ROOT / "build" / "emulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    installed = [Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]  # pybind11, Python
-    command = [os.environ.get("CXX", "g++"), *FLAGS, "-Wno-unknown-pragmas", *flags]
-    command += [f"-I{csrc}", f"-I{EMULATOR}", *(f"-isystem{i}" for i in installed)]
+
+def built(sources: Sequence[Path], flags: Sequence[str], includes: Sequence[Path], link: Sequence[str]) -> Path:
+    """A library or program; only what changed since the last build is compiled."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    command = [*COMPILER, *flags, *(f"-I{path}" for path in includes)]
 
     def compiled(source: Path) -> Path:
         text = _run([*command, "-x", "c++", "-E", "-P", source])
-        name = hashlib.sha256(" ".join([*FLAGS, *flags]).encode() + text).hexdigest()[:16]
-        target = folder / f"{name}.o"
-        if not target.exists():
-            partial = folder / f"{name}.{os.getpid()}.o"
-            _run([*command, "-x", "c++", "-c", source, "-o", partial])
-            partial.replace(target)
-        return target
+        return _made([*command, "-x", "c++", "-c", source], " ".join([*COMPILER, *flags]).encode() + text, ".o")
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sorted([*csrc.glob("*.cu"), *EMULATOR.glob("*.cpp")])))
-    name = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:16]
-    library = folder / f"{name}.so"
-    if not library.exists():
-        partial = folder / f"{name}.{os.getpid()}.so"
-        _run([*command, "-shared", *objects, "-o", partial])
-        partial.replace(library)
-    return library
+        objects = list(pool.map(compiled, sources))
+    return _made([*command, *objects, *link], " ".join([*flags, *link, *(o.name for o in objects)]).encode(), "")
 
 
-def load(library: Path) -> ModuleType:
-    # a name for each library: pybind11 returns the module that it has under a name already
-    spec = importlib.util.spec_from_file_location(f"{library.stem}.gpsa_emulated", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build(csrc: Path = CSRC, flags: Sequence[str] = (), program: str = "") -> Path:
+    """The emulated kernels of ``csrc``, as a library or in a program of tests/cuda."""
+    sources = [*csrc.glob("*.cu"), EMULATOR / "calls.cpp", EMULATOR / "emulator.cpp"]
+    sources += [EMULATOR.parent / program] if program else []
+    flags = ("-fvisibility=hidden", "-Wno-unknown-pragmas", *flags)
+    return built(sorted(sources), flags, [csrc, EMULATOR], [] if program else ["-shared"])
 
 
-def changed_sources(folder: Path, file: str, text: str, replacement: str) -> Path:
-    """A copy of csrc/ in ``folder`` in which a text that occurs once in ``file`` is replaced."""
+def run_exercise(csrc: Path = CSRC, *flags: str) -> subprocess.CompletedProcess[str]:
+    """exercise.cpp with the kernels of ``csrc``."""
+    program = build(csrc, flags, "exercise.cpp")
+    quiet = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}  # of fibers that are not run to their ends
+    return subprocess.run([program], env=quiet, capture_output=True, text=True, check=False)
+
+
+def changed_sources(folder: Path, file: str, change: str) -> Path:
+    """A copy of csrc/ in ``folder``; in ``file``, in a text that occurs once, ``[-this goes-]{+this comes+}``. White
+    space is any white space."""
     csrc = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copytree(CSRC, csrc)
+    kept, goes, comes = (re.split(r"\[-(.*?)-\]|\{\+(.*?)\+\}", change)[n::3] for n in range(3))
+    pattern = f"({_loose(kept[0])})" + "".join(map("{}({})".format, map(_loose, goes), map(_loose, kept[1:])))
     source = (csrc / file).read_text()
-    assert source.count(text) == 1, f"{text!r} occurs {source.count(text)} times in {file}"
-    (csrc / file).write_text(source.replace(text, replacement))
+    (found,) = re.finditer(pattern, source)
+    text = found[1] + "".join((new or "") + found[n] for n, new in enumerate(comes, 2))
+    (csrc / file).write_text(source[: found.start()] + text + source[found.end() :])
     return csrc
 
 
-def run_sanitized(script: str, csrc: Path = ROOT / "csrc") -> subprocess.CompletedProcess[str]:
-    """Runs a script, which is given the path of the kernels built with the sanitizers.
-
-    In a process of its own, because AddressSanitizer's library must be loaded first.
-    """
-    library = build(csrc, (*SANITIZERS, "-DGPSA_ONE_KERNEL", "-O1"))
-    runtime = _run([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"]).decode().strip()
-    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}  # Python's own
-    command = [sys.executable, "-c", script, str(library)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _loose(text: str | None) -> str:
+    return r"\s+".join(map(re.escape, re.split(r"\s+", text or "")))
 
 
-@cache
-def kernels() -> ModuleType:
-    """The emulated kernels of this checkout."""
-    return load(build())
+# ---- what the libraries take and give, as gpsa.h and tests/cuda/emulator say it --------------------------------------
+
+
+class Problem(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("heads", "rows", "columns", "head_dim")),
+        *((name, ctypes.c_float) for name in ("scale", "dropout_p")),
+        ("seed", ctypes.c_void_p),
+        ("bfloat16", ctypes.c_int),
+    )
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = (
+        ("slots", ctypes.c_int),
+        *((f"{call}_workspace", ctypes.c_int64) for call in ("inference", "forward", "backward")),
+        ("content", ctypes.c_bool),
+    )
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        *((name, ctypes.c_int) for name in ("grid_x", "grid_y", "threads", "shared_bytes")),
+    )
+
+
+class Settings(ctypes.Structure):
+    _fields_ = (
+        ("schedule", ctypes.c_uint64),
+        ("deferred_copies", ctypes.c_bool),
+        *((name, ctypes.c_int) for name in ("row_blocks", "multiprocessors", "shared_bytes")),
+    )
 
 
 class Device(NamedTuple):
@@ -113,50 +148,97 @@ class Device(NamedTuple):
 
 
 H100 = Device(132, 227 * 1024)
+COUNTS = ["global_read", "global_written", "mma", "exp2"]  # bytes, and instructions of a warp or a thread
+COUNTS += [kind + what for kind in ("ldmatrix", "copy", "load", "store") for what in ("", "_conflicts")]
 
 
-class Launch(NamedTuple):
-    kernel: str
-    grid_x: int
-    grid_y: int
-    threads: int
-    shared_bytes: int
+def load(library: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulated_sizes.restype = Sizes
+    return loaded
 
 
-class Sizes(NamedTuple):
-    """As gpsa.h says."""
-
-    slots: int
-    inference_workspace: int
-    forward_workspace: int
-    backward_workspace: int
-    content: bool
+@cache
+def kernels() -> ctypes.CDLL:
+    """The emulated kernels of this checkout."""
+    return load(build())
 
 
-INPUTS, GRADIENTS = ("q", "k", "v", "pos_weight", "gate"), ("grad_q", "grad_k", "grad_v", "sums")
-Argument = tuple[int, int, list[int], list[int], bool]  # as bindings.cpp takes a tensor
+@cache
+def operators() -> ctypes.CDLL:
+    """torch.ops.gpsa_emulated: csrc/register.cpp on CPU tensors, for the kernels that :func:`using` chooses."""
+    text = (CSRC / "register.cpp").read_text()
+    for on_a_device, on_the_host in ON_THE_HOST.items():
+        assert on_a_device in text
+        text = text.replace(on_a_device, on_the_host)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    unfinished = KEPT / f"{os.getpid()}.cpp"
+    unfinished.write_text(text)
+    sources = [unfinished.replace(KEPT / "register.cpp"), EMULATOR / "operators.cpp"]
+    torch_folder = Path(torch.__file__).parent
+    link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    flags, includes = ["-DTORCH_TARGET_VERSION=0x020a000000000000"], [CSRC, torch_folder / "include"]
+    library = str(built(sources, flags, includes, link))
+    torch.ops.load_library(library)
+    return ctypes.CDLL(library)
 
 
-def _argument(t: Tensor, output: bool = False) -> Argument:
-    return t.data_ptr(), t.element_size(), list(t.shape), list(t.stride()), output
+# ---- calling ---------------------------------------------------------------------------------------------------------
 
 
-def _arguments(inputs: dict[str, Tensor | None], outputs: dict[str, Tensor | None]) -> dict[str, Argument]:
-    """By name, without those that are None."""
-    both = [(name, t, output) for output, named in enumerate((inputs, outputs)) for name, t in named.items()]
-    return {name: _argument(t.detach(), bool(output)) for name, t, output in both if t is not None}
+def _set(library: ctypes.CDLL, device: Device, **settings: int) -> None:
+    defaults = {"schedule": 0, "deferred_copies": False, "row_blocks": -1}
+    Settings.in_dll(library, "settings").__init__(**defaults | device._asdict() | settings)
 
 
-Problem = tuple[int, int, int, int, int, bool, float, float]  # as bindings.cpp takes it
+@contextmanager
+def using(
+    library: ctypes.CDLL | None = None, name: str = "emulated", device: Device = H100, **settings: int
+) -> Iterator[Callable[[], dict[str, int]]]:
+    """Emulated kernels in the CUDA library's place, for CPU tensors, and a backend of them. A call raises RuntimeError
+    where a kernel breaks a rule: the message says which, where and by which thread.
+
+    Args:
+        library: of the kernels; by default this checkout's.
+        name: of the backend.
+        settings: ``row_blocks`` of the whole-image forward kernel, which share the query rows of a (batch, head), or 0
+            for the tiled kernels, where launch_forward and launch_backward shall not choose; ``schedule``, a number
+            from which it is drawn, 0: threads in turn; ``deferred_copies``, whether cp.async moves its bytes when they
+            are waited for, or at once.
+
+    Yields:
+        What the last call counted, to be asked.
+    """
+    library = library or kernels()
+    _set(library, device, **settings)
+    functions = library.emulated_sizes, library.emulated_forward, library.emulated_backward
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
+    (ctypes.c_void_p * 3).in_dll(operators(), "chosen")[:] = addresses
+    backend = replace(
+        cuda.BACKEND,
+        name=name,
+        unavailable=lambda: None,
+        unsupported=cuda.unsupported_tensors,
+        kernel_devices=frozenset({"cpu"}),
+    )
+    counters = (ctypes.c_int64 * len(COUNTS)).in_dll(library, "counters")
+    cuda._saves_content.cache_clear()
+    with (
+        mock.patch.dict(BACKENDS, {name: backend}),
+        mock.patch.object(torch.ops, "gpsa_cuda", torch.ops.gpsa_emulated),
+    ):
+        yield lambda: dict(zip(COUNTS, counters, strict=True))
+    cuda._saves_content.cache_clear()
 
 
-def _problem(q: Tensor, grid_size: tuple[int, int], scale: float = 1.0, dropout_p: float = 0.0) -> Problem:
+def _problem(q: Tensor, grid_size: tuple[int, int], dropout_p: float) -> Problem:
     batch, heads, _, head_dim = q.shape
-    return batch, heads, *grid_size, head_dim, q.dtype == torch.bfloat16, scale, dropout_p
+    return Problem(batch, heads, *grid_size, head_dim, 1.0, dropout_p, None, q.dtype == torch.bfloat16)
 
 
 def sizes(q: Tensor, grid_size: tuple[int, int], dropout_p: float = 0.0, device: Device = H100) -> Sizes:
-    return Sizes(*kernels().sizes(_problem(q, grid_size, 1.0, dropout_p), device))
+    _set(kernels(), device)
+    return kernels().emulated_sizes(ctypes.byref(_problem(q, grid_size, dropout_p)))
 
 
 def launches(
@@ -164,145 +246,19 @@ def launches(
 ) -> list[list[Launch]]:
     """What is launched on a device, which has a say in it: by a forward call that saves nothing, by one that saves what
     backward reads, and by a backward call. Nothing runs, and q may have no memory."""
-    recorded = kernels().launches(_problem(q, grid_size, 1.0, dropout_p), device)
-    return [[Launch(*launch) for launch in call] for call in recorded]
-
-
-def empty_like_output(q: Tensor) -> Tensor:
-    """(B, H, N, D) in the memory order (B, N, H, D), poisoned."""
-    batch, heads, tokens, head_dim = q.shape
-    return q.new_full((batch, tokens, heads, head_dim), torch.nan).transpose(1, 2)
-
-
-@dataclass(frozen=True)
-class Result:
-    tensors: dict[str, Tensor]  # of a forward call out and what it saves, of a backward one the gradients and sums
-    counts: dict[str, int]
-
-
-def _call(
-    direction: str,
-    problem: Problem,
-    inputs: dict[str, Tensor | None],
-    outputs: dict[str, Tensor | None],
-    *,
-    row_blocks: int | None = None,
-    dropout_seed: int | Tensor | None = 0,
-    device: Device = H100,
-    schedule: int = 0,
-    deferred_copies: bool = False,
-    module: ModuleType | None = None,
-) -> Result:
-    for name in ("pos_weight", "gate"):
-        inputs[name] = inputs[name].float().contiguous()
-    inputs["seed"] = torch.tensor([dropout_seed]) if isinstance(dropout_seed, int) else dropout_seed
-    if inputs["q"].numel() == 0:
-        row_blocks = None  # nothing is launched
-    run = getattr(module or kernels(), direction)
-    counts = run(problem, _arguments(inputs, outputs), row_blocks, device, schedule, deferred_copies)
-    return Result({name: t for name, t in outputs.items() if t is not None}, counts)
-
-
-def forward(
-    tensors: Sequence[Tensor],
-    grid_size: tuple[int, int],
-    scale: float,
-    *,
-    save: bool = False,
-    row_blocks: int | None = 1,
-    dropout_p: float = 0.0,
-    out: Tensor | None = None,
-    **how: object,
-) -> Result:
-    """A forward call of q, k, v, pos_weight and gate.
-
-    Args:
-        save: whether the logsumexp is wanted, and the content branch's own output from kernels that write it.
-        row_blocks: of the whole-image kernel, which share the query rows of a (batch, head); 0: the tiled kernels;
-            None: as launch_forward chooses for the device.
-        out: where to write, if not into new memory.
-        how: ``schedule``, a number from which it is drawn, 0: threads in turn; ``deferred_copies``, whether cp.async
-            moves its bytes when they are waited for, or at once; ``module``, other kernels than this checkout's;
-            ``dropout_seed``; ``device``.
-
-    Raises:
-        RuntimeError: a kernel broke a rule; the message says which, where and by which thread.
-    """
-    q = tensors[0]
-    outputs = {"out": empty_like_output(q) if out is None else out}
-    if save:
-        outputs["logsumexp"] = torch.full(q.shape[:3], torch.nan)
-    problem, inputs = _problem(q, grid_size, scale, dropout_p), dict(zip(INPUTS, tensors, strict=True))
-    if save and (row_blocks == 0 or (row_blocks is None and kernels().sizes(problem, H100)[-1])):
-        outputs["content"] = empty_like_output(q)
-    return _call("forward", problem, inputs, outputs, row_blocks=row_blocks, **how)
-
-
-def backward(
-    grad_out: Tensor,
-    tensors: Sequence[Tensor],
-    saved: dict[str, Tensor],
-    grid_size: tuple[int, int],
-    scale: float,
-    *,
-    dropout_p: float = 0.0,
-    outputs: Sequence[Tensor] | None = None,
-    **how: object,
-) -> Result:
-    """A backward call, of the tiled kernels where ``content`` is ``saved``; ``outputs``: where to write the gradients
-    of q, k and v, if not into new memory; else as :func:`forward`."""
-    q, problem = tensors[0], _problem(tensors[0], grid_size, scale, dropout_p)
-    slots = kernels().tiled_slots(problem) if "content" in saved else 1
-    outputs = [empty_like_output(q) for _ in range(3)] if outputs is None else outputs
-    outputs = dict(zip(GRADIENTS, (*outputs, torch.full((q.size(0) * slots, 4 * q.size(1)), torch.nan)), strict=True))
-    inputs = dict(zip(INPUTS, tensors, strict=True)) | saved | {"grad_out": grad_out}
-    return _call("backward", problem, inputs, outputs, row_blocks=0 if "content" in saved else None, **how)
-
-
-class Library:
-    """What csrc/register.cpp registers, to stand where ``torch.ops.gpsa_cuda`` does: launch_forward and launch_backward
-    on an H100, or the tiled kernels whatever it would choose. They run in a workspace of the emulator's own."""
-
-    def __init__(self, tiled: bool) -> None:
-        self.row_blocks = 0 if tiled else None
-
-    def saves_content(self, *shape: float) -> bool:
-        *shape, dropout_p, _ = shape
-        return self.row_blocks == 0 or Sizes(*kernels().sizes((1, 1, *shape, 1.0, dropout_p), H100)).content
-
-    def forward(self, *arguments: Tensor | float | None) -> tuple[Tensor | None, ...]:
-        *tensors, seed, rows, columns, scale, dropout_p, save = arguments
-        settings = {"save": save, "dropout_p": dropout_p, "dropout_seed": seed, "row_blocks": self.row_blocks}
-        made = forward([*map(_readable, tensors)], (rows, columns), scale, **settings).tensors
-        return tuple(made.get(name) for name in ("out", "content", "logsumexp"))
-
-    def backward(self, grad_out: Tensor, *arguments: Tensor | float | None) -> tuple[Tensor, ...]:
-        *tensors, seed, rows, columns, scale, dropout_p, content, logsumexp = arguments
-        q, saved = tensors[0], {"logsumexp": logsumexp}
-        if self.saves_content(rows, columns, q.size(3), q.dtype == torch.bfloat16, dropout_p, -1):
-            saved["content"] = content
-        settings = {"dropout_p": dropout_p, "dropout_seed": seed}
-        made = backward(_readable(grad_out), [*map(_readable, tensors)], saved, (rows, columns), scale, **settings)
-        *grads, sums = made.tensors.values()
-        return *grads, *parameter_gradients(sums, *tensors[3:])
-
-
-def _readable(t: Tensor) -> Tensor:
-    """As csrc/register.cpp hands it on: in rows that can be read 16 bytes at a time."""
-    fits = t.stride(-1) == 1 and all(s % 8 == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
-    return t if fits else t.clone(memory_format=torch.contiguous_format)
+    _set(kernels(), device)
+    problem, recorded = _problem(q, grid_size, dropout_p), []
+    for call in range(3):
+        found = (Launch * 8)()
+        recorded.append(found[: kernels().emulated_launches(ctypes.byref(problem), call, found)])
+    return recorded
 
 
 def dropout_mask(grid_size: tuple[int, int], dropout_p: float, seed: int, batch_head: int, transposed: bool) -> Tensor:
     """(N, N), 1 where an entry of the attention map is kept."""
-    tokens = grid_size[0] * grid_size[1]
-    mask, device_seed = torch.full((1, 1, tokens, tokens), -1, dtype=torch.int16), torch.tensor([seed])
-    tensors = {"seed": _argument(device_seed), "mask": _argument(mask, output=True)}
-    kernels().dropout_mask(*grid_size, dropout_p, tensors, batch_head, transposed)
-    return mask[0, 0]
-
-
-def masks(q: Tensor, grid_size: tuple[int, int], dropout_p: float, seed: int) -> Tensor:
-    """(B, H, N, N), 1 where the kernels keep an entry: drawn by csrc/dropout.cuh, which test_dropout.py checks."""
-    drawn = [dropout_mask(grid_size, dropout_p, seed, i, False) for i in range(q.size(0) * q.size(1))]
-    return torch.stack(drawn).view(*q.shape[:2], *drawn[0].shape)
+    tokens, device_seed = grid_size[0] * grid_size[1], torch.tensor([seed])
+    mask = torch.full((tokens, tokens), -1, dtype=torch.int16)
+    problem = Problem(1, 1, *grid_size, 8, 1.0, dropout_p, device_seed.data_ptr(), False)
+    to = ctypes.c_void_p(mask.data_ptr())
+    kernels().dropout_mask(ctypes.byref(problem), ctypes.c_int64(batch_head), transposed, to)
+    return mask

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gpsa_kernels import gpsa_attention
 from gpsa_kernels.check.exactness import (  # noqa: F401
     NAMES,
     deviations,
@@ -38,6 +39,21 @@ def loops(
             weight = (1 - g) * content[j] / sum(content) + g * position[j] / sum(position)
             out[b, h, i] += weight * v[b, h, j]
     return out
+
+
+SEED = 5
+
+
+def attention(*arguments: object, seed: int = SEED, **kwargs: object) -> Tensor:
+    """gpsa_attention, with the dropout mask of a seed."""
+    torch.manual_seed(seed)
+    return gpsa_attention(*arguments, **kwargs)
+
+
+def assert_same_bits(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Of a result and its gradients."""
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        assert torch.equal(a, b), name
 
 
 def assert_as_exact_as_eager(function: Callable[..., Tensor], tensors: Sequence[Tensor], *args, **kwargs) -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("a process either interprets or compiles", allow_module_level=True)
 
-from gpsa_kernels.backends.triton import attention_backward as backward_kernels
+from gpsa_kernels.backends.triton import attention
 from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch
 from tools import machine_code, tune
 from tools.ahead_of_time import SHARED_MEMORY_LIMIT, measure_all, variants
@@ -94,7 +94,7 @@ def test_the_tuner_takes_the_fastest_that_runs_or_keeps_the_row():
         tiles = row.query_tile, row.key_tile
         return None if tiles == (128, 128) else 1 / (tiles[0] * tiles[1] * row.warps)
 
-    found = tune.best(key, tune.attention_candidates(own), pretended)
+    found = tune.best(key, tune.attention_candidates(), pretended)
     assert (found.query_tile * found.key_tile, found.warps) == (128 * 64, 8)
     assert ATTENTION[key] == own
     for time in (1.0, None):  # nothing beats it, nothing runs
@@ -118,51 +118,53 @@ def test_the_tuner_compiles_what_is_launched(monkeypatch):
     problem = tune.attention_problems(90)[key]
     monkeypatch.setitem(ATTENTION, key, ATTENTION[key])
     compiled = []
-    kernel = backward_kernels.attention_backward_key
+    kernel = attention.attention_backward_key
     monkeypatch.setattr(kernel, "warmup", lambda **given: compiled.append(given))
     assert tune.build(key, problem, 90, row)
     settings = ("QUERY_TILE", "KEY_TILE", "num_warps", "num_stages")
-    assert [tuple(given[name] for name in settings) for given in compiled] == [row[:4]]
+    assert [tuple(given[name] for name in settings) for given in compiled] == [row]
     monkeypatch.setattr(kernel, "warmup", lambda **given: 1 / 0)
     assert not tune.build(key, problem, 90, row)
 
 
 @pytest.fixture
-def tuner(monkeypatch, tmp_path):
-    """The tuner on a pretended H100 with a table of its own; a launch takes as long as its query tile is small."""
-    table = tmp_path / "table.py"
+def tuned(monkeypatch, tmp_path):
+    """Runs the tuner on a pretended H100, where a launch takes as long as its query tile is small, with a table of its
+    own: the rows that are changed afterwards, and the candidates that were built, by kernel."""
+    table, built = tmp_path / "table.py", []
     table.write_text(tune.TABLE.read_text())
+    before = rows_of(table.read_text())
     for name in ("ATTENTION", "POSITIONAL"):
         monkeypatch.setattr(tune, name, dict(getattr(tune, name)))
     monkeypatch.setattr(tune, "TABLE", table)
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: True)
+    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: built.append((key[1], row)) or True)
     keys = {problem: key for key, problem in tune.attention_problems(90).items()}
     monkeypatch.setattr(tune, "milliseconds", lambda problem, _: 1 / tune.ATTENTION[keys[problem]].query_tile)
-    return table
+
+    def tuned(*options, raises=nullcontext):
+        with raises():
+            tune.main(["--rows", "wgmma-forward-64", "wgmma-backward_key-64", *options])
+        return {key: row for key, row in rows_of(table.read_text()).items() if row != before[key]}, built
+
+    return tuned
 
 
-CHOSEN = ["--rows", "wgmma-forward-64", "wgmma-backward_key-64"]
-
-
-def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(tuner, monkeypatch):
-    built = []
-    monkeypatch.setattr(tune, "build", lambda key, problem, capability, row: built.append((key[1], row)) or True)
-    before = rows_of(tuner.read_text())
-    tune.main(CHOSEN)
-    changed = {key: row[0] for key, row in rows_of(tuner.read_text()).items() if row != before[key]}
-    assert changed == {("wgmma", "forward", 64): 128, ("wgmma", "backward_key", 64): 128}
+def test_the_tuner_tries_neighbours_then_the_rest_of_the_rows_that_it_is_given(tuned):
+    changed, built = tuned()
+    tiles = {key: row.query_tile for key, row in changed.items()}
+    assert tiles == {("wgmma", "forward", 64): 128, ("wgmma", "backward_key", 64): 128}
     parts = [(kernel, [row for _, row in part]) for kernel, part in itertools.groupby(built, lambda pair: pair[0])]
     assert [kernel for kernel, _ in parts] == 2 * ["forward", "backward_key"]
     own = ATTENTION["wgmma", "backward_key", 64]
     near, rest = parts[1][1], parts[3][1]
     assert Launch(32, 64, 4, 1) in near
     assert len(near) < 30 < len(rest)
-    assert {*near[1:], *rest[1:], own} == set(tune.attention_candidates(own))
+    assert {*near[1:], *rest[1:], own} == set(tune.attention_candidates())
 
 
-def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuner, monkeypatch):
+def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuned, monkeypatch):
     milliseconds = tune.milliseconds
 
     def interrupted(problem, capability):
@@ -171,22 +173,17 @@ def test_an_interrupted_tuner_leaves_the_rows_that_it_finished(tuner, monkeypatc
         return milliseconds(problem, capability)
 
     monkeypatch.setattr(tune, "milliseconds", interrupted)
-    before = rows_of(tuner.read_text())
-    with pytest.raises(KeyboardInterrupt):
-        tune.main(CHOSEN)
-    assert [key for key, row in rows_of(tuner.read_text()).items() if row != before[key]] == [("wgmma", "forward", 64)]
+    changed, _ = tuned(raises=partial(pytest.raises, KeyboardInterrupt))
+    assert list(changed) == [("wgmma", "forward", 64)]
 
 
-@pytest.mark.parametrize("option", [["--minutes", "0"], ["--dry-run"]], ids=" ".join)
-def test_the_tuner_leaves_the_table(tuner, option):
-    before = tuner.read_text()
-    tune.main([*CHOSEN, *option])
-    assert tuner.read_text() == before
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--dry-run"]], ids=" ".join)
+def test_the_tuner_leaves_the_table(tuned, options):
+    assert tuned(*options)[0] == {}
 
 
-def test_the_tuner_names_its_rows(tuner, capsys):
-    with pytest.raises(SystemExit):
-        tune.main(["--rows", "mma-forward-64"])
+def test_the_tuner_names_its_rows(tuned, capsys):
+    tuned("--rows", "mma-forward-64", raises=partial(pytest.raises, SystemExit))
     told = capsys.readouterr().err
     assert "has no row mma-forward-64" in told
     assert "wgmma-backward_key-128" in told

@@ -88,9 +88,8 @@ def test_tiles_and_compiler_options_are_the_tables_rows(launched, monkeypatch, d
         row = ATTENTION["float32" if dtype == torch.float32 else table, kernel, 64]
         assert (given["QUERY_TILE"], given["KEY_TILE"]) == (row.query_tile, row.key_tile)
         options = {name: given[name] for name in OPTIONS & given.keys()}
-        expected = {"num_warps": row.warps, "num_stages": row.stages, "maxnreg": row.registers}
-        assert options == {name: value for name, value in expected.items() if value is not None}
-    assert dtype != torch.float32 or all(given["maxnreg"] == 255 for _, given in attention)
+        registers = {"maxnreg": 255} if dtype == torch.float32 else {}
+        assert options == {"num_warps": row.warps, "num_stages": row.stages, **registers}
 
 
 @pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32")])

@@ -16,7 +16,7 @@ import pytest
 EVERYDAY_SHARES = {
     r"planted_bugs\.py::test_a_planted_bug": 0.06,
     r"sanitizers\.py": 0,
-    r"tests/test_fuzz\.py": 0.05,
+    r"tests/test_fuzz\.py": 0.2,
     r"kernels/.*triton": 0.15,
     r"kernels/.*emulated": 0.3,
     r"test_serving\.py::test_a_package": 0,

@@ -56,9 +56,9 @@ def training_step(
     gate = torch.empty(heads, device=device).normal_()
     seed = torch.ones(1, dtype=torch.int64, device=device) if dropout_p else None
     call = Call(q, k, v, pos_weight, gate, seed, *grid_size, head_dim**-0.5, dropout_p)
-    forward = plan_forward(call, True, capability)
-    _, *saved = forward.result
-    return [*forward.calls, *plan_backward(grad_out, call, Saved(*saved), capability).calls]
+    forward, (_, *saved) = plan_forward(call, True, capability)
+    backward, *_ = plan_backward(grad_out, call, Saved(*saved), capability)
+    return [*forward, *backward]
 
 
 def _calls(variant: Variant) -> dict[str, KernelCall]:

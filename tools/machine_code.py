@@ -58,7 +58,8 @@ _KINDS = {
 }
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", re.MULTILINE)
 _FUNCTION = re.compile(r"^(?:arch = (\w+)|\s+Function :? ?(\S+?):?$)", re.MULTILINE)
-_LEGEND = f"# {' '.join(Code._fields)}: one figure, or each of {'/'.join(f'sm_{code}' for code in ARCHITECTURES)}"
+_BUDGETED = Code._fields[:-1]  # the length of the code is free
+_LEGEND = f"# {' '.join(_BUDGETED)}: one figure, or each of {'/'.join(f'sm_{code}' for code in ARCHITECTURES)}; then 0"
 
 
 def tool() -> str:
@@ -126,7 +127,7 @@ def functions(binary: Path, option: str) -> dict[tuple[str, str], str]:
 
 
 def _readable(mangled: Iterable[str]) -> dict[str, str]:
-    """``whole_image_backward<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
+    """``gpsa_kernel<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
     names = list(dict.fromkeys(mangled))
     plain = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
     short = re.sub(r"(?m)\(anonymous namespace\)::|gpsa::|^void |\(.*\)$", "", plain).replace("> >", ">>")
@@ -140,16 +141,18 @@ def without_twins(kernels: Kernels) -> Kernels:
 
 
 def render(kernels: Kernels) -> str:
-    """A heading for kernels of one name, under it a line each: its figures, "-" on an architecture that has none."""
+    """A heading for kernels whose names begin alike, under it a line each: how its name ends, its figures; -1 registers
+    on an architecture that it is not for."""
     lines = [_LEGEND]
     for name in sorted({name for _, name in kernels}):
-        heading, rest = re.findall(r"^(\w+)(.*)", name)[0]
+        heading, rest = re.findall(r"^(.*?(?:float\d+|Half)[^\d ]*|\w+)(.*)", name)[0]
         if heading not in lines:
             lines.append(heading)
-        none = ("-",) * len(Code._fields)
-        figures = zip(*(kernels.get((f"sm_{code}", name), none) for code in ARCHITECTURES), strict=True)
-        cells = ("/".join(map(str, values if len(set(values)) > 1 else values[:1])) for values in figures)
-        lines.append(f" {rest}: {' '.join(cells)}")
+        known = [kernels.get((f"sm_{code}", name)) for code in ARCHITECTURES]
+        some = next(filter(None, known))
+        figures = zip(*((code or some._replace(registers=-1))[: len(_BUDGETED)] for code in known), strict=True)
+        cells = ["/".join(map(str, values if len(set(values)) > 1 else values[:1])) for values in figures]
+        lines.append(re.sub("( 0)*$", "", f"{rest}: {' '.join(cells)}"))
     return "\n".join(lines) + "\n"
 
 
@@ -157,14 +160,15 @@ def parse(text: str) -> Kernels:
     """The reverse of :func:`render`."""
     kernels, heading = {}, ""
     for line in text.splitlines()[1:]:
-        if not line.startswith(" "):
+        rest, _, figures = line.partition(": ")
+        if not figures:
             heading = line
             continue
-        rest, cells = line[1:].split(": ")
         for index, architecture in enumerate(ARCHITECTURES):
-            values = [(cell.split("/") * len(ARCHITECTURES))[index] for cell in cells.split()]
-            if "-" not in values:
-                kernels[f"sm_{architecture}", heading + rest] = Code(*map(int, values))
+            values = [int((cell.split("/") * len(ARCHITECTURES))[index]) for cell in figures.split()]
+            code = Code(*values, *[0] * (len(Code._fields) - len(values)))
+            if code.registers >= 0:
+                kernels[f"sm_{architecture}", heading + rest] = code
     return kernels
 
 
@@ -173,7 +177,7 @@ def over_budget(kernels: Kernels, budget: Kernels) -> dict[str, tuple[int, int]]
     return {
         f"{architecture} {name}: {figure}": (value, allowed)
         for (architecture, name), code in kernels.items()
-        for figure, value, allowed in zip(Code._fields[:-1], code, budget[architecture, name], strict=False)
+        for figure, value, allowed in zip(_BUDGETED, code, budget[architecture, name], strict=False)
         if value > allowed
     }
 

@@ -109,10 +109,10 @@ def positional_problems() -> dict[tuple[str, int], Problem]:
     }
 
 
-def attention_candidates(row: Launch) -> list[Launch]:
-    """What can stand in a row's place; registers are a matter of the compiler, not of time, and stay."""
+def attention_candidates() -> list[Launch]:
+    """What can stand in a row's place."""
     sizes = (16, 32, 64, 128)
-    return [Launch(*tiles, row.registers) for tiles in itertools.product(sizes, sizes, (4, 8), (1, 2, 3))]
+    return list(itertools.starmap(Launch, itertools.product(sizes, sizes, (4, 8), (1, 2, 3))))
 
 
 def positional_candidates(columns: int) -> list[PositionalLaunch]:
@@ -123,8 +123,8 @@ def positional_candidates(columns: int) -> list[PositionalLaunch]:
 
 def distance(a: Row, b: Row) -> float:
     """In how many steps one launch becomes the other: stages by one, everything else doubled or halved."""
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in a._fields if name != "registers"}
-    return sum(abs(m - n) if name == "stages" else abs(math.log2(m / n)) for name, (m, n) in pairs.items())
+    pairs = zip(a._fields, a, b, strict=True)
+    return sum(abs(m - n) if name == "stages" else abs(math.log2(m / n)) for name, m, n in pairs)
 
 
 def best(key: Any, candidates: Iterable[Row], milliseconds: Callable[[], float | None]) -> Row:
@@ -146,9 +146,18 @@ def render(
     text: str, attention: dict[tuple[str, str, int], Launch], positional: dict[tuple[str, int], PositionalLaunch]
 ) -> str:
     """The text of ``table.py`` with these rows in its tables."""
-    for name, rows in (("ATTENTION", attention), ("POSITIONAL", positional)):
-        body = "".join(f"    {key!r}: {row!r},\n" for key, row in rows.items()).replace("'", '"')
-        text = re.sub(rf"(?s)(\n{name}: [^\n]*{{\n).*?(?=}}\n)", rf"\g<1>{body}", text)
+
+    def written(row: Row) -> str:
+        return f"{type(row).__name__}{tuple(row)}"
+
+    bodies = {"_ATTENTION": "", "POSITIONAL": ""}
+    for key, rows in itertools.groupby(attention.items(), lambda item: item[0][:2]):
+        bodies["_ATTENTION"] += f"    {key}: [{', '.join(written(row) for _, row in rows)}],\n"
+    for key, row in positional.items():
+        bodies["POSITIONAL"] += f"    {key}: {written(row)},\n"
+    for name, body in bodies.items():
+        quoted = body.replace("'", '"')
+        text = re.sub(rf"(?s)(\n{name}: [^\n]*{{\n).*?(?=}}\n)", rf"\g<1>{quoted}", text)
     return text
 
 
@@ -181,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
                 break
             key = names[name]
             table, problem = table_of(key), problems[key]
-            everything = attention_candidates(own) if isinstance(own, Launch) else positional_candidates(key[1])
+            everything = attention_candidates() if isinstance(own, Launch) else positional_candidates(key[1])
             candidates = [row for row in everything if row != own and (distance(row, own) <= NEAR) == near]
             built = list(pool.map(partial(build, key, problem, capability), [table[key], *candidates]))
             fitting = list(itertools.compress(candidates, built[1:]))

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpsa_kernels.tensors import accumulation_dtype, empty_output
+
 
 class Call(NamedTuple):
-    """One call of the operator, its arguments checked, in the order of the operator's schema.
+    """One call of the operator, its arguments checked, in the order of the operator's schema."""
 
-    Attributes:
-        q: (B, H, N, D) queries.
-        k: (B, H, N, D) keys.
-        v: (B, H, N, D) values.
-        pos_weight: (H, 3) weights of dx, dy and dx^2 + dy^2.
-        gate: (H,) logits.
-        seed: (1,) int64 on q's device, from which a kernel draws the dropout mask; None without dropout and for
-            ``compose``.
-        rows: of the token grid.
-        columns: of the token grid; rows * columns = N.
-        scale: factor of the content scores.
-        dropout_p: probability with which an entry of the attention map is dropped.
-    """
-
-    q: Tensor
+    q: Tensor  # (B, H, N, D)
     k: Tensor
     v: Tensor
-    pos_weight: Tensor
-    gate: Tensor
-    seed: Tensor | None
-    rows: int
+    pos_weight: Tensor  # (H, 3), of dx, dy and dx^2 + dy^2
+    gate: Tensor  # (H,) logits
+    seed: Tensor | None  # (1,) int64 on q's device, of the dropout mask; None without dropout and for ``compose``
+    rows: int  # of the token grid
     columns: int
-    scale: float
+    scale: float  # of the content scores
     dropout_p: float
 
     @property
@@ -67,21 +55,23 @@ def strided_channels(call: Call) -> str | None:
 
 
 class Forward(NamedTuple):
-    """What a kernel's forward pass returns: the result, and what its backward pass needs beside the call.
+    """What a kernel's forward pass returns: the result and, where there is one, what the backward pass needs.
 
-    Attributes:
-        out: (B, H, N, D), strides of a (B, N, H, D) contiguous tensor transposed.
-        content: the content branch's own output (of ``sdpa``, for v less what its tokens have in common), laid out as
-            ``out``; None from a kernel that does without it. Saved instead of ``out``: as the gate closes (g near 1)
-            ``out`` holds almost nothing of the content branch, and what a 16-bit ``out`` still holds is rounding error.
-        logsumexp: (B, H, N) float32 (float64 for float64), log of the content softmax's normaliser.
-
-    The last two are None where the call has no backward pass.
+    The content branch's own output is saved instead of ``out``: as the gate closes (g near 1) ``out`` holds almost
+    nothing of the content branch, and what a 16-bit ``out`` still holds is rounding error.
     """
 
-    out: Tensor
-    content: Tensor | None
-    logsumexp: Tensor | None
+    out: Tensor  # (B, H, N, D), strides of a (B, N, H, D) contiguous tensor transposed
+    content: Tensor | None  # like it; of ``sdpa``, for v less what its tokens have in common; None: not needed
+    logsumexp: Tensor | None  # (B, H, N), of the content scores; float32 (float64 for float64)
+
+    @staticmethod
+    def empty(q: Tensor, save: bool, saves_content: bool = True) -> Forward:
+        """For a kernel to fill."""
+        if not save:
+            return Forward(empty_output(q), None, None)
+        content = empty_output(q) if saves_content else None
+        return Forward(empty_output(q), content, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype)))
 
 
 class Saved(NamedTuple):
@@ -105,30 +95,24 @@ class Gradients(NamedTuple):
 class Backend:
     """One way to compute GPSA.
 
-    A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or a ``forward`` and
-    ``backward`` pair (kernels, which a registered operator runs), or both: then the kernels serve eager mode on
+    A backend brings ``compose`` (plain PyTorch that autograd and torch.compile see through), or ``forward`` and
+    ``backward`` (kernels, which a registered operator runs), or both: then the kernels serve eager mode on
     ``kernel_devices`` and ``compose`` serves everything else.
-
-    Attributes:
-        name: what ``backend=`` is given.
-        unavailable: why this machine cannot run it at all, or None.
-        unsupported: why it cannot run a call, as a clause to follow "backend 'x' cannot run this call: "; or None.
-        compose: GPSA in differentiable PyTorch.
-        forward: the kernels' forward pass; the second argument says whether there will be a backward pass.
-        backward: the kernels' backward pass, from the gradient of the output.
-        kernel_devices: the device types on which ``forward`` and ``backward`` run.
-        saves_content: whether ``forward`` fills :attr:`Forward.content` for the backward pass. Asked about fake
-            tensors, too.
-        all_derivatives: whether ``compose`` can be differentiated in every way that PyTorch knows: again, in forward
-            mode, by torch.func. Of the others there are first derivatives, and an error for the rest.
     """
 
-    name: str
+    name: str  # what ``backend=`` is given
+    # why this machine cannot run it at all, or None
     unavailable: Callable[[], str | None]
+    # why it cannot run a call, as a clause to follow "backend 'x' cannot run this call: "; or None
     unsupported: Callable[[Call], str | None]
     compose: Callable[[Call], Tensor] | None = None
+    # the second argument says whether there will be a backward pass
     forward: Callable[[Call, bool], Forward] | None = None
+    # from the gradient of the output
     backward: Callable[[Tensor, Call, Saved], Gradients] | None = None
-    kernel_devices: frozenset[str] = field(default_factory=frozenset)
+    # the types of device on which both run
+    kernel_devices: frozenset[str] = frozenset()
+    # whether ``forward`` fills ``content`` for the backward pass; asked about fake tensors, too
     saves_content: Callable[[Call], bool] = lambda call: True
+    # whether ``compose`` has all derivatives; of the others there are first ones, and an error for the rest
     all_derivatives: bool = False

@@ -18,30 +18,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gpsa_kernels._version import __version__
 from gpsa_kernels.backends.base import Backend, Call, Forward, Gradients, Saved, strided_channels
-from gpsa_kernels.tensors import autocast_dtype
+from gpsa_kernels.tensors import cast_dtype
 
 FOLDER = Path(__file__).parents[1] / "_cuda"
 _WHOLE_IMAGE_TOKENS = 256  # above which every kernel is tiled, and backward reads the content branch's own output
 
 
 class Build(NamedTuple):
-    """How the library was built.
+    """How the library was built."""
 
-    Attributes:
-        version: of gpsa_kernels.
-        cuda: "13.0".
-        nvcc: "13.0.88".
-        architectures: "sm_90" for machine code, "compute_120" for PTX.
-        torch: the version it was built with.
-        oldest_torch: the first that has all it needs.
-    """
-
-    version: str
-    cuda: str
-    nvcc: str
-    architectures: list[str]
-    torch: str
-    oldest_torch: str
+    version: str  # of gpsa_kernels
+    cuda: str  # "13.0"
+    nvcc: str  # "13.0.88"
+    architectures: list[str]  # "sm_90" for machine code, "compute_120" for PTX
+    torch: str  # the version it was built with
+    oldest_torch: str  # the first that has all it needs
 
 
 def build() -> Build | None:
@@ -97,14 +88,10 @@ def _code_for(device: int | None) -> str | None:
     for name in built.architectures:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
         assert match is not None, name
-        kind, suffix, code = match[1], match[4], (int(match[2]), int(match[3]))
-        if suffix == "a":
-            runs = (major, minor) == code
-        elif kind == "compute" and not suffix:
-            runs = (major, minor) >= code
-        else:
-            runs = major == code[0] and minor >= code[1]
-        if runs:
+        code = int(match[2]), int(match[3])
+        forward = match[1] == "compute" and not match[4]  # PTX for whatever comes later
+        same = (major, minor) == code if match[4] == "a" else major == code[0]
+        if (major, minor) >= code and (same or forward):
             return None
     return (
         f"its library was built for {', '.join(built.architectures)}, and the device has compute capability "
@@ -131,7 +118,7 @@ def unsupported(call: Call) -> str | None:
 def unsupported_tensors(call: Call) -> str | None:
     """Why the kernels could not run a call on any device, or None."""
     q = call.q
-    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype(q.device.type) or q.dtype  # as it will be cast
+    dtype = cast_dtype(q)
     if dtype != torch.float16 and dtype != torch.bfloat16:
         return f"its kernels take float16 and bfloat16, and q is {dtype}"
     if q.size(-1) % 8 or q.size(-1) > 128:

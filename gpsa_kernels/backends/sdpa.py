@@ -11,6 +11,7 @@ sums, but for their rounding, which is much the same for tokens that are alike a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -99,34 +100,27 @@ class _Buffer(NamedTuple):
     columns: Tensor  # (H*R, C, n*D), to contract along the grid's columns
 
 
-class _Workspace:
-    """Buffers for a slice of the batch, used again for every slice.
+def _slices(call: Call, count: int) -> Iterator[tuple[slice, list[_Buffer]]]:
+    """The batch in slices, each with ``count`` buffers for it, which lie in the same memory for every slice.
 
     However large the batch, no fresh page is touched after the first slice, which on the CPU costs more than the
     arithmetic done on it.
     """
-
-    def __init__(self, q: Tensor, grid_size: tuple[int, int], count: int) -> None:
-        batch, self.heads, self.tokens, self.dim = q.shape
-        self.grid_size = grid_size
-        per_element = self.heads * self.tokens * self.dim
-        step = max(1, min(batch, _WORKSPACE_ELEMENTS // per_element))
-        self.batches = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
-        self._flat = q.new_empty((count, step * per_element), dtype=accumulation_dtype(q.dtype)).unbind()
-
-    def buffers(self, part: slice) -> list[_Buffer]:
-        (rows, columns), size = self.grid_size, part.stop - part.start
-        views = []
-        for flat in self._flat:
-            flat = flat[: self.heads * self.tokens * size * self.dim]
-            views.append(
-                _Buffer(
-                    flat.view(self.heads, self.tokens, size, self.dim).permute(2, 0, 1, 3),
-                    flat.view(self.heads, rows, columns * size * self.dim),
-                    flat.view(self.heads * rows, columns, size * self.dim),
-                )
+    batch, heads, tokens, dim = call.q.shape
+    per_element = heads * tokens * dim
+    step = max(1, min(batch, _WORKSPACE_ELEMENTS // per_element))
+    memory = call.q.new_empty((count, step * per_element), dtype=accumulation_dtype(call.q.dtype))
+    for start in range(0, batch, step):
+        size = min(step, batch - start)
+        buffers = [
+            _Buffer(
+                flat.view(heads, tokens, size, dim).permute(2, 0, 1, 3),
+                flat.view(heads, call.rows, call.columns * size * dim),
+                flat.view(heads * call.rows, call.columns, size * dim),
             )
-        return views
+            for flat in memory[:, : size * per_element].unbind()
+        ]
+        yield slice(start, start + size), buffers
 
 
 def _blend(content: Tensor, position: Tensor, share: Tensor, common: Tensor | None, out: Tensor) -> None:
@@ -147,16 +141,12 @@ def forward(call: Call, save: bool) -> Forward:
     out = empty_output(call.q) if save else content  # with no backward pass to come, blend in place
     share = g.view(-1, 1, 1)
     ax = ax.repeat_interleave(call.rows, dim=0)
-    workspace = _Workspace(call.q, call.grid_size, count=2)
-    for part in workspace.batches:
-        x, y = workspace.buffers(part)
+    for part, (x, y) in _slices(call, count=2):
         x.tokens.copy_(v[part])
         torch.bmm(ay, x.rows, out=y.rows)
         torch.bmm(ax, y.columns, out=x.columns)
         _blend(content[part], x.tokens, share, None if common is None else common[part], out=out[part])
-    if not save:
-        return Forward(out, None, None)
-    return Forward(out, content, logsumexp.contiguous())
+    return Forward(out, content, logsumexp.contiguous()) if save else Forward(out, None, None)
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
@@ -176,9 +166,7 @@ def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
     ax_backward, ay_backward = ax.transpose(1, 2).repeat_interleave(call.rows, dim=0), ay.transpose(1, 2)
     grad_ax, grad_ay = torch.zeros_like(ax_backward), torch.zeros_like(ay)
     along_content = torch.zeros_like(g)
-    workspace = _Workspace(call.q, call.grid_size, count=3)
-    for part in workspace.batches:
-        x, y, z = workspace.buffers(part)
+    for part, (x, y, z) in _slices(call, count=3):
         x.tokens.copy_(v[part])
         z.tokens.copy_(grad_out[part])
         torch.bmm(ay, x.rows, out=y.rows)

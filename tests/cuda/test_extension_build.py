@@ -24,169 +24,106 @@ needs_nvcc = pytest.mark.skipif(
 )
 
 
+GOOD = {
+    "ninja": "",
+    "g++": "",
+    "nvcc": "V13.0.88 " + " ".join(f"compute_{number}" for number in (75, 80, 86, 90, 100, 120)),
+    "nvidia-smi": "9.0",
+    "torch": ("2.11.0", "13.0"),
+}
+
+
 @pytest.fixture
-def build(monkeypatch):
-    """setup.py as a module, in an environment that says nothing about the build."""
-    for name in ("GPSA_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "NVCC_CCBIN"):
+def machine(monkeypatch, tmp_path):
+    """setup.py on a machine whose programs only say what the real ones would, and whose torch says its version and its
+    CUDA; what is changed to None is not there."""
+
+    for name in ("CUDA_PATH", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py"), run_name="build"))
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="build")
+
+    def machine(**changed):
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        *there, (_, torch_is) = (GOOD | changed).items()
+        for name, said in there:
+            if said is not None:
+                (programs / name).write_text(f"#!/bin/sh\necho {shlex.quote(said)}\n")
+                (programs / name).chmod(0o755)
+        if torch_is is not None:
+            (tmp_path / "torch").mkdir()
+            (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('the build imports torch')")
+            version, cuda = torch_is
+            (tmp_path / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        monkeypatch.setattr("sysconfig.get_path", lambda name: str(programs))
+        return SimpleNamespace(**setup)
+
+    return machine
 
 
-def write_torch(folder: Path, version: str, cuda: str | None) -> None:
-    """A torch of which nothing is there but what it says of itself."""
-    (folder / "torch").mkdir()
-    (folder / "torch" / "__init__.py").write_text("raise AssertionError('the build imports torch')")
-    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
-
-
-def machine(
-    monkeypatch, folder: Path, *, gpus: str | None = "9.0", nvcc: bool = True, torch_cuda: str | None = "13.0"
-) -> None:
-    """A machine whose programs only say what the real ones would, with a torch to build with."""
-    programs = folder / "bin"
-    programs.mkdir()
-    said = dict.fromkeys(("ninja", "g++"), "")
-    if nvcc:
-        said["nvcc"] = "V13.0.88 " + " ".join(f"compute_{number}" for number in (75, 80, 86, 90, 100, 120))
-    if gpus is not None:
-        said["nvidia-smi"] = gpus
-    for name, text in said.items():
-        (programs / name).write_text(f"#!/bin/sh\necho {shlex.quote(text)}\n")
-        (programs / name).chmod(0o755)
-    write_torch(folder, "2.11.0", torch_cuda)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv("PATH", str(programs))
-    monkeypatch.setenv("CUDA_HOME", str(folder))
-
-
-# ---- architectures -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("known", "expected"),
-    [
-        ({75, 80, 86, 90, 100, 120}, ["sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]),
-        ({70, 80, 89, 90}, ["sm_80", "sm_90", "compute_90"]),
-    ],
+OLD_NVCC = {"nvcc": "V13.0.88 " + " ".join(f"compute_{number}" for number in (70, 80, 89, 90))}
+NO_GPU, NO_NVCC, NO_CUDA = {"nvidia-smi": None}, {"nvcc": None}, {"torch": ("2.11.0", None)}
+NO_DRIVER = {"nvidia-smi": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."}
+FOR, ASKED, HAS_GPU = (
+    "builds the CUDA library for ",
+    r" \(takes minutes\): GPSA_BUILD_CUDA=1",
+    ".*: this machine has a GPU",
 )
-def test_the_default_architectures_are_those_that_nvcc_knows(build, known, expected):
-    assert build.architectures(build.Nvcc("nvcc", "13.0.88", frozenset(known))) == expected
-
-
-@pytest.mark.parametrize(
-    ("listed", "expected"),
-    [
-        ("9.0", ["sm_90"]),
-        ("8.0;9.0+PTX", ["sm_80", "sm_90", "compute_90"]),
-        ("8.6, 9.0a 12.0", ["sm_86", "sm_90a", "sm_120"]),
-        ("7.0;7.5;10.3f", ["sm_103f"]),
-    ],
-)
-def test_torch_cuda_arch_list(build, monkeypatch, listed, expected):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    assert build.architectures(build.Nvcc("nvcc", "13.0.88", frozenset({80}))) == expected
-
-
-@pytest.mark.parametrize(("listed", "words"), [("Hopper", "'Hopper'"), ("9", "'9'"), ("7.5", "from 8.0 on")])
-def test_a_torch_cuda_arch_list_that_cannot_be_served(build, monkeypatch, listed, words):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    with pytest.raises(build.Missing, match=words):
-        build.architectures(build.Nvcc("nvcc", "13.0.88", frozenset({80})))
-
-
-# ---- missing pieces ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("version", "cuda", "words"),
-    [
-        ("2.11.0+cpu", None, r"torch 2.11.0\+cpu in .* has no CUDA"),
-        ("2.9.1+cu130", "13.0", r"torch 2.9.1\+cu130 in .* is older than 2.10"),
-    ],
-)
-def test_a_torch_that_cannot_be_built_with(build, monkeypatch, tmp_path, version, cuda, words):
-    write_torch(tmp_path, version, cuda)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(build.Missing, match=words):
-        build.Torch.find()
-
-
-def test_an_isolated_build_has_no_torch(build, monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(build.Missing, match="no torch is in the environment of the build"):
-        build.Torch.find()
-
-
-def test_a_torch_of_another_cuda(build, monkeypatch, tmp_path):
-    machine(monkeypatch, tmp_path, torch_cuda="99.0")
-    with pytest.raises(build.Missing, match=r"nvcc is of CUDA 13.0.88, and torch 2.11.0 of CUDA 99.0"):
-        build.Build.find()
-
-
-@pytest.mark.parametrize(("program", "words"), [("ninja", "no ninja was found"), ("g++", r"no g\+\+ on PATH")])
-def test_a_missing_program(build, monkeypatch, tmp_path, program, words):
-    machine(monkeypatch, tmp_path)
-    which = shutil.which
-    monkeypatch.setattr(shutil, "which", lambda name, **kwargs: None if name == program else which(name, **kwargs))
-    with pytest.raises(build.Missing, match=words):
-        build.Build.find()
-
-
 WITHOUT = "built without the CUDA library: "
 CANNOT = "GPSA_BUILD_CUDA=1, but the CUDA library cannot be built: "
-DEFAULT = r"builds .* for sm_80, sm_90, sm_100, sm_120, compute_120 \(takes minutes\): GPSA_BUILD_CUDA=1"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "nvcc", "torch_cuda", "expected"),
+    ("wanted", "listed", "changed", "expected"),
     [
-        ("", "9.0", True, "13.0", r"builds the CUDA library for sm_90 \(takes minutes\): this machine has a GPU"),
-        ("", "9.0", False, "13.0", WITHOUT + "no nvcc in "),
-        ("", "9.0", True, None, WITHOUT + "torch 2.11.0 in .* has no CUDA"),
-        ("", None, True, "13.0", WITHOUT + "this machine has no GPU"),
-        ("", None, False, None, WITHOUT + "this machine has no GPU"),
-        ("0", "9.0", True, "13.0", WITHOUT + "GPSA_BUILD_CUDA=0"),
-        ("0", None, False, None, WITHOUT + "GPSA_BUILD_CUDA=0"),
-        ("1", "9.0", True, "13.0", DEFAULT),
-        ("1", None, True, "13.0", DEFAULT),
-        ("1", "9.0", False, "13.0", CANNOT + "no nvcc in "),
-        ("1", None, True, None, CANNOT + "torch 2.11.0 in .* has no CUDA"),
-        ("yes", "9.0", True, "13.0", "GPSA_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
+        ("", "", {}, FOR + "sm_90" + HAS_GPU),
+        ("", "", {"nvidia-smi": "9.0\n8.6\n9.0"}, FOR + "sm_86, sm_90" + HAS_GPU),
+        ("", "", {"nvidia-smi": "7.5\n12.0"}, FOR + "sm_120" + HAS_GPU),
+        ("", "9.0", {}, FOR + "sm_90" + HAS_GPU),
+        ("", "8.0+PTX", {}, FOR + "sm_80, compute_80" + HAS_GPU),
+        ("", "", {"nvidia-smi": "7.5"}, WITHOUT + r"it needs .* 8.0 or later, and one that .*nvcc knows, not 7\.5"),
+        ("", "", {"nvidia-smi": "13.0"}, WITHOUT + r"it needs .* 8.0 or later, and one that .*nvcc knows, not 13\.0"),
+        ("", "", NO_DRIVER, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_GPU, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "this machine has no GPU"),
+        ("", "", NO_NVCC, WITHOUT + "no nvcc in "),
+        ("", "", NO_CUDA, WITHOUT + "torch 2.11.0 in .* has no CUDA"),
+        ("0", "", {}, WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("0", "", NO_GPU | NO_NVCC | NO_CUDA, WITHOUT + "GPSA_BUILD_CUDA=0"),
+        ("1", "", {}, FOR + "sm_80, sm_90, sm_100, sm_120, compute_120" + ASKED),
+        ("1", "", NO_GPU, FOR + "sm_80, sm_90, sm_100, sm_120, compute_120" + ASKED),
+        ("1", "", OLD_NVCC, FOR + "sm_80, sm_90, compute_90" + ASKED),
+        ("1", "8.0;9.0+PTX", {}, FOR + "sm_80, sm_90, compute_90" + ASKED),
+        ("1", "8.6, 9.0a 12.0", {}, FOR + "sm_86, sm_90a, sm_120" + ASKED),
+        ("1", "7.0;7.5;10.3f", {}, FOR + "sm_103f" + ASKED),
+        ("1", "Hopper", {}, CANNOT + ".*'Hopper'"),
+        ("1", "9", {}, CANNOT + ".*'9'"),
+        ("1", "7.5", {}, CANNOT + ".*from 8.0 on"),
+        ("1", "", NO_NVCC, CANNOT + "no nvcc in "),
+        ("1", "", {"torch": None}, CANNOT + "no torch is in the environment of the build"),
+        ("1", "", NO_GPU | NO_CUDA, CANNOT + "torch 2.11.0 in .* has no CUDA"),
+        ("1", "", {"torch": ("2.11.0+cpu", None)}, CANNOT + r"torch 2.11.0\+cpu in .* has no CUDA"),
+        ("1", "", {"torch": ("2.9.1+cu130", "13.0")}, CANNOT + r"torch 2.9.1\+cu130 in .* is older than 2.10"),
+        ("1", "", {"torch": ("2.11.0", "99.0")}, CANNOT + ".*nvcc is of CUDA 13.0.88, and torch 2.11.0 of CUDA 99.0"),
+        ("1", "", {"ninja": None}, CANNOT + "no ninja was found"),
+        ("1", "", {"g++": None}, CANNOT + r"no g\+\+ on PATH"),
+        ("yes", "", {}, "GPSA_BUILD_CUDA must be 0, 1 or unset, got 'yes'"),
     ],
 )
-def test_one_line_says_what_is_built_and_why(
-    build, monkeypatch, tmp_path, capsys, wanted, gpus, nvcc, torch_cuda, expected
-):
-    machine(monkeypatch, tmp_path, gpus=gpus, nvcc=nvcc, torch_cuda=torch_cuda)
+def test_one_line_says_what_is_built_and_why(machine, capsys, monkeypatch, wanted, listed, changed, expected):
+    build = machine(**changed)
     monkeypatch.setenv("GPSA_BUILD_CUDA", wanted)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     try:
-        assert build.builds() == expected.startswith("builds")
+        assert build.builds() == expected.startswith(FOR)
         (line,) = capsys.readouterr().err.splitlines()
     except SystemExit as error:
         line = str(error)
         assert wanted == "yes" or expected.startswith(CANNOT)
     assert re.match("gpsa_kernels: " + expected, line)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "listed", "expected"),
-    [
-        ("9.0\n8.6\n9.0", "", ["sm_86", "sm_90"]),
-        ("7.5\n12.0", "", ["sm_120"]),
-        ("9.0", "8.0+PTX", ["sm_80", "compute_80"]),
-        ("7.5", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 7\.5"),
-        ("13.0", "", r"compute capability 8.0 or later, and one that .*nvcc knows, not 13\.0"),
-        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "", "has no GPU"),
-    ],
-)
-def test_the_architectures_are_those_of_the_gpus(build, monkeypatch, tmp_path, gpus, listed, expected):
-    machine(monkeypatch, tmp_path, gpus=gpus)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    if isinstance(expected, list):
-        assert build.Build.find().architectures == expected
-    else:
-        with pytest.raises(build.Missing, match=expected):
-            build.Build.find()
 
 
 # ---- pip -----------------------------------------------------------------------------------------------------------

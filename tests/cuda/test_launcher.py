@@ -6,19 +6,20 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import emulation
 import pytest
 
-HERE = Path(__file__).parent
 QUERIES = [f"{what} of {device}" for what in ("multiprocessors", "shared bytes") for device in (0, 1)]
 LAUNCHES = ["launch of a with 50000 bytes", "launch of a with 1000 bytes", "launch of b with 0 bytes"]
 
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory):
-    program = tmp_path_factory.mktemp("launcher") / "launcher"
-    includes = [f"-I{HERE / 'fake_runtime'}", f"-I{HERE.parents[1] / 'csrc'}"]
-    command = ["g++", "-std=c++17", "-pthread", str(HERE / "launcher.cpp"), *includes, "-o", str(program)]
-    subprocess.run(command, check=True)
+    folder = tmp_path_factory.mktemp("runtime")
+    for header in ("cuda_runtime.h", "cuda_runtime_api.h"):  # all is in launcher.cpp
+        (folder / header).touch()
+    sources, includes = [Path(__file__).with_name("launcher.cpp")], [folder, emulation.CSRC]
+    program = emulation.built(sources, ["-pthread"], includes, [])
     return lambda *failing: subprocess.run([program, *failing], capture_output=True, text=True, check=True).stdout
 
 

@@ -8,6 +8,9 @@ import torch
 from emulation import H100, Device
 from reference import inputs
 
+from gpsa_kernels.backends import cuda
+from gpsa_kernels.backends.base import Call
+
 A100, B200 = Device(108, 163 * 1024), Device(148, 227 * 1024)
 RTX_4090, RTX_5090 = Device(128, 99 * 1024), Device(170, 99 * 1024)
 DEVICES = {"A100": A100, "H100": H100, "B200": B200, "RTX 4090": RTX_4090, "RTX 5090": RTX_5090}
@@ -24,7 +27,7 @@ def empty(batch, heads, head_dim, dtype=torch.float16):
 
 
 def is_tiled(launches):
-    return launches[0].kernel == "PositionStatistics"
+    return launches[0].kernel == b"PositionStatistics"
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -103,13 +106,20 @@ def test_query_rows_are_split_while_multiprocessors_or_places_on_them_are_free(d
     assert grids == {images: (images, row_blocks) for images, row_blocks in expected.items()}
 
 
+def forward(shape, **settings):
+    """The output, and what was counted."""
+    tensors = (t.detach() for t in inputs(*shape, torch.float16))
+    call = Call(*tensors, None, *shape[2], 0.1, 0.0)
+    with emulation.using(**settings) as counts:
+        return cuda.forward(call, False).out, counts()
+
+
 def test_a_block_alone_on_its_multiprocessor_has_twice_the_warps_and_the_same_result():
-    tensors = [t.detach() for t in inputs(1, 2, (9, 13), 48, torch.float16)]
-    outputs = []
+    shape, outputs = (1, 2, (9, 13), 48), []
     for device, threads in ((H100, 128), (RTX_4090, 256)):
-        ((launch,), *_) = emulation.launches(tensors[0], (9, 13), 0.0, device)
+        ((launch,), *_) = emulation.launches(empty(1, 2, 48), (9, 13), 0.0, device)
         assert launch.threads == threads
-        outputs.append(emulation.forward(tensors, (9, 13), 0.1, device=device, schedule=1).tensors["out"])
+        outputs.append(forward(shape, device=device, row_blocks=1, schedule=1)[0])
     assert torch.equal(*outputs)
 
 
@@ -118,15 +128,16 @@ def test_three_blocks_fit_into_the_multiprocessor_of_an_h100():
     assert 3 * (launch.shared_bytes + 1024) <= 228 * 1024
 
 
-@pytest.mark.parametrize("device", [H100, RTX_4090], ids=["whole image", "tiled"])
-def test_what_is_chosen_runs_in_the_workspace_that_was_asked_for(device):
-    tensors = [t.detach() for t in inputs(1, 2, (9, 9), 128, torch.float16)]
-    got = emulation.forward(tensors, (9, 9), 0.1, row_blocks=None, device=device)
-    expected = emulation.forward(tensors, (9, 9), 0.1, row_blocks=2 if device is H100 else 0)
-    assert torch.equal(got.tensors["out"], expected.tensors["out"])
-    assert got.counts == expected.counts
+@pytest.mark.parametrize(("device", "row_blocks"), [(H100, 2), (RTX_4090, 0)], ids=["whole image", "tiled"])
+def test_what_is_chosen_runs_in_the_workspace_that_was_asked_for(device, row_blocks):
+    shape = (1, 2, (9, 9), 128)
+    out, counts = forward(shape, device=device)
+    expected, expected_counts = forward(shape, row_blocks=row_blocks)
+    assert torch.equal(out, expected)
+    assert counts == expected_counts
 
 
 def test_nothing_is_launched_for_nothing():
     assert emulation.launches(empty(0, 3, 48), (14, 14)) == [[], [], []]
-    assert emulation.sizes(empty(0, 3, 48), (14, 14)) == emulation.sizes(empty(1, 3, 48), (14, 14))
+    sizes = [emulation.sizes(empty(batch, 3, 48), (14, 14)) for batch in (0, 1)]
+    assert [[getattr(s, name) for name, _ in s._fields_] for s in sizes] == 2 * [[1, 0, 0, 0, False]]

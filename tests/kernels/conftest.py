@@ -2,22 +2,30 @@
 
 On a GPU the targets are the backends that have kernels for it. Without one they are the CUDA kernels on their emulator,
 and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the variable when it is imported, so one
-process either interprets or compiles.
+process either interprets or compiles. Of what is said about numbers the backends in plain PyTorch are targets, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from itertools import chain, product
 from typing import NamedTuple
 
 import emulation
 import pytest
 import torch
+from reference import (
+    SEED,
+    assert_as_exact_as_eager,
+    assert_what_backward_reads_is_exact,
+    attention,
+    inputs,
+)
 
-from gpsa_kernels import BACKENDS
-from gpsa_kernels.backends import Call, cuda
+from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels.backends import cuda
 from gpsa_kernels.backends.triton import INTERPRETED
+from gpsa_kernels.check.exactness import kept_by_dropout
 
 Shape = tuple[int, int, tuple[int, int], int]  # batch, heads, grid_size, head_dim
 
@@ -39,6 +47,39 @@ class Target(NamedTuple):
     shapes: list[Shape]
     inference_shapes: list[Shape]
     dropout_shapes: list[Shape]
+
+    @property
+    def widest(self):
+        """The dtype in which it computes most exactly."""
+        return self.dtypes[0]
+
+    def given(self, batch, heads, grid_size, head_dim, dtype):
+        """Inputs of a shape and dtype on the target's device, and a gradient of the output."""
+        tensors = [t.detach().to(self.device) for t in inputs(batch, heads, grid_size, head_dim, dtype)]
+        return tensors, torch.randn(tensors[0].shape).to(self.device, dtype)
+
+    def run(self, tensors, grad_out, grid_size, **kwargs):
+        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = gpsa_attention(*leaves, grid_size, backend=self.backend, **kwargs)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    def check(self, tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
+        """Holds a result and all gradients to the rule of exactness; with ``saved`` what backward reads, too."""
+        q, settings, mask, seed = tensors[0], {"backend": self.backend}, None, None
+        if dropout_p:
+            settings["dropout_p"] = dropout_p
+            mask = kept_by_dropout(attention, *q.shape[:2], grid_size, q.dtype, self.device, **settings)
+        settings |= {"device": self.device, "scale": scale, "mask": mask, **kwargs}
+        assert_as_exact_as_eager(attention, tensors, grid_size, **settings)
+        if saved and self.backend not in _PLAIN:
+            if dropout_p:
+                torch.manual_seed(SEED)  # as attention() and then gpsa_attention() draw it
+                seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=self.device)
+            there = [t.detach().to(self.device) for t in tensors]
+            scale = q.size(-1) ** -0.5 if scale is None else scale
+            kept = torch.ops.gpsa.attention_forward(*there, seed, *grid_size, scale, dropout_p, self.backend, True)
+            assert_what_backward_reads_is_exact(*kept[1:], tensors, grid_size, scale, mask, dropout_p)
 
 
 # fmt: off
@@ -79,6 +120,16 @@ _TILED = {
         (2, 2, (5, 14), 16), (1, 2, (9, 21), 48), (1, 1, (1, 70), 128), (1, 1, (67, 1), 64), (1, 1, (13, 24), 40),
     ],
 }
+_ANY_HEAD_DIM = {
+    "grids": [(3, 6), (2, 17)],
+    "shapes": [
+        *((2, 2, grid_size, 16) for grid_size in ((1, 1), (1, 2), (7, 9), (8, 8), (13, 5), (1, 197), (197, 1))),
+        *((1, 2, (4, 6), head_dim) for head_dim in (1, 5, 24, 40, 64, 72, 128)),
+        (7, 3, (3, 5), 8), (2, 9, (14, 14), 48),
+    ],
+    "inference_shapes": [(1, 2, (3, 5), 16), (1, 2, (5, 13), 5)],
+    "dropout_shapes": [],
+}
 # fmt: on
 _ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
 # of each form of Triton's position and of each family of the CUDA kernels; and with dropout
@@ -86,6 +137,7 @@ _SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 
 
 _HALVES = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
+_PLAIN = ("eager", "sdpa")
 _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 
 
@@ -98,6 +150,8 @@ def _targets() -> list[Target]:
 
 
 TARGETS = _targets()
+_EVERY = (torch.float64, torch.float32, *_HALVES)
+PLAIN = [Target(name, "cpu", _EVERY, **_ANY_HEAD_DIM) for name in _PLAIN if TARGETS[0].backend in _EMULATED]
 _VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
@@ -105,7 +159,7 @@ def pytest_generate_tests(metafunc):
     """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
     names = [name for name in _VARIED if name in metafunc.fixturenames]
     cases = []
-    for target in TARGETS:
+    for target in TARGETS + (PLAIN if metafunc.module.__name__ == "test_kernel_numerics" else []):
         for values in product(*(getattr(target, _VARIED[name]) for name in names)):
             label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
             marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []
@@ -113,38 +167,14 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("target", *names), cases)
 
 
-def _whole_image_only(call: Call) -> str | None:
-    if call.q.size(2) > cuda._WHOLE_IMAGE_TOKENS:
-        return "the whole-image kernels serve images of up to 256 tokens"
-    return cuda.unsupported_tensors(call)
-
-
 @pytest.fixture(autouse=True)
-def _emulated(request, target, monkeypatch):
-    """backends/cuda.py on CPU tensors, the emulated kernels in its library's place; no grid that the target refuses."""
+def _emulated(request, target):
+    """The emulated kernels as a backend, for grids that the target is about."""
     if target.backend not in _EMULATED:
         yield
         return
     tiled = target.backend == "emulated-tiled"
-    backend = replace(
-        cuda.BACKEND,
-        name=target.backend,
-        unavailable=lambda: None,
-        unsupported=cuda.unsupported_tensors if tiled else _whole_image_only,
-        kernel_devices=frozenset({"cpu"}),
-    )
-    rows, columns = request.node.callspec.params.get("grid_size", (1, 1))
-    q = torch.empty(1, 1, rows * columns, 8, dtype=target.dtypes[0])
-    if reason := backend.unsupported(Call(q, q, q, q, q, None, rows, columns, 1.0, 0.0)):
-        pytest.skip(reason)
-    monkeypatch.setitem(BACKENDS, target.backend, backend)
-    monkeypatch.setattr(torch.ops, "gpsa_cuda", emulation.Library(tiled), raising=False)
-    cuda._saves_content.cache_clear()
-    yield
-    cuda._saves_content.cache_clear()
-
-
-@pytest.fixture
-def widest(target):
-    """The dtype in which a target computes most exactly."""
-    return target.dtypes[0]
+    if not tiled and math.prod(request.node.callspec.params.get("grid_size", (1, 1))) > cuda._WHOLE_IMAGE_TOKENS:
+        pytest.skip("the whole-image kernels serve images of up to 256 tokens")
+    with emulation.using(name=target.backend, **{"row_blocks": 0} if tiled else {}):
+        yield

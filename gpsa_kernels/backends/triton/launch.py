@@ -11,13 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from gpsa_kernels.backends.base import Call, Forward, Gradients, Saved
-from gpsa_kernels.backends.triton import attention_backward as backward_kernels
-from gpsa_kernels.backends.triton import attention_forward as forward_kernels
-from gpsa_kernels.backends.triton import positional as positional_kernels
+from gpsa_kernels.backends.triton import attention, positional
 from gpsa_kernels.backends.triton.rules import (
     attention_launch,
     head_parts,
@@ -28,6 +25,17 @@ from gpsa_kernels.backends.triton.rules import (
 from gpsa_kernels.tensors import accumulation_dtype, empty_output, parameter_gradients
 
 _TABLE_ELEMENTS = 4096  # of one program of the table kernel
+_MOST_REGISTERS = 255  # of a thread; float32 kernels ask for them, or the compiler would spill to take a few less
+
+Arguments = dict[str, Any]  # by name; a kernel takes those that it names
+
+
+class Strides(NamedTuple):
+    """Of a (B, H, N, D), in elements; its channels are contiguous."""
+
+    batch: int
+    head: int
+    token: int
 
 
 class KernelCall(NamedTuple):
@@ -35,206 +43,126 @@ class KernelCall(NamedTuple):
 
     kernel: Any
     programs: int
-    arguments: dict[str, Any]
+    arguments: Arguments
     options: dict[str, int]
 
 
-class ForwardPlan(NamedTuple):
-    calls: list[KernelCall]
-    result: Forward
+def _strided(**tensors: Tensor) -> Arguments:
+    """Tensors and their strides: q, q_strides, ..."""
+    return tensors | {f"{name}_strides": Strides(*t.stride()[:3]) for name, t in tensors.items()}
 
 
-class BackwardPlan(NamedTuple):
-    calls: list[KernelCall]
-    grad_q: Tensor
-    grad_k: Tensor
-    grad_v: Tensor
-    sums: Tensor  # (B * H, slots, 4): of the three weights and of the gate
-
-
-class _Position(NamedTuple):
-    """The two tables, the means of the offset and its square under their rows, and how they are used."""
-
-    ax: Tensor
-    ay: Tensor
-    moments_x: Tensor
-    moments_y: Tensor
-    form: str  # of rules.position_form
-
-
-def _plan_tables(call: Call) -> tuple[KernelCall, _Position]:
-    pos_weight, heads, element_size = call.pos_weight, call.q.size(1), call.q.element_size()
-    dtype = accumulation_dtype(call.q.dtype)
-    position = _Position(
-        ax=pos_weight.new_empty((heads, call.columns, call.columns), dtype=dtype),
-        ay=pos_weight.new_empty((heads, call.rows, call.rows), dtype=dtype),
-        moments_x=pos_weight.new_empty((heads, 2, call.columns), dtype=dtype),
-        moments_y=pos_weight.new_empty((heads, 2, call.rows), dtype=dtype),
-        form=position_form(call.grid_size, call.has_dropout, element_size),
-    )
-    length = padded(max(call.grid_size))
-    tile = max(1, min(16, _TABLE_ELEMENTS // length))
-    programs = heads * (triton.cdiv(call.rows, tile) + triton.cdiv(call.columns, tile))
-    arguments = {
-        "pos_weight": pos_weight.contiguous(),
-        **{name: getattr(position, name) for name in ("ax", "ay", "moments_x", "moments_y")},
-        "rows": call.rows,
-        "columns": call.columns,
-        "TILE": tile,
-        "LENGTH": length,
-        "SUM": _sum_dtype(dtype),
-    }
-    return KernelCall(positional_kernels.axis_tables, programs, arguments, {"num_warps": 4}), position
-
-
-def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if accumulation_dtype(dtype) == torch.float64 else tl.float32
-
-
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Batch, head and token strides as kernel arguments: q_batch, q_head, q_token, ..."""
+def _arguments(call: Call) -> Arguments:
+    """What follows from the call alone: its fields, and memory for the tables and the means under their rows."""
+    q, heads, rows, columns = call.q, call.q.size(1), call.rows, call.columns
+    shapes = {"ax": (columns, columns), "ay": (rows, rows), "moments_x": (2, columns), "moments_y": (2, rows)}
+    dtype = accumulation_dtype(q.dtype)
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        f"{name}_{axis}": t.stride(i)
-        for name, t in tensors.items()
-        for i, axis in enumerate(("batch", "head", "token"))
-    }
-
-
-def _common(call: Call) -> dict[str, Any]:
-    """The arguments that every kernel on the tokens takes."""
-    tf32 = call.q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {
-        "heads": call.q.size(1),
-        "tokens": call.q.size(2),
-        "columns": call.columns,
-        "HEAD_DIM": call.q.size(3),
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "SUM": _sum_dtype(call.q.dtype),
-    }
-
-
-def _plan_attention(
-    kernel: str, call: Call, position: _Position, capability: int, arguments: dict[str, Any]
-) -> KernelCall:
-    """An attention kernel: a program for each tile of queries, in backward_key of keys."""
-    q = call.q
-    launch = attention_launch(kernel, q.size(3), q.element_size(), position.form, capability)
-    tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
-    module = forward_kernels if kernel == "forward" else backward_kernels
-    first, rest = head_parts(q.size(3), kernel)
-    arguments |= {
-        **_common(call),
-        "ax": position.ax,
-        "ay": position.ay,
+        **{name: q.new_empty((heads, *shape), dtype=dtype) for name, shape in shapes.items()},
+        **_strided(q=q, k=call.k, v=call.v),
+        "pos_weight": call.pos_weight.contiguous(),
+        "gate": call.gate.contiguous(),
         "seed": call.seed,
+        "heads": heads,
+        "tokens": q.size(2),
+        "rows": rows,
+        "columns": columns,
         "scale": call.scale,
         "dropout_p": call.dropout_p,
         "keep_scale": 0.0 if call.dropout_p == 1 else 1 / (1 - call.dropout_p),
-        "FIRST": first,
-        "REST": rest,
-        "QUERY_TILE": launch.query_tile,
-        "KEY_TILE": launch.key_tile,
-        "POSITION": position.form,
-        "COLUMN_TILE": 16,
+        "HEAD_DIM": q.size(3),
+        "POSITION": position_form(call.grid_size, call.has_dropout, q.element_size()),
+        "PRECISION": "tf32" if tf32 else "ieee",
     }
+
+
+def _kernel_call(kernel: Any, programs: int, given: Arguments, warps: int, **options: int) -> KernelCall:
+    arguments = {name: given[name] for name in kernel.arg_names}
+    return KernelCall(kernel, programs, arguments, {"num_warps": warps, **options})
+
+
+def _axis_tables(given: Arguments) -> KernelCall:
+    length = padded(max(given["rows"], given["columns"]))
+    tile = max(1, min(16, _TABLE_ELEMENTS // length))
+    programs = given["heads"] * (triton.cdiv(given["rows"], tile) + triton.cdiv(given["columns"], tile))
+    return _kernel_call(positional.axis_tables, programs, given | {"TILE": tile, "LENGTH": length}, warps=4)
+
+
+def _attention(kernel: str, call: Call, given: Arguments, capability: int) -> KernelCall:
+    """An attention kernel: a program for each tile of queries, in backward_key of keys."""
+    q = call.q
+    launch = attention_launch(kernel, q.size(3), q.element_size(), given["POSITION"], capability)
+    tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     programs = q.size(0) * q.size(1) * triton.cdiv(q.size(2), tile)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    if launch.registers is not None:
-        options["maxnreg"] = launch.registers
-    return KernelCall(getattr(module, f"attention_{kernel}"), programs, arguments, options)
+    parts = head_parts(q.size(3), kernel)
+    tiles = {"PARTS": parts, "QUERY_TILE": launch.query_tile, "KEY_TILE": launch.key_tile}
+    options = {"num_stages": launch.stages}
+    if q.element_size() > 2 and q.size(3) <= 64:
+        options["maxnreg"] = _MOST_REGISTERS
+    return _kernel_call(getattr(attention, f"attention_{kernel}"), programs, given | tiles, launch.warps, **options)
 
 
-def _plan_separable(kernel: Any, call: Call, position: _Position, arguments: dict[str, Any]) -> KernelCall:
-    launch = positional_launch(call.columns, call.q.element_size())
-    arguments |= {
-        **_common(call),
-        "ax": position.ax,
-        "ay": position.ay,
+def _separable(kernel: Any, call: Call, given: Arguments) -> KernelCall:
+    """A kernel of the separable product: a program for each slab."""
+    q, launch = call.q, positional_launch(call.columns, call.q.element_size())
+    tiles = {
         "CHANNELS": launch.channels,
         "ROW_TILE": launch.row_tile,
         "COLUMN_TILE": padded(call.columns),
+        "QUERY_COLUMNS": launch.query_columns,
     }
-    programs = call.q.size(0) * call.q.size(1) * _separable_slots(call)
-    return KernelCall(kernel, programs, arguments, {"num_warps": launch.warps, "num_stages": 2})
+    programs = q.size(0) * q.size(1) * _slabs(call)
+    return _kernel_call(kernel, programs, given | tiles, launch.warps, num_stages=2)
 
 
-def _separable_slots(call: Call) -> int:
-    """Programs of the positional kernels for one batch element and head."""
+def _slabs(call: Call) -> int:
+    """Of one pair."""
     launch = positional_launch(call.columns, call.q.element_size())
     return triton.cdiv(call.rows, launch.row_tile) * triton.cdiv(call.q.size(3), launch.channels)
 
 
-def plan_forward(call: Call, save: bool, capability: int) -> ForwardPlan:
-    q, k, v = call.q, call.k, call.v
-    dtype = accumulation_dtype(q.dtype)
-    out = empty_output(q)
-    content = empty_output(q) if save else None
-    logsumexp = q.new_empty(q.shape[:3], dtype=dtype) if save else None
-    tables, position = _plan_tables(call)
-    calls = [tables]
-    if position.form == "slabs":
-        product = {"x": v, "out": out, "gate": None, **_strides(x=v), "TRANSPOSED": False}
-        calls.append(_plan_separable(positional_kernels.separable_product, call, position, product))
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "gate": call.gate.contiguous(),
-        "out": out,
-        "content": content,
-        "logsumexp": logsumexp,
-        **_strides(q=q, k=k, v=v),
-    }
-    calls.append(_plan_attention("forward", call, position, capability, arguments))
-    return ForwardPlan(calls, Forward(out, content, logsumexp))
+def plan_forward(call: Call, save: bool, capability: int) -> tuple[list[KernelCall], Forward]:
+    """The launches for compute capability ``capability`` (80 for sm_80), and what they fill."""
+    result = Forward.empty(call.q, save)
+    given = _arguments(call) | result._asdict()
+    calls = [_axis_tables(given)]
+    if given["POSITION"] == "slabs":
+        mixed = {**_strided(x=call.v), "TRANSPOSED": False}
+        calls.append(_separable(positional.separable_product, call, given | mixed))
+    return [*calls, _attention("forward", call, given, capability)], result
 
 
-def plan_backward(grad_out: Tensor, call: Call, saved: Saved, capability: int) -> BackwardPlan:
-    q, k, v, gate = call.q, call.k, call.v, call.gate.contiguous()
+def plan_backward(
+    grad_out: Tensor, call: Call, saved: Saved, capability: int
+) -> tuple[list[KernelCall], tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The launches; the gradients of q, k and v; and (B * H, slots, 4) sums, of the three weights and of the gate."""
+    q = call.q
+    grads = empty_output(q), empty_output(q), empty_output(q)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
-    grad_q, grad_k, grad_v = empty_output(q), empty_output(q), empty_output(q)
-    tables, position = _plan_tables(call)
-    calls = [tables]
-
-    launch = attention_launch("backward_query", q.size(3), q.element_size(), position.form, capability)
+    given = _arguments(call) | saved._asdict() | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
+    form = given["POSITION"]
+    launch = attention_launch("backward_query", q.size(3), q.element_size(), form, capability)
     query_slots = triton.cdiv(q.size(2), launch.query_tile)
-    slots = query_slots + (0 if position.form == "dense" else _separable_slots(call))
+    slots = query_slots + (0 if form == "dense" else _slabs(call))
     sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=saved.logsumexp.dtype)
-    moments = {"moments_x": position.moments_x, "moments_y": position.moments_y}
-
-    if position.form == "slabs":
-        product = {"x": grad_out, "out": grad_v, "gate": gate, **_strides(x=grad_out), "TRANSPOSED": True}
-        calls.append(_plan_separable(positional_kernels.separable_product, call, position, product))
-    if position.form != "dense":
-        gradient = {
-            "grad_out": grad_out,
-            "v": v,
-            "gate": gate,
-            "sums": sums,
-            "slots": slots,
-            "first_slot": query_slots,
-            "QUERY_COLUMNS": positional_launch(call.columns, q.element_size()).query_columns,
-            **moments,
-            **_strides(g=grad_out, v=v),
-        }
-        calls.append(_plan_separable(positional_kernels.separable_gradient, call, position, gradient))
-
-    shared = {
-        "grad_out": grad_out,
-        "q": q,
-        "k": k,
-        "v": v,
-        "gate": gate,
-        "logsumexp": saved.logsumexp,
+    given |= {
+        **_strided(grad_out=grad_out),
         "delta": torch.empty_like(saved.logsumexp),
-        **_strides(g=grad_out, q=q, k=k, v=v),
+        "sums": sums,
+        "slots": slots,
+        "first_slot": query_slots,
     }
-    query = shared | {"content": saved.content, "grad_q": grad_q, "sums": sums, "slots": slots} | moments
-    calls.append(_plan_attention("backward_query", call, position, capability, query))
-    key = shared | {"grad_k": grad_k, "grad_v": grad_v}
-    calls.append(_plan_attention("backward_key", call, position, capability, key))
-    return BackwardPlan(calls, grad_q, grad_k, grad_v, sums)
+
+    calls = [_axis_tables(given)]
+    if form == "slabs":
+        mixed = {**_strided(x=grad_out), "out": grads[2], "TRANSPOSED": True}
+        calls.append(_separable(positional.separable_product, call, given | mixed))
+    if form != "dense":
+        calls.append(_separable(positional.separable_gradient, call, given))
+    calls += [_attention(kernel, call, given, capability) for kernel in ("backward_query", "backward_key")]
+    return calls, grads, sums
 
 
 def _capability(q: Tensor) -> int:
@@ -252,15 +180,15 @@ def _run(calls: list[KernelCall], q: Tensor) -> None:
 
 
 def forward(call: Call, save: bool) -> Forward:
-    plan = plan_forward(call, save, _capability(call.q))
-    _run(plan.calls, call.q)
-    return plan.result
+    calls, result = plan_forward(call, save, _capability(call.q))
+    _run(calls, call.q)
+    return result
 
 
 def backward(grad_out: Tensor, call: Call, saved: Saved) -> Gradients:
-    plan = plan_backward(grad_out, call, saved, _capability(call.q))
-    _run(plan.calls, call.q)
+    calls, grads, sums = plan_backward(grad_out, call, saved, _capability(call.q))
+    _run(calls, call.q)
     # a slot by (batch, head) and not by batch: dividing by the heads would cost the kernels registers
-    of_heads = plan.sums.unflatten(0, call.q.shape[:2]).sum((0, 2))
+    of_heads = sums.unflatten(0, call.q.shape[:2]).sum((0, 2))
     sums = torch.cat((of_heads[:, :3].flatten(), of_heads[:, 3])).unsqueeze(0)
-    return Gradients(plan.grad_q, plan.grad_k, plan.grad_v, *parameter_gradients(sums, call.pos_weight, call.gate))
+    return Gradients(*grads, *parameter_gradients(sums, call.pos_weight, call.gate))

@@ -11,14 +11,21 @@ is contracted with Ay, seen as (columns, rows * channels) with Ax; both are plai
 import triton
 import triton.language as tl
 
-from gpsa_kernels.backends.triton.tiles import LOG2_E, early_share, gate_shares, output_base
+from gpsa_kernels.backends.triton.tiles import (
+    LOG2_E,
+    base_of,
+    early_share,
+    gate_shares,
+    output_base,
+    place_of_program,
+    tables_of,
+)
 
 
 @triton.jit
-def _axis_table(
-    weight, weight_square, table, moments, size, tile, TILE: tl.constexpr, LENGTH: tl.constexpr, SUM: tl.constexpr
-):
+def _axis_table(weight, weight_square, table, moments, size, tile, TILE: tl.constexpr, LENGTH: tl.constexpr):
     """softmax_j(w*d + w2*d^2), d = j - i, for a tile of rows i, with the means of d and d^2 under each row."""
+    SUM: tl.constexpr = table.dtype.element_ty
     i = tile * TILE + tl.arange(0, TILE)
     j = tl.arange(0, LENGTH)
     offset = (j[None, :] - i[:, None]).to(SUM)
@@ -43,7 +50,6 @@ def axis_tables(
     columns,
     TILE: tl.constexpr,
     LENGTH: tl.constexpr,
-    SUM: tl.constexpr,
 ):
     """A tile of rows of one head's Ax or Ay, and its moments."""
     x_tiles, y_tiles = tl.cdiv(columns, TILE), tl.cdiv(rows, TILE)
@@ -52,10 +58,10 @@ def axis_tables(
     weight = pos_weight + head * 3
     if tile < x_tiles:
         table, moments = ax + head * columns * columns, moments_x + head * 2 * columns
-        _axis_table(weight, weight + 2, table, moments, columns, tile, TILE, LENGTH, SUM)
+        _axis_table(weight, weight + 2, table, moments, columns, tile, TILE, LENGTH)
     else:
         table, moments = ay + head * rows * rows, moments_y + head * 2 * rows
-        _axis_table(weight + 1, weight + 2, table, moments, rows, tile - x_tiles, TILE, LENGTH, SUM)
+        _axis_table(weight + 1, weight + 2, table, moments, rows, tile - x_tiles, TILE, LENGTH)
 
 
 @triton.jit
@@ -66,7 +72,7 @@ def _load_table(table, i, j, size):
 
 @triton.jit
 def _slab_offsets(row, column, channel, token_stride, columns):
-    """Offsets of (grid row, grid column, channel) from an pair's first element, in 64 bits."""
+    """Offsets of (grid row, grid column, channel) from a pair's first element, in 64 bits."""
     return (row * columns + column).to(tl.int64) * token_stride + channel
 
 
@@ -75,19 +81,6 @@ def _swap_axes(tile, OUTER: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.cons
     """(outer, inner * channels) to (inner, outer * channels)."""
     tile = tl.permute(tl.reshape(tile, (OUTER, INNER, CHANNELS)), (1, 0, 2))
     return tl.reshape(tile, (INNER, OUTER * CHANNELS))
-
-
-@triton.jit
-def _differentiated(table, offset, mean, mean_square, POWER: tl.constexpr):
-    """dA/dw of a softmax table A of scores w * offset^POWER: A * (offset^POWER - its mean under its row).
-
-    POWER 0 is the table itself.
-    """
-    if POWER == 1:
-        table *= offset - mean
-    elif POWER == 2:
-        table *= offset * offset - mean_square
-    return table
 
 
 @triton.jit
@@ -107,41 +100,43 @@ def _along_rows(
     ROW_TILE: tl.constexpr,
     COLUMN_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM: tl.constexpr,
 ):
-    """A tile of rows of Ay x (of its derivative, of its transpose), x a slab seen as (rows, columns * channels)."""
+    """A tile of rows of Ay x, x a slab seen as (rows, columns * channels); of its transpose, or of its derivative.
+
+    The derivative of a softmax table A of scores w * offset^POWER is A * (offset^POWER - its mean under its row).
+    """
     inner = tl.arange(0, COLUMN_TILE * CHANNELS)[None, :]
     column, channel = inner // CHANNELS, slab * CHANNELS + inner % CHANNELS
     inner_valid = (column < columns) & (channel < HEAD_DIM)
     y = first_row + tl.arange(0, ROW_TILE)[:, None]
-    mean, mean_square = 0.0, 0.0
     if POWER > 0:
-        mean = tl.load(moments_y + y, mask=y < rows, other=0.0)
-        mean_square = tl.load(moments_y + rows + y, mask=y < rows, other=0.0)
-    total = tl.zeros((ROW_TILE, COLUMN_TILE * CHANNELS), SUM)
+        mean = tl.load(moments_y + (POWER - 1) * rows + y, mask=y < rows, other=0.0)
+    total = tl.zeros((ROW_TILE, COLUMN_TILE * CHANNELS), ay.dtype.element_ty)
     for start in range(0, rows, ROW_TILE):
         source = start + tl.arange(0, ROW_TILE)
         if TRANSPOSED:
             table = _load_table(ay, source[None, :], y, rows)
         else:
             table = _load_table(ay, y, source[None, :], rows)
-        table = _differentiated(table, source[None, :] - y, mean, mean_square, POWER)
+        offset = source[None, :] - y
+        if POWER == 1:
+            table *= offset - mean
+        elif POWER == 2:
+            table *= offset * offset - mean
         offsets = _slab_offsets(source[:, None], column, channel, x_token, columns)
         x_tile = tl.load(x + offsets, mask=(source[:, None] < rows) & inner_valid, other=0.0)
-        total = tl.dot(table.to(x_tile.dtype), x_tile, total, input_precision=PRECISION, out_dtype=SUM)
+        total = tl.dot(table.to(x_tile.dtype), x_tile, total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
 def separable_product(
-    x,  # (B, H, N, D), by strides
+    x,  # (B, H, N, D), in any layout
     ax,  # (H, C, C)
     ay,  # (H, R, R)
     gate,  # (H,), of the transpose alone
     out,  # (B, N, H, D), written
-    x_batch,
-    x_head,
-    x_token,
+    x_strides,  # launch.Strides
     heads,
     tokens,
     columns,
@@ -151,49 +146,40 @@ def separable_product(
     ROW_TILE: tl.constexpr,
     COLUMN_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM: tl.constexpr,
 ):
     """A tile of grid rows and a slab of channels of out = (Ay x Ax) x, or of early_share (Ay x Ax)^T x."""
     rows = tokens // columns
     slabs = tl.cdiv(HEAD_DIM, CHANNELS)
-    row_tiles = tl.cdiv(rows, ROW_TILE)
-    program = tl.program_id(0) % (slabs * row_tiles)
+    pair, batch, head, program = place_of_program(slabs * tl.cdiv(rows, ROW_TILE), heads)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    pair = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
-    batch, head = pair // heads, pair % heads
-    ax += head * columns * columns
-    ay += head * rows * rows
-    x += batch * x_batch + head * x_head
+    ax, ay = tables_of(ax, ay, head, rows, columns)
+    x = base_of(x, x_strides, batch, head)
 
-    mixed = _along_rows(
-        *(x, x_token, ay, None, first_row, slab, rows, columns, 0, TRANSPOSED),
-        *(HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM),
-    )
+    along_rows = (x, x_strides.token, ay, None, first_row, slab, rows, columns)
+    mixed = _along_rows(*along_rows, 0, TRANSPOSED, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION)
     if TRANSPOSED:
-        position_share, _ = gate_shares(gate + head, SUM)
+        position_share, _ = gate_shares(gate + head, ay.dtype.element_ty)
         mixed *= early_share(position_share, tokens)
-    mixed = _swap_axes(mixed.to(x.dtype.element_ty), ROW_TILE, COLUMN_TILE, CHANNELS)
+    mixed = _swap_axes(mixed.to(out.dtype.element_ty), ROW_TILE, COLUMN_TILE, CHANNELS)
     to_column, from_column = tl.arange(0, COLUMN_TILE)[:, None], tl.arange(0, COLUMN_TILE)[None, :]
     if TRANSPOSED:
         factor = _load_table(ax, from_column, to_column, columns)
     else:
         factor = _load_table(ax, to_column, from_column, columns)
-    mixed = tl.dot(factor.to(mixed.dtype), mixed, input_precision=PRECISION, out_dtype=SUM)
+    mixed = tl.dot(factor.to(mixed.dtype), mixed, input_precision=PRECISION)
 
     # slabs as (columns, rows * channels)
     outer = tl.arange(0, ROW_TILE * CHANNELS)[None, :]
     row, channel = first_row + outer // CHANNELS, slab * CHANNELS + outer % CHANNELS
-    tl.store(
-        output_base(out, pair, heads, tokens, HEAD_DIM)
-        + _slab_offsets(row, to_column, channel, heads * HEAD_DIM, columns),
-        mixed.to(out.dtype.element_ty),
-        mask=(to_column < columns) & (row < rows) & (channel < HEAD_DIM),
-    )
+    offsets = _slab_offsets(row, to_column, channel, heads * HEAD_DIM, columns)
+    valid = (to_column < columns) & (row < rows) & (channel < HEAD_DIM)
+    out = output_base(out, pair, heads, tokens, HEAD_DIM)
+    tl.store(out + offsets, mixed.to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["heads", "tokens", "columns", "slots", "first_slot"])
 def separable_gradient(
-    grad_out,  # (B, H, N, D), like v by strides
+    grad_out,  # (B, H, N, D), like v in any layout
     v,
     ax,  # (H, C, C)
     ay,  # (H, R, R)
@@ -201,12 +187,8 @@ def separable_gradient(
     moments_y,  # (H, 2, R)
     gate,  # (H,)
     sums,  # (B * H, slots, 4), one slot from first_slot on written by each program
-    g_batch,
-    g_head,
-    g_token,
-    v_batch,
-    v_head,
-    v_token,
+    grad_out_strides,
+    v_strides,
     heads,
     tokens,
     columns,
@@ -218,26 +200,22 @@ def separable_gradient(
     COLUMN_TILE: tl.constexpr,
     QUERY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM: tl.constexpr,
 ):
     """The part of one tile of query rows and one slab of channels in d pos_weight and in g (1 - g) <dO, O_pos>.
 
     d/dw <dO, (Ay x Ax) V> is the same product with one table differentiated, so that all of it is sums of entrywise
     products: of dO with what was mixed along x, of Ax^T dO with what was mixed along y.
     """
+    SUM: tl.constexpr = ay.dtype.element_ty
     rows = tokens // columns
     slabs = tl.cdiv(HEAD_DIM, CHANNELS)
-    row_tiles = tl.cdiv(rows, ROW_TILE)
-    program = tl.program_id(0) % (slabs * row_tiles)
+    pair, batch, head, program = place_of_program(slabs * tl.cdiv(rows, ROW_TILE), heads)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    pair = (tl.program_id(0) // (slabs * row_tiles)).to(tl.int64)
-    batch, head = pair // heads, pair % heads
-    ax += head * columns * columns
-    ay += head * rows * rows
+    ax, ay = tables_of(ax, ay, head, rows, columns)
     moments_x += head * 2 * columns
     moments_y += head * 2 * rows
-    grad_out += batch * g_batch + head * g_head
-    v += batch * v_batch + head * v_head
+    grad_out = base_of(grad_out, grad_out_strides, batch, head)
+    v = base_of(v, v_strides, batch, head)
 
     # dO as (columns, rows * channels), some query columns at a time
     outer = tl.arange(0, ROW_TILE * CHANNELS)[None, :]
@@ -247,7 +225,7 @@ def separable_gradient(
     spread = tl.zeros((COLUMN_TILE, ROW_TILE * CHANNELS), SUM)
     for start in range(0, columns, QUERY_COLUMNS):
         query_x = start + tl.arange(0, QUERY_COLUMNS)
-        offsets = _slab_offsets(row, query_x[:, None], channel, g_token, columns)
+        offsets = _slab_offsets(row, query_x[:, None], channel, grad_out_strides.token, columns)
         g_tile = tl.load(grad_out + offsets, mask=(query_x < columns)[:, None] & outer_valid, other=0.0)
         table = _load_table(ax, query_x[None, :], key_x[:, None], columns)
         spread = tl.dot(table.to(g_tile.dtype), g_tile, spread, input_precision=PRECISION, out_dtype=SUM)
@@ -256,30 +234,28 @@ def separable_gradient(
     late = position_share / early
     spread = _swap_axes((spread * early).to(v.dtype.element_ty), COLUMN_TILE, ROW_TILE, CHANNELS).to(SUM)
 
-    along_rows = (v, v_token, ay, moments_y, first_row, slab, rows, columns)
-    mixed = _along_rows(*along_rows, 1, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
+    along_rows = (v, v_strides.token, ay, moments_y, first_row, slab, rows, columns)
+    mixed = _along_rows(*along_rows, 1, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION)
     sum_dy = tl.sum(spread * mixed)
-    mixed = _along_rows(*along_rows, 2, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
+    mixed = _along_rows(*along_rows, 2, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION)
     sum_square = late * tl.sum(spread * mixed)
-    mixed = _along_rows(*along_rows, 0, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION, SUM)
+    mixed = _along_rows(*along_rows, 0, False, HEAD_DIM, CHANNELS, ROW_TILE, COLUMN_TILE, PRECISION)
     sum_position = tl.sum(spread * mixed)
 
     mixed = _swap_axes(mixed.to(v.dtype.element_ty), ROW_TILE, COLUMN_TILE, CHANNELS)
     sum_dx = tl.zeros((), SUM)
     for start in range(0, columns, QUERY_COLUMNS):
         query_x = start + tl.arange(0, QUERY_COLUMNS)[:, None]
-        offsets = _slab_offsets(row, query_x, channel, g_token, columns)
+        offsets = _slab_offsets(row, query_x, channel, grad_out_strides.token, columns)
         g_tile = tl.load(grad_out + offsets, mask=(query_x < columns) & outer_valid, other=0.0)
         table = _load_table(ax, query_x, key_x[None, :], columns)
         dx = key_x[None, :] - query_x
         mean = tl.load(moments_x + query_x, mask=query_x < columns, other=0.0)
-        by_dx = _differentiated(table, dx, mean, mean, 1).to(mixed.dtype)
-        products = g_tile.to(SUM) * tl.dot(by_dx, mixed, input_precision=PRECISION, out_dtype=SUM)
-        sum_dx += tl.sum(products)
+        by_dx = (table * (dx - mean)).to(mixed.dtype)
+        sum_dx += tl.sum(g_tile.to(SUM) * tl.dot(by_dx, mixed, input_precision=PRECISION))
         mean_square = tl.load(moments_x + columns + query_x, mask=query_x < columns, other=0.0)
-        by_dx_square = _differentiated(table, dx, mean, mean_square, 2).to(mixed.dtype)
-        products = g_tile.to(SUM) * tl.dot(by_dx_square, mixed, input_precision=PRECISION, out_dtype=SUM)
-        sum_square += position_share * tl.sum(products)
+        by_dx_square = (table * (dx * dx - mean_square)).to(mixed.dtype)
+        sum_square += position_share * tl.sum(g_tile.to(SUM) * tl.dot(by_dx_square, mixed, input_precision=PRECISION))
 
     slot = sums + (pair * slots + first_slot + program) * 4
     tl.store(slot, position_share * sum_dx)

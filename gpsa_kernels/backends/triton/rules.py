@@ -13,7 +13,7 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def head_parts(head_dim: int, kernel: str) -> tuple[int, int]:
+def head_parts(head_dim: int, kernel: str) -> tuple[int, ...]:
     """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16).
 
     64 and more are two halves where the weights' rows are queries: two products that share them make the compiler keep
@@ -22,7 +22,7 @@ def head_parts(head_dim: int, kernel: str) -> tuple[int, int]:
     whole = padded(head_dim)
     rest = padded(head_dim - whole // 2)
     split = rest < whole // 2 or (whole > 32 and kernel != "backward_key")
-    return (whole // 2, rest) if split else (whole, 0)
+    return (whole // 2, rest) if split else (whole,)
 
 
 def _width(element_size: int) -> str:

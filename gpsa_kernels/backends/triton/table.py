@@ -12,7 +12,6 @@ class Launch(NamedTuple):
     key_tile: int
     warps: int
     stages: int
-    registers: int | None = None  # of a thread; named where the compiler would rather spill than take a few more
 
 
 class PositionalLaunch(NamedTuple):
@@ -24,62 +23,37 @@ class PositionalLaunch(NamedTuple):
     warps: int
 
 
-# (class of rules.launch_class, kernel, head_dim up to)
+# class of rules.launch_class, kernel: for head_dim up to 32, 64 and 128
+_ATTENTION: dict[tuple[str, str], list[Launch]] = {
+    ("mma", "forward"): [Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)],
+    ("mma", "backward_query"): [Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 8, 2)],
+    ("mma", "backward_key"): [Launch(32, 64, 4, 2), Launch(32, 64, 4, 2), Launch(32, 64, 8, 2)],
+    ("wgmma", "forward"): [Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)],
+    ("wgmma", "backward_query"): [Launch(64, 32, 4, 3), Launch(64, 32, 4, 3), Launch(64, 32, 4, 2)],
+    ("wgmma", "backward_key"): [Launch(32, 64, 4, 1), Launch(32, 64, 4, 1), Launch(32, 64, 4, 2)],
+    ("tcgen05", "forward"): [Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)],
+    ("tcgen05", "backward_query"): [Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(64, 32, 4, 2)],
+    ("tcgen05", "backward_key"): [Launch(32, 64, 4, 2), Launch(32, 64, 4, 2), Launch(32, 64, 4, 2)],
+    ("dense", "forward"): [Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 4, 1)],
+    ("dense", "backward_query"): [Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)],
+    ("dense", "backward_key"): [Launch(32, 64, 8, 1), Launch(32, 64, 8, 1), Launch(32, 64, 8, 1)],
+    ("float32", "forward"): [Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)],
+    ("float32", "backward_query"): [Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)],
+    ("float32", "backward_key"): [Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)],
+}
 ATTENTION: dict[tuple[str, str, int], Launch] = {
-    ("mma", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
-    ("mma", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
-    ("mma", "forward", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("mma", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("mma", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("mma", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=8, stages=2, registers=None),
-    ("mma", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("mma", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("mma", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=8, stages=2, registers=None),
-    ("wgmma", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
-    ("wgmma", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
-    ("wgmma", "forward", 128): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
-    ("wgmma", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=4, stages=3, registers=None),
-    ("wgmma", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=4, stages=3, registers=None),
-    ("wgmma", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("wgmma", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=1, registers=None),
-    ("wgmma", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=1, registers=None),
-    ("wgmma", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("tcgen05", "forward", 32): Launch(query_tile=64, key_tile=64, warps=4, stages=3, registers=None),
-    ("tcgen05", "forward", 64): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
-    ("tcgen05", "forward", 128): Launch(query_tile=64, key_tile=64, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("tcgen05", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=4, stages=2, registers=None),
-    ("dense", "forward", 32): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
-    ("dense", "forward", 64): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
-    ("dense", "forward", 128): Launch(query_tile=32, key_tile=32, warps=4, stages=1, registers=None),
-    ("dense", "backward_query", 32): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
-    ("dense", "backward_query", 64): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
-    ("dense", "backward_query", 128): Launch(query_tile=64, key_tile=32, warps=8, stages=1, registers=None),
-    ("dense", "backward_key", 32): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
-    ("dense", "backward_key", 64): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
-    ("dense", "backward_key", 128): Launch(query_tile=32, key_tile=64, warps=8, stages=1, registers=None),
-    ("float32", "forward", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "forward", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "forward", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
-    ("float32", "backward_query", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "backward_query", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "backward_query", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
-    ("float32", "backward_key", 32): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "backward_key", 64): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=255),
-    ("float32", "backward_key", 128): Launch(query_tile=32, key_tile=32, warps=8, stages=1, registers=None),
+    (*key, head_dim): launch
+    for key, launches in _ATTENTION.items()
+    for head_dim, launch in zip((32, 64, 128), launches, strict=True)
 }
 
-# (class, columns of the padded grid)
+# width of an element, columns of the padded grid
 POSITIONAL: dict[tuple[str, int], PositionalLaunch] = {
-    ("half", 16): PositionalLaunch(row_tile=16, channels=16, query_columns=16, warps=4),
-    ("half", 32): PositionalLaunch(row_tile=16, channels=16, query_columns=32, warps=8),
-    ("half", 64): PositionalLaunch(row_tile=16, channels=8, query_columns=64, warps=8),
-    ("half", 128): PositionalLaunch(row_tile=16, channels=8, query_columns=64, warps=8),
-    ("float32", 16): PositionalLaunch(row_tile=16, channels=4, query_columns=16, warps=4),
-    ("float32", 32): PositionalLaunch(row_tile=16, channels=2, query_columns=32, warps=8),
-    ("float32", 64): PositionalLaunch(row_tile=16, channels=1, query_columns=32, warps=8),
+    ("half", 16): PositionalLaunch(16, 16, 16, 4),
+    ("half", 32): PositionalLaunch(16, 16, 32, 8),
+    ("half", 64): PositionalLaunch(16, 8, 64, 8),
+    ("half", 128): PositionalLaunch(16, 8, 64, 8),
+    ("float32", 16): PositionalLaunch(16, 4, 16, 4),
+    ("float32", 32): PositionalLaunch(16, 2, 32, 8),
+    ("float32", 64): PositionalLaunch(16, 1, 32, 8),
 }

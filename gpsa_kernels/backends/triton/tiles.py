@@ -1,19 +1,46 @@
-"""What the attention kernels share: tiles of rows, the dropout mask, the positional map in registers.
+"""What the kernels share: which program does what, tiles of rows, the dropout mask, the positional map in registers.
 
 A pair is a batch element and a head, counted as batch * heads + head. A tile of rows of one pair is a tuple of one or
-two parts, (rows, FIRST) and (rows, REST), whose widths are powers of two as Triton wants them: 48 channels are 32 + 16
-and not 64 with a quarter of every load, product and register wasted. SUM is the dtype of sums and statistics.
+two parts, (rows, PARTS[0]) and (rows, PARTS[1]), whose widths are powers of two as Triton wants them: 48 channels are
+32 + 16 and not 64 with a quarter of every load, product and register wasted.
+
+Sums, statistics and tables are float32 (float64 for float64 inputs).
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM108
-# The bodies are in Triton's language, not in Python's: an `if` on a constant picks code there, `a if c else b` a value.
+# The bodies are in Triton's language, not in Python's: an `if` on a constant picks code, `a if c else b` a value.
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+_ROW = tl.constexpr(16)  # columns of a grid row in position_product
+
+
+@triton.jit
+def place_of_program(parts, heads):
+    """This program's pair, in 64 bits, its batch element and its head; and which of the pair's programs it is."""
+    pair = (tl.program_id(0) // parts).to(tl.int64)
+    return pair, pair // heads, pair % heads, tl.program_id(0) % parts
+
+
+@triton.jit
+def base_of(x, strides, batch, head):
+    """The first element of one pair."""
+    return x + (batch * strides.batch + head * strides.head)
+
+
+@triton.jit
+def output_base(pointer, pair, heads, tokens, HEAD_DIM: tl.constexpr):
+    """The first element of one pair in the memory layout (B, N, H, D)."""
+    return pointer + (pair // heads) * tokens * heads * HEAD_DIM + (pair % heads) * HEAD_DIM
+
+
+@triton.jit
+def tables_of(ax, ay, head, rows, columns):
+    """The tables (C, C) and (R, R) of a head."""
+    return ax + head * columns * columns, ay + head * rows * rows
 
 
 @triton.jit
@@ -25,15 +52,13 @@ def _load_part(pointers, valid, START: tl.constexpr, WIDTH: tl.constexpr, HEAD_D
 
 
 @triton.jit
-def load_rows(x, row, stride, count, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
+def load_rows(x, row, stride, count, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
     """Rows of one pair, zeros where row >= count. Offsets in 64 bits, whatever the stride."""
     pointers = x + row[:, None].to(tl.int64) * stride
     valid = (row < count)[:, None]
-    first = _load_part(pointers, valid, 0, FIRST, HEAD_DIM)
-    if REST == 0:
-        parts = (first,)
-    else:
-        parts = (first, _load_part(pointers, valid, FIRST, REST, HEAD_DIM))
+    parts = (_load_part(pointers, valid, 0, PARTS[0], HEAD_DIM),)
+    if len(PARTS) == 2:
+        parts += (_load_part(pointers, valid, PARTS[0], PARTS[1], HEAD_DIM),)
     return parts
 
 
@@ -56,53 +81,42 @@ def store_rows(x, row, stride, count, parts, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def zero_rows(ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, SUM: tl.constexpr):
-    """A tile of ROWS rows to add to."""
-    if REST == 0:
-        parts = (tl.zeros((ROWS, FIRST), SUM),)
-    else:
-        parts = (tl.zeros((ROWS, FIRST), SUM), tl.zeros((ROWS, REST), SUM))
-    return parts
+def zeros_like_rows(x, SUM: tl.constexpr):
+    """A tile to add to, as large as another."""
+    return [tl.zeros(part.shape, SUM) for part in x]
 
 
 @triton.jit
-def products(a, b, PRECISION: tl.constexpr, SUM: tl.constexpr):
+def products(a, b, PRECISION: tl.constexpr):
     """a b^T: the inner products of two tiles' rows, (rows of a, rows of b)."""
-    total = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=SUM)
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     if len(a) == 2:
-        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION, out_dtype=SUM)
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION, out_dtype=total.dtype)
     return total
 
 
 @triton.jit
-def add_weighted(total, weights, x, PRECISION: tl.constexpr, SUM: tl.constexpr):
+def add_weighted(total, weights, x, PRECISION: tl.constexpr):
     """total + weights x, the weights (rows of total, rows of x) rounded to x's dtype."""
     weights = weights.to(x[0].dtype)
-    first = tl.dot(weights, x[0], total[0], input_precision=PRECISION, out_dtype=SUM)
-    if len(x) == 1:
-        parts = (first,)
-    else:
-        parts = (first, tl.dot(weights, x[1], total[1], input_precision=PRECISION, out_dtype=SUM))
+    parts = (tl.dot(weights, x[0], total[0], input_precision=PRECISION, out_dtype=total[0].dtype),)
+    if len(x) == 2:
+        parts += (tl.dot(weights, x[1], total[1], input_precision=PRECISION, out_dtype=total[1].dtype),)
     return parts
 
 
 @triton.jit
 def scale_rows(x, factor):
     """Every row of a tile times its own factor (or all times one)."""
-    if len(x) == 1:
-        parts = (x[0] * factor,)
-    else:
-        parts = (x[0] * factor, x[1] * factor)
-    return parts
+    return [part * factor for part in x]
 
 
 @triton.jit
-def add_rows(a, b):
-    """The sum of two tiles."""
-    if len(a) == 1:
-        parts = (a[0] + b[0],)
-    else:
-        parts = (a[0] + b[0], a[1] + b[1])
+def blend_rows(a, share_a, b, share_b):
+    """share_a a + share_b b, of two tiles."""
+    parts = (a[0] * share_a + b[0] * share_b,)
+    if len(a) == 2:
+        parts += (a[1] * share_a + b[1] * share_b,)
     return parts
 
 
@@ -133,12 +147,6 @@ def early_share(position_share, tokens):
 
 
 @triton.jit
-def output_base(pointer, pair, heads, tokens, HEAD_DIM: tl.constexpr):
-    """The first element of one (batch element, head) in the memory layout (B, N, H, D)."""
-    return pointer + (pair // heads) * tokens * heads * HEAD_DIM + (pair % heads) * HEAD_DIM
-
-
-@triton.jit
 def dropout_factors(seed, pair, query, key, dropout_p, keep_scale, SUM: tl.constexpr):
     """0 where an attention entry is dropped, else keep_scale = 1/(1-p): one draw for each (pair, query, key).
 
@@ -162,6 +170,7 @@ def position_tile(ax, ay, query, key, tokens, columns):
 
 @triton.jit
 def position_product(
+    total,
     x,
     x_token,
     ax,
@@ -171,37 +180,29 @@ def position_product(
     columns,
     TRANSPOSED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    TILE: tl.constexpr,
-    COLUMN_TILE: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    SUM: tl.constexpr,
 ):
-    """A tile of rows of the positional map (or of its transpose) times one pair's x, two grid rows of x at a time.
+    """total + rows of the positional map (or of its transpose) times one pair's x, two grid rows of x at a time.
 
     The factor along x is the same for every grid row, so two rows of the map cost a selection and a multiplication an
     entry. Not pipelined: that would copy the factors along y asynchronously, four bytes at a time.
     """
     rows = tokens // columns
     valid = token < tokens
-    place = tl.arange(0, 2 * COLUMN_TILE)
-    column, second = place % COLUMN_TILE, place // COLUMN_TILE
+    place = tl.arange(0, 2 * _ROW)
+    column, second = place % _ROW, place // _ROW
     if TRANSPOSED:
         along_x, along_y, step = ax + token[:, None] % columns + column[None, :] * columns, ay + token // columns, rows
     else:
-        along_x, along_y, step = (
-            ax + token[:, None] % columns * columns + column[None, :],
-            ay + token // columns * rows,
-            1,
-        )
+        along_x = ax + token[:, None] % columns * columns + column[None, :]
+        along_y, step = ay + token // columns * rows, 1
     weights_x = tl.load(along_x, mask=valid[:, None] & (column < columns)[None, :], other=0.0)
-    total = zero_rows(TILE, FIRST, REST, SUM)
     for row in tl.range(0, rows, 2, num_stages=1):
         first_y = tl.load(along_y + row * step, mask=valid, other=0.0)
         second_y = tl.load(along_y + (row + 1) * step, mask=valid & (row + 1 < rows), other=0.0)
         weights = weights_x * tl.where((second == 0)[None, :], first_y[:, None], second_y[:, None])
         x_row = tl.where(column < columns, (row + second) * columns + column, tokens)
-        x_tile = load_rows(x, x_row, x_token, tokens, HEAD_DIM, FIRST, REST)
-        total = add_weighted(total, weights, x_tile, PRECISION, SUM)
+        x_tile = load_rows(x, x_row, x_token, tokens, HEAD_DIM, PARTS)
+        total = add_weighted(total, weights, x_tile, PRECISION)
     return total

@@ -1,7 +1,11 @@
 #include "emulator.h"
 
-#include <algorithm>
-#include <sstream>
+#include <map>
+#include <memory>
+#include <random>
+#include <utility>
+
+#include "fiber.h"
 
 #if defined(__x86_64__)
 asm(R"(
@@ -32,95 +36,91 @@ gpsa_switch_stack:
 
 namespace gpsa::emulator {
 
-Machine* machine = nullptr;
+Settings settings;
+Counters counters;
+Place here;
 
-// Global memory.
+/// Which bytes belong to a tensor, and what has been written.
+///
+/// Blocks of a launch may run in any order, and so must not read what the launch writes: an element is read before the
+/// launch that writes it or after it, but for a thread that reads an element and then writes it.
+class Region {
+public:
+    Region(std::string name, Use use, uintptr_t begin) : name(std::move(name)), use(use), begin(begin) {}
 
-void Region::add(uintptr_t data, int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    int64_t last = 0, count = 1;
-    for (size_t axis = 0; axis < sizes.size(); ++axis) {
-        last += (sizes[axis] - 1) * strides[axis];
-        count *= sizes[axis];
-    }
-    begin = data;
-    if (count == 0) return;
-    cells.resize(std::max(cells.size(), static_cast<size_t>((last + 1) * element / 2)));
-    for (int64_t i = 0; i < count; ++i) {
-        int64_t rest = i, offset = 0;
-        for (size_t axis = sizes.size(); axis-- > 0; rest /= sizes[axis]) offset += rest % sizes[axis] * strides[axis];
-        for (int part = 0; part < element / 2; ++part) cells[offset * element / 2 + part] = valid;
-    }
-}
-
-size_t Region::cell(uintptr_t address, int bytes, const char* verb) const {
-    const size_t first = (address - begin) / 2;
-    bool inside = address >= begin && address % bytes == 0 && first + bytes / 2 <= cells.size();
-    for (int i = 0; inside && i < bytes / 2; ++i) inside = cells[first + i] & valid;
-    if (!inside) {
-        std::ostringstream message;
-        message << verb << " of " << bytes << " bytes outside of " << name << " (or not aligned), at byte "
-                << static_cast<int64_t>(address - begin);
-        throw Error(message.str());
-    }
-    return first;
-}
-
-void Region::read(uintptr_t address, int bytes, int64_t thread) {
-    const size_t first = cell(address, bytes, "read");
-    for (int i = 0; use != Use::input && i < bytes / 2; ++i) {
-        if (cells[first + i] & written) throw Error("read of " + name + " in the launch that writes it");
-        if (!(cells[first + i] & initialised)) throw Error("read of " + name + " before it is written");
-        int64_t& reader = readers[first + i];
-        reader = reader == nobody || reader == thread ? thread : several;
-    }
-}
-
-void Region::write(uintptr_t address, int bytes, int64_t thread) {
-    if (use == Use::input) throw Error("write to the input " + name);
-    const size_t first = cell(address, bytes, "write");
-    for (int i = 0; i < bytes / 2; ++i) {
-        if (cells[first + i] & written) throw Error(name + " is written twice at byte " + std::to_string(2 * first));
-        if (readers[first + i] != nobody && readers[first + i] != thread) {
-            throw Error("write to " + name + " at byte " + std::to_string(2 * first) + ", read by another thread");
+    void add(int element, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+        int64_t last = 0, count = 1;
+        for (size_t axis = 0; axis < sizes.size(); ++axis) {
+            last += (sizes[axis] - 1) * strides[axis];
+            count *= sizes[axis];
         }
-        cells[first + i] |= written;
+        if (count == 0) return;
+        cells.resize(std::max(cells.size(), static_cast<size_t>((last + 1) * element / 2)));
+        for (int64_t i = 0; i < count; ++i) {
+            int64_t rest = i, offset = 0;
+            for (size_t axis = sizes.size(); axis-- > 0; rest /= sizes[axis])
+                offset += rest % sizes[axis] * strides[axis];
+            for (int part = 0; part < element / 2; ++part) cells[offset * element / 2 + part] = valid;
+        }
     }
-}
 
-void Region::next_launch() {
-    for (uint8_t& cell : cells) {
-        if (cell & written) cell = valid | initialised;
+    void read(const void* address, int bytes, int64_t thread) {
+        const size_t first = cell(address, bytes, "read");
+        for (size_t i = first; use != Use::input && i < first + bytes / 2; ++i) {
+            if (cells[i] & written) throw Error("read of " + name + " in the launch that writes it");
+            if (!(cells[i] & initialised)) throw Error("read of " + name + " before it is written");
+            readers[i] = readers[i] == nobody || readers[i] == thread ? thread : several;
+        }
     }
-    readers.assign(use == Use::input ? 0 : cells.size(), nobody);
-}
 
-void Region::finish() const {
-    const auto missing = std::count(cells.begin(), cells.end(), valid);
-    if (use == Use::output && missing > 0) {
-        throw Error(std::to_string(2 * missing) + " bytes of " + name + " were never written");
+    void write(const void* address, int bytes, int64_t thread) {
+        if (use == Use::input) throw Error("write to the input " + name);
+        const size_t first = cell(address, bytes, "write");
+        for (size_t i = first; i < first + bytes / 2; ++i) {
+            if (cells[i] & written) throw Error(text(name, " is written twice at byte ", 2 * first));
+            if (readers[i] != nobody && readers[i] != thread) {
+                throw Error(text("write to ", name, " at byte ", 2 * first, ", read by another thread"));
+            }
+            cells[i] |= written;
+        }
     }
-}
 
-// Bank conflicts and coalescing.
+    void next_launch() {
+        for (uint8_t& cell : cells) {
+            if (cell & written) cell = valid | initialised;
+        }
+        readers.assign(use == Use::input ? 0 : cells.size(), nobody);
+    }
 
-void AccessLog::record(int lane, uint64_t address, int bytes) {
-    size_t k = counts[lane];
-    while (k < used && instructions[k].bytes != bytes) ++k;  // an instruction that this lane skipped
-    counts[lane] = static_cast<int>(k) + 1;
-    if (k >= instructions.size()) instructions.resize(2 * k + 16);
-    for (; used <= k; ++used) instructions[used].lanes = 0;
-    Instruction& instruction = instructions[k];
-    instruction.bytes = bytes;
-    instruction.lanes |= 1u << lane;
-    instruction.address[lane] = address;
-}
+    void finish() const {
+        const auto missing = std::count(cells.begin(), cells.end(), valid);
+        if (use == Use::output && missing > 0)
+            throw Error(text(2 * missing, " bytes of ", name, " were never written"));
+    }
 
-void AccessLog::clear() {
-    used = 0;
-    std::fill(std::begin(counts), std::end(counts), 0);
-}
+private:
+    static constexpr uint8_t valid = 1, written = 2, initialised = 4;
+    static constexpr int64_t nobody = -1, several = -2;
+    const std::string name;
+    const Use use;
+    const uintptr_t begin;
+    std::vector<uint8_t> cells;    // one for 2 bytes
+    std::vector<int64_t> readers;  // of what is written, too: the thread, counted over all blocks
 
-void count_wavefronts(Wavefronts& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
+    size_t cell(const void* pointer, int bytes, const char* verb) const {
+        const auto address = reinterpret_cast<uintptr_t>(pointer);
+        const size_t first = (address - begin) / 2;
+        bool inside = address >= begin && address % bytes == 0 && first + bytes / 2 <= cells.size();
+        for (int i = 0; inside && i < bytes / 2; ++i) inside = cells[first + i] & valid;
+        if (!inside) {
+            const auto at = static_cast<int64_t>(address - begin);
+            throw Error(text(verb, " of ", bytes, " bytes outside of ", name, " (or not aligned), at byte ", at));
+        }
+        return first;
+    }
+};
+
+void count_access(Accesses& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
     // 128 bytes a wavefront: 8 lanes' 16 bytes at a time, or the 4 bytes of all 32 lanes
     const int step = bytes == 16 ? 8 : 32, words = std::max(bytes / 4, 1);
     ++counter.instructions;
@@ -136,195 +136,262 @@ void count_wavefronts(Wavefronts& counter, const uint64_t* addresses, uint32_t l
                 deepest = std::max(deepest, bank.size());
             }
         }
-        counter.wavefronts += deepest;
         counter.conflicts += deepest > 1 ? deepest - 1 : 0;
     }
 }
 
-void AccessLog::flush_shared(Wavefronts& counter) {
-    for (size_t k = 0; k < used; ++k) {
-        count_wavefronts(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
-    }
-    clear();
-}
+namespace {
 
-void AccessLog::flush_global(int64_t& bytes) {
-    for (size_t k = 0; k < used; ++k) {
-        std::vector<uint64_t> distinct;
-        for (int lane = 0; lane < 32; ++lane) {
-            if (instructions[k].lanes >> lane & 1) distinct.push_back(instructions[k].address[lane]);
+/// Shared or global accesses of a warp, put together again: the k-th access of every lane since the warp last met is
+/// one instruction.
+class AccessLog {
+public:
+    void record(int lane, uint64_t address, int bytes) {
+        size_t k = counts[lane];
+        while (k < used && instructions[k].bytes != bytes) ++k;  // an instruction that this lane skipped
+        counts[lane] = static_cast<int>(k) + 1;
+        if (k >= instructions.size()) instructions.resize(2 * k + 16);
+        for (; used <= k; ++used) instructions[used].lanes = 0;
+        Instruction& instruction = instructions[k];
+        instruction.bytes = bytes;
+        instruction.lanes |= 1u << lane;
+        instruction.address[lane] = address;
+    }
+
+    /// Counts the instructions, each by its lanes' addresses, and forgets them.
+    template <typename Counter>
+    void flush(Counter& counter, void (*count)(Counter&, const uint64_t* addresses, uint32_t lanes, int bytes)) {
+        for (size_t k = 0; k < used; ++k) {
+            count(counter, instructions[k].address, instructions[k].lanes, instructions[k].bytes);
         }
-        std::sort(distinct.begin(), distinct.end());
-        bytes += instructions[k].bytes * (std::unique(distinct.begin(), distinct.end()) - distinct.begin());
+        used = 0;
+        std::fill(std::begin(counts), std::end(counts), 0);
     }
-    clear();
+
+private:
+    struct Instruction {
+        int bytes = 0;
+        uint32_t lanes = 0;
+        uint64_t address[32];
+    };
+    int counts[32] = {};
+    std::vector<Instruction> instructions;
+    size_t used = 0;
+};
+
+void count_bytes(int64_t& counter, const uint64_t* addresses, uint32_t lanes, int bytes) {
+    std::vector<uint64_t> wanted;
+    for (int lane = 0; lane < 32; ++lane) {
+        if (lanes >> lane & 1) wanted.push_back(addresses[lane]);
+    }
+    std::sort(wanted.begin(), wanted.end());
+    counter += bytes * (std::unique(wanted.begin(), wanted.end()) - wanted.begin());
 }
 
-// Errors.
+struct Access {
+    uint32_t clock = 0;
+    int16_t thread = -1;  // -1: none; in `reads`, -2: several lanes of the warp
+};
 
-std::string Machine::where(int thread) const {
-    return "thread " + std::to_string(thread) + " (warp " + std::to_string(thread / 32) + ", lane " +
-           std::to_string(thread % 32) + ")";
+struct Cell {
+    Access write;
+    int16_t copying = -1;  // the thread whose cp.async is under way
+    bool initialised = false;
+};
+
+struct Copy {
+    int64_t to;
+    const void* from;  // null: zeros
+    int group;
+};
+
+struct Thread {
+    Fiber fiber;
+    const char* waiting = nullptr;  // for what, null: can run
+    bool done = false;
+    int committed = 0;         // groups of copies
+    std::vector<Copy> copies;  // that are not waited for, oldest first
+};
+
+struct Warp {
+    std::vector<uint32_t> clock;
+    uint64_t priority = 0;
+    uint32_t arrived = 0;
+    void* lanes[32] = {};
+    AccessLog loads, stores, copies, global_loads, global_stores;
+};
+
+struct Array {
+    int begin, end;
+    std::string name;
+};
+
+std::map<uintptr_t, Region> regions;  // by the first byte of the tensor
+std::vector<std::unique_ptr<Thread>> threads;
+std::vector<Warp> warps;
+int at_barrier = 0;  // threads that wait in sync_block
+std::vector<std::max_align_t> shared;
+std::vector<Cell> cells;
+std::vector<Access> reads;  // [cell][warp]
+std::vector<Array> arrays;
+std::mt19937_64 random_numbers;
+Fiber scheduler;
+const std::function<void()>* body = nullptr;
+std::string error;
+
+Warp& own_warp() { return warps[here.thread / 32]; }
+char* bytes_of_shared() { return reinterpret_cast<char*>(shared.data()); }
+
+}  // namespace
+
+// What messages say.
+
+static std::string where(int thread) {
+    return text("thread ", thread, " (warp ", thread / 32, ", lane ", thread % 32, ")");
 }
 
-void Machine::fail(const std::string& what) const {
-    throw Error(
-        what + ", by " + where(current) + " of block (" + std::to_string(block[0]) + ", " + std::to_string(block[1]) +
-        ")");
-}
-
-std::string Machine::array_at(int64_t offset) const {
+static std::string array_at(int64_t offset) {
     for (const Array& array : arrays) {
         if (offset >= array.begin && offset < array.end) {
-            return "shared array " + array.name + " at byte " + std::to_string(offset - array.begin);
+            return text("shared array ", array.name, " at byte ", offset - array.begin);
         }
     }
-    return "shared memory at byte " + std::to_string(offset);
+    return text("shared memory at byte ", offset);
 }
 
-std::string Machine::stuck() const {
-    std::map<std::string, std::vector<int>> groups;
-    for (size_t i = 0; i < threads.size(); ++i) {
-        const Thread& t = *threads[i];
-        groups[t.done ? "have ended" : std::string("wait at ") + t.waiting].push_back(static_cast<int>(i));
+template <typename... Parts>
+[[noreturn]] static void fail(const Parts&... parts) {
+    throw Error(text(parts..., ", by ", where(here.thread), " of block (", here.block_x, ", ", here.block_y, ")"));
+}
+
+static std::string stuck() {
+    std::map<std::string, std::string> groups;
+    const auto state = [&](int t) { return threads[t]->done ? "have ended" : text("wait at ", threads[t]->waiting); };
+    for (int first = 0; first < here.threads;) {
+        int last = first;
+        while (last + 1 < here.threads && state(last + 1) == state(first)) ++last;
+        groups[state(first)] += last > first ? text(" ", first, "-", last) : text(" ", first);
+        first = last + 1;
     }
-    std::ostringstream message;
-    message << "deadlock in block (" << block[0] << ", " << block[1] << "):";
-    for (const auto& [name, members] : groups) {
-        message << " threads";
-        for (size_t i = 0; i < members.size(); ++i) {
-            size_t last = i;
-            while (last + 1 < members.size() && members[last + 1] == members[last] + 1) ++last;
-            message << " " << members[i] << (last > i ? "-" + std::to_string(members[last]) : "");
-            i = last;
-        }
-        message << " " << name << ";";
-    }
-    return message.str();
+    std::string message = text("deadlock in block (", here.block_x, ", ", here.block_y, "):");
+    for (const auto& [name, members] : groups) message += " threads" + members + " " + name + ";";
+    return message;
 }
 
 // Shared memory.
 
-int Machine::allocate_shared(int begin, int bytes, const char* name) {
-    const int end = begin + bytes;
-    if (end > static_cast<int>(cells.size()) * 2) {
-        fail(
-            "shared array " + std::string(name) + " ends at byte " + std::to_string(end) + " of " +
-            std::to_string(cells.size() * 2));
+int allocate_shared(int begin, int bytes, const char* name) {
+    const int end = begin + bytes, size = static_cast<int>(cells.size()) * 2;
+    if (end > size) fail("shared array ", name, " ends at byte ", end, " of ", size);
+    const auto known = std::find_if(arrays.begin(), arrays.end(), [&](const Array& a) { return a.begin == begin; });
+    if (known == arrays.end()) {
+        arrays.push_back({begin, end, name});
+    } else if (known->end != end || known->name != name) {
+        fail("the threads lay shared memory out differently");
     }
-    for (const Array& array : arrays) {
-        if (array.begin == begin) {
-            if (array.end != end || array.name != name) fail("the threads lay shared memory out differently");
-            return (end + 15) / 16 * 16;
-        }
-    }
-    arrays.push_back({begin, end, name});
     return (end + 15) / 16 * 16;
 }
 
-void Machine::check_bounds(const char* verb, int64_t offset, int begin, int end, int bytes) const {
-    if (offset < begin || offset + bytes > end || offset % bytes != 0) {
-        std::string name = array_at(begin);
+static void check_bounds(const char* verb, const SharedAddress& at, int bytes) {
+    if (at.offset < at.begin || at.offset + bytes > at.end || at.offset % bytes != 0) {
         fail(
-            std::string(verb) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset - begin) +
-            " is outside of (or not aligned in) the " + std::to_string(end - begin) + " bytes of " +
-            name.substr(0, name.rfind(" at byte")));
+            verb, " of ", bytes, " bytes at byte ", at.offset - at.begin, " is outside of (or not aligned in) the ",
+            at.end - at.begin, " bytes of ", array_at(at.begin));
     }
 }
 
-bool Machine::ordered(const Access& access) const {
-    return access.thread == current || warps[current / 32].clock[access.thread / 32] > access.clock;
+static bool ordered(const Access& access) {
+    return access.thread == here.thread || warps[here.thread / 32].clock[access.thread / 32] > access.clock;
 }
 
-char* Machine::shared_read(int64_t offset, int begin, int end, int bytes) {
-    check_bounds("read", offset, begin, end, bytes);
-    const int warp = current / 32;
+char* shared_read(const SharedAddress& at, int bytes, bool logged) {
+    check_bounds("read", at, bytes);
+    if (logged) own_warp().loads.record(here.thread % 32, at.offset, bytes);
+    const int warp = here.thread / 32;
     const uint32_t now = warps[warp].clock[warp];
-    for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
+    for (int64_t i = at.offset / 2; i < (at.offset + bytes + 1) / 2; ++i) {
         Cell& cell = cells[i];
-        if (cell.copying >= 0) fail("read of " + array_at(2 * i) + " while a cp.async into it is not waited for");
-        if (!cell.initialised) fail("read of uninitialised " + array_at(2 * i));
+        if (cell.copying >= 0) fail("read of ", array_at(2 * i), " while a cp.async into it is not waited for");
+        if (!cell.initialised) fail("read of uninitialised ", array_at(2 * i));
         if (cell.write.thread >= 0 && !ordered(cell.write)) {
             fail(
-                "race: read of " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
+                "race: read of ", array_at(2 * i), ", written by ", where(cell.write.thread),
                 " with no barrier between");
         }
         Access& seen = reads[i * warps.size() + warp];
-        const bool same = seen.thread == current || seen.thread == -1 || seen.clock != now;
-        seen = {now, static_cast<int16_t>(same ? current : -2)};
+        const bool same = seen.thread == here.thread || seen.thread == -1 || seen.clock != now;
+        seen = {now, static_cast<int16_t>(same ? here.thread : -2)};
     }
-    return bytes_of_shared() + offset;
+    return bytes_of_shared() + at.offset;
 }
 
-void Machine::mark_write(int64_t offset, int bytes) {
-    const int warp = current / 32;
+static void mark_write(int64_t offset, int bytes) {
+    const int warp = here.thread / 32;
     for (int64_t i = offset / 2; i < (offset + bytes + 1) / 2; ++i) {
         Cell& cell = cells[i];
-        if (cell.copying >= 0) fail("write to " + array_at(2 * i) + " while a cp.async into it is not waited for");
-        if (cell.write.thread >= 0 && !ordered(cell.write)) {
-            fail(
-                "race: write to " + array_at(2 * i) + ", written by " + where(cell.write.thread) +
-                " with no barrier between");
-        }
+        const auto race = [&](const char* verb, const std::string& who) {
+            fail("race: write to ", array_at(2 * i), verb, who, " with no barrier between");
+        };
+        if (cell.copying >= 0) fail("write to ", array_at(2 * i), " while a cp.async into it is not waited for");
+        if (cell.write.thread >= 0 && !ordered(cell.write)) race(", written by ", where(cell.write.thread));
         for (size_t w = 0; w < warps.size(); ++w) {
             Access& seen = reads[i * warps.size() + w];
-            if (seen.thread != -1 && seen.thread != current && warps[warp].clock[w] <= seen.clock) {
-                fail(
-                    "race: write to " + array_at(2 * i) + ", read by " +
-                    (seen.thread < 0 ? "warp " + std::to_string(w) : where(seen.thread)) + " with no barrier between");
+            if (seen.thread != -1 && seen.thread != here.thread && warps[warp].clock[w] <= seen.clock) {
+                race(", read by ", seen.thread < 0 ? text("warp ", w) : where(seen.thread));
             }
             seen.thread = -1;
         }
-        cell.write = {warps[warp].clock[warp], static_cast<int16_t>(current)};
+        cell.write = {warps[warp].clock[warp], static_cast<int16_t>(here.thread)};
         cell.initialised = true;
     }
 }
 
-char* Machine::shared_write(int64_t offset, int begin, int end, int bytes) {
-    check_bounds("write", offset, begin, end, bytes);
-    mark_write(offset, bytes);
-    return bytes_of_shared() + offset;
-}
-
-void Machine::log_shared(bool is_store, int64_t offset, int bytes) {
-    Warp& warp = warps[current / 32];
-    (is_store ? warp.stores : warp.loads).record(current % 32, offset, bytes);
+char* shared_write(const SharedAddress& at, int bytes) {
+    check_bounds("write", at, bytes);
+    own_warp().stores.record(here.thread % 32, at.offset, bytes);
+    mark_write(at.offset, bytes);
+    return bytes_of_shared() + at.offset;
 }
 
 // Global memory and the copies from there.
 
-std::shared_ptr<Region> Machine::region(const void* data) const {
-    const auto found = regions.find(reinterpret_cast<uintptr_t>(data));
+void begin() {
+    regions.clear();
+    counters = {};
+}
+
+void know(
+    const std::string& name, Use use, const void* data, int element, const std::vector<int64_t>& sizes,
+    const std::vector<int64_t>& strides) {
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    if (data) regions.try_emplace(address, name, use, address).first->second.add(element, sizes, strides);
+}
+
+void finish() {
+    for (const auto& [address, region] : regions) region.finish();
+}
+
+Region* region(const void* first_byte) {
+    const auto found = regions.find(reinterpret_cast<uintptr_t>(first_byte));
     if (found == regions.end()) throw Error("a pointer to global memory that is no argument of the kernel");
-    return found->second;
+    return &found->second;
 }
 
-int64_t Machine::thread_in_launch() const {
-    return (int64_t{block[1]} * blocks_x + block[0]) * thread_count() + current;
+static int64_t thread_in_launch() {
+    return (int64_t{here.block_y} * here.blocks_x + here.block_x) * here.threads + here.thread;
 }
 
-void Machine::global_read(Region& region, const void* address, int bytes) {
-    region.read(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
-    warps[current / 32].global_loads.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+void global_read(Region& region, const void* address, int bytes) {
+    region.read(address, bytes, thread_in_launch());
+    own_warp().global_loads.record(here.thread % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
-void Machine::global_write(Region& region, const void* address, int bytes) {
-    region.write(reinterpret_cast<uintptr_t>(address), bytes, thread_in_launch());
-    warps[current / 32].global_stores.record(current % 32, reinterpret_cast<uintptr_t>(address), bytes);
+void global_write(Region& region, const void* address, int bytes) {
+    region.write(address, bytes, thread_in_launch());
+    own_warp().global_stores.record(here.thread % 32, reinterpret_cast<uintptr_t>(address), bytes);
 }
 
-void Machine::copy_async(int64_t to, int begin, int end, Region& region, const void* from, bool is_valid) {
-    check_bounds("cp.async", to, begin, end, 16);
-    if (is_valid) global_read(region, from, 16);
-    warps[current / 32].copies.record(current % 32, to, 16);
-    mark_write(to, 16);
-    for (int64_t i = to / 2; i < to / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(current);
-    const Copy copy{to, is_valid ? from : nullptr};
-    if (!options.deferred_copies) move(copy);
-    threads[current]->open.push_back(copy);
-}
-
-void Machine::move(const Copy& copy) {
+static void move(const Copy& copy) {
     if (copy.from) {
         std::memcpy(bytes_of_shared() + copy.to, copy.from, 16);
     } else {
@@ -332,131 +399,117 @@ void Machine::move(const Copy& copy) {
     }
 }
 
-void Machine::copy_commit() {
-    Thread& self = *threads[current];
-    self.groups.push_back(std::move(self.open));
-    self.open.clear();
+void copy_async(const SharedAddress& to, Region& region, const void* from, bool is_valid) {
+    check_bounds("cp.async", to, 16);
+    if (is_valid) global_read(region, from, 16);
+    own_warp().copies.record(here.thread % 32, to.offset, 16);
+    mark_write(to.offset, 16);
+    for (int64_t i = to.offset / 2; i < to.offset / 2 + 8; ++i) cells[i].copying = static_cast<int16_t>(here.thread);
+    Thread& self = *threads[here.thread];
+    self.copies.push_back({to.offset, is_valid ? from : nullptr, self.committed});
+    if (!settings.deferred_copies) move(self.copies.back());
 }
 
-void Machine::copy_wait(int pending) {
-    auto& groups = threads[current]->groups;
-    while (static_cast<int>(groups.size()) > pending) {
-        for (const Copy& copy : groups.front()) {
-            if (options.deferred_copies) move(copy);
-            for (int64_t i = copy.to / 2; i < copy.to / 2 + 8; ++i) cells[i].copying = -1;
-            mark_write(copy.to, 16);
-        }
-        groups.erase(groups.begin());
+void copy_commit() { ++threads[here.thread]->committed; }
+
+void copy_wait(int pending) {
+    Thread& self = *threads[here.thread];
+    const auto is_pending = [&](const Copy& copy) { return copy.group >= self.committed - pending; };
+    const auto first_pending = std::find_if(self.copies.begin(), self.copies.end(), is_pending);
+    for (auto copy = self.copies.begin(); copy != first_pending; ++copy) {
+        if (settings.deferred_copies) move(*copy);
+        for (int64_t i = copy->to / 2; i < copy->to / 2 + 8; ++i) cells[i].copying = -1;
+        mark_write(copy->to, 16);
     }
+    self.copies.erase(self.copies.begin(), first_pending);
 }
 
 // Threads.
 
-int Machine::thread_index() const { return current; }
-
-void Machine::wait(const char* name) {
-    Thread& self = *threads[current];
+static void wait(const char* name) {
+    Thread& self = *threads[here.thread];
     self.waiting = name;
     self.fiber.switch_to(scheduler);
 }
 
 /// All lanes of the warp are at the same point: what they did since the last such point is counted.
-void Machine::met(Warp& warp) {
-    warp.loads.flush_shared(counters.load);
-    warp.stores.flush_shared(counters.store);
-    warp.copies.flush_shared(counters.copy);
-    warp.global_loads.flush_global(counters.global_read);
-    warp.global_stores.flush_global(counters.global_written);
+static void met(Warp& warp) {
+    warp.loads.flush(counters.load, count_access);
+    warp.stores.flush(counters.store, count_access);
+    warp.copies.flush(counters.copy, count_access);
+    warp.global_loads.flush(counters.global_read, count_bytes);
+    warp.global_stores.flush(counters.global_written, count_bytes);
 }
 
-bool Machine::rendezvous(const char* name, void* lane) {
-    Warp& warp = warps[current / 32];
-    const int first = current / 32 * 32;
+/// Fails where a lane of this warp waits elsewhere, or has ended.
+static void check_own_warp(const char* name) {
+    const int first = here.thread / 32 * 32;
     for (int other = first; other < first + 32; ++other) {
         const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
         if (there && there != name && std::strcmp(there, name) != 0) {
-            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
+            fail("divergence: ", name, " reached while ", where(other), " is at ", there);
         }
     }
-    warp.lanes[current % 32] = lane;
-    warp.arrived |= 1u << current % 32;
+}
+
+bool rendezvous(const char* name, void* lane) {
+    check_own_warp(name);
+    Warp& warp = own_warp();
+    warp.lanes[here.thread % 32] = lane;
+    warp.arrived |= 1u << here.thread % 32;
     if (warp.arrived != 0xffffffffu) {
         wait(name);
         return false;
     }
     warp.arrived = 0;
+    const int first = here.thread / 32 * 32;
     for (int other = first; other < first + 32; ++other) threads[other]->waiting = nullptr;
     return true;
 }
 
-void Machine::collective(const char* name, Collective run, void* lane) {
-    if (!rendezvous(name, lane)) return;
-    Warp& warp = warps[current / 32];
-    met(warp);
-    if (run) {
-        run(warp.lanes);
-    } else {
-        ++warp.clock[current / 32];  // __syncwarp
-    }
+void* const* gather(const char* name, void* lane) {
+    if (!rendezvous(name, lane)) return nullptr;
+    met(own_warp());
+    return own_warp().lanes;
 }
 
-void Machine::barrier(int number, int count, const char* name) {
-    if (count % 32 != 0 || count > thread_count()) fail("a barrier of " + std::to_string(count) + " threads");
-    const int first = current / 32 * 32;
-    for (int other = first; other < first + 32; ++other) {
-        const char* there = threads[other]->done ? "its end" : threads[other]->waiting;
-        if (there && std::strcmp(there, name) != 0) {
-            fail("divergence: " + std::string(name) + " reached while " + where(other) + " is at " + there);
-        }
-    }
-    Barrier& b = barriers[number];
-    if (!b.waiting.empty() && b.count != count) fail("one barrier with two counts of threads");
-    b.count = count;
-    b.waiting.push_back(current);
-    if (static_cast<int>(b.waiting.size()) < count) {
-        wait(name);
-        return;
-    }
-    std::vector<int> present(warps.size());
-    for (int thread : b.waiting) ++present[thread / 32];
+void sync_warp() {
+    if (gather("sync_warp", nullptr)) ++own_warp().clock[here.thread / 32];
+}
+
+void sync_block() {
+    check_own_warp("sync_block");
+    if (++at_barrier < here.threads) return wait("sync_block");
+    at_barrier = 0;
     std::vector<uint32_t> joined(warps.size());
     for (size_t w = 0; w < warps.size(); ++w) {
-        if (present[w] == 0) continue;
-        if (present[w] != 32) fail("a barrier met by a part of warp " + std::to_string(w));
         met(warps[w]);
         ++warps[w].clock[w];
         for (size_t i = 0; i < warps.size(); ++i) joined[i] = std::max(joined[i], warps[w].clock[i]);
     }
-    for (size_t w = 0; w < warps.size(); ++w) {
-        if (present[w]) warps[w].clock = joined;
-    }
-    for (int thread : b.waiting) threads[thread]->waiting = nullptr;
-    b.waiting.clear();
-    ++counters.barriers;
+    for (Warp& warp : warps) warp.clock = joined;
+    for (auto& thread : threads) thread->waiting = nullptr;
 }
 
-void Machine::fiber_main() {
-    Machine& m = *machine;
-    Fiber::entered(m.scheduler);
-    Thread& self = *m.threads[m.current];
+static void fiber_main() {
+    Fiber::entered(scheduler);
+    Thread& self = *threads[here.thread];
     try {
-        (*m.body)();
-        if (!self.open.empty() || !self.groups.empty()) {
-            m.fail("the thread ends with copies that it has not waited for");
-        }
+        (*body)();
+        if (!self.copies.empty()) fail("the thread ends with copies that it has not waited for");
     } catch (const std::exception& e) {
-        m.error = e.what();
+        error = e.what();
     }
     self.done = true;
-    self.fiber.switch_to(m.scheduler);
+    self.fiber.switch_to(scheduler);
 }
 
-int Machine::pick() {
+static int pick() {
     const auto runnable = [&](int t) { return !threads[t]->done && !threads[t]->waiting; };
-    const int count = thread_count();
-    if (options.schedule == 0) {
+    const int count = here.threads;
+    if (settings.schedule == 0) {
         for (int step = 1; step <= count; ++step) {
-            const int t = (current + step) % count;
+            const int t = (here.thread + step) % count;
             if (runnable(t)) return t;
         }
         return -1;
@@ -469,16 +522,16 @@ int Machine::pick() {
         if (warp == best) lanes[size++] = t;
     }
     if (best < 0) return -1;
-    const uint64_t draw = random();
-    if (draw % 256 == 0) warps[best].priority = random();
+    const uint64_t draw = random_numbers();
+    if (draw % 256 == 0) warps[best].priority = random_numbers();
     return lanes[(draw >> 32) % size];
 }
 
-void Machine::run_block(int x, int y) {
-    block[0] = x;
-    block[1] = y;
+static void run_block(int x, int y) {
+    here.block_x = x;
+    here.block_y = y;
     arrays.clear();
-    barriers.clear();
+    at_barrier = 0;
     std::fill(cells.begin(), cells.end(), Cell{});
     std::fill(reads.begin(), reads.end(), Access{});
     std::memset(bytes_of_shared(), 0xff, cells.size() * 2);
@@ -486,18 +539,18 @@ void Machine::run_block(int x, int y) {
         warps[w] = Warp{};
         warps[w].clock.assign(warps.size(), 0);
         warps[w].clock[w] = 1;
-        warps[w].priority = random();
+        warps[w].priority = random_numbers();
     }
     for (auto& thread : threads) {
         thread->done = false;
         thread->waiting = nullptr;
-        thread->open.clear();
-        thread->groups.clear();
+        thread->committed = 0;
+        thread->copies.clear();
         thread->fiber.prepare(fiber_main);
     }
-    current = thread_count() - 1;
+    here.thread = here.threads - 1;
     for (int next = pick(); next >= 0; next = pick()) {
-        current = next;
+        here.thread = next;
         scheduler.switch_to(threads[next]->fiber);
         if (!error.empty()) throw Error(error);
     }
@@ -507,7 +560,7 @@ void Machine::run_block(int x, int y) {
     for (Warp& warp : warps) met(warp);
 }
 
-void Machine::launch(int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
+void launch(int grid_x, int grid_y, int thread_count, int shared_bytes, const std::function<void()>& kernel) {
     body = &kernel;
     threads.clear();
     for (int t = 0; t < thread_count; ++t) threads.push_back(std::make_unique<Thread>());
@@ -515,20 +568,13 @@ void Machine::launch(int grid_x, int grid_y, int thread_count, int shared_bytes,
     shared.assign(shared_bytes / sizeof(std::max_align_t) + 1, {});
     cells.assign(shared_bytes / 2, Cell{});
     reads.assign(cells.size() * warps.size(), Access{});
-    random.seed(options.schedule);
+    random_numbers.seed(settings.schedule);
+    here = {0, thread_count, 0, 0, grid_x};
     error.clear();
-    blocks_x = grid_x;
-    for (const auto& [address, region] : regions) region->next_launch();
-    Machine* const before = std::exchange(machine, this);
-    try {
-        for (int y = 0; y < grid_y; ++y) {
-            for (int x = 0; x < grid_x; ++x) run_block(x, y);
-        }
-    } catch (...) {
-        machine = before;
-        throw;
+    for (auto& [address, region] : regions) region.next_launch();
+    for (int y = 0; y < grid_y; ++y) {
+        for (int x = 0; x < grid_x; ++x) run_block(x, y);
     }
-    machine = before;
 }
 
 }  // namespace gpsa::emulator

@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <cstdlib>
 #include <memory>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
 #if defined(__x86_64__)
@@ -29,7 +30,7 @@ public:
 
     /// Makes this fiber run `entry` from its start when next switched to. `entry` must not return.
     void prepare(void (*entry)()) {
-        if (!stack) stack.reset(static_cast<char*>(std::aligned_alloc(64, stack_bytes)));
+        if (!stack) stack.reset(new char[stack_bytes]);
 #if defined(__x86_64__)
         auto** top = reinterpret_cast<void**>(stack.get() + stack_bytes);
         *--top = nullptr;  // where the entry would return to; leaves the stack aligned as after a call
@@ -39,56 +40,37 @@ public:
 #else
         getcontext(&context);
         context.uc_stack = {stack.get(), 0, stack_bytes};
-        context.uc_link = nullptr;
         makecontext(&context, entry, 0);
 #endif
     }
 
     void switch_to(Fiber& next) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_start_switch_fiber(&shadow, next.bottom(), next.size());
-#endif
+        const bool has_stack = next.stack != nullptr;
+        __sanitizer_start_switch_fiber(
+            &shadow, has_stack ? next.stack.get() : next.foreign_bottom, has_stack ? stack_bytes : next.foreign_bytes);
 #if defined(__x86_64__)
         gpsa_switch_stack(&pointer, next.pointer);
 #else
         swapcontext(&context, &next.context);
 #endif
-        arrived(*this);
+        __sanitizer_finish_switch_fiber(shadow, nullptr, nullptr);
     }
 
     /// To be called first in an entry, with the fiber that switched to it.
     static void entered(Fiber& from) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(nullptr, &from.foreign_bottom, &from.foreign_size);
-#else
-        static_cast<void>(from);
-#endif
+        __sanitizer_finish_switch_fiber(nullptr, &from.foreign_bottom, &from.foreign_bytes);
     }
 
 private:
-    struct Free {
-        void operator()(char* p) const { std::free(p); }
-    };
-    std::unique_ptr<char, Free> stack;
+    std::unique_ptr<char[]> stack;
 #if defined(__x86_64__)
     void* pointer = nullptr;
 #else
     ucontext_t context;
 #endif
-
     void* shadow = nullptr;  // these three: what AddressSanitizer wants to know
     const void* foreign_bottom = nullptr;
-    size_t foreign_size = 0;
-    const void* bottom() const { return stack ? stack.get() : foreign_bottom; }
-    size_t size() const { return stack ? stack_bytes : foreign_size; }
-
-    static void arrived(Fiber& self) {
-#if defined(__SANITIZE_ADDRESS__)
-        __sanitizer_finish_switch_fiber(self.shadow, nullptr, nullptr);
-#else
-        static_cast<void>(self);
-#endif
-    }
+    size_t foreign_bytes = 0;
 };
 
 }  // namespace gpsa::emulator

@@ -1,9 +1,8 @@
-// The host's side of csrc/primitives.h: the same names, carried out and checked by the emulator.
+// The host's side of csrc/primitives.h: the same names, carried out and checked by the emulator. Fragments are laid out
+// as the PTX manual says (sections on mma.m16n8k16 and ldmatrix).
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
 #include "emulator.h"
 
@@ -12,22 +11,40 @@
 
 namespace gpsa {
 
-inline int thread() { return emulator::machine->thread_index(); }
-inline int threads() { return emulator::machine->thread_count(); }
+inline int thread() { return emulator::here.thread; }
+inline int threads() { return emulator::here.threads; }
 inline int lane() { return thread() % 32; }
-inline int block_x() { return emulator::machine->block_x(); }
-inline int block_y() { return emulator::machine->block_y(); }
+inline int block_x() { return emulator::here.block_x; }
+inline int block_y() { return emulator::here.block_y; }
 
-struct Access;  // the functions of this file, behind the pointers' backs
+// Memory. The pointers can be read and written by as many bytes as a V has, and in no other way.
+
+template <typename T>
+class Shared;
 
 template <typename T>
 class Global {
 public:
-    explicit Global(T* p) : region(emulator::machine->region(p).get()), pointer(p) {}
+    explicit Global(T* p) : region(emulator::region(p)), pointer(p) {}
     Global operator+(int64_t elements) const { return Global(region, pointer + elements); }
 
+    template <typename V>
+    V read() const {
+        emulator::global_read(*region, pointer, sizeof(V));
+        V value;
+        std::memcpy(&value, pointer, sizeof(V));
+        return value;
+    }
+    template <typename V>
+    void write(const V& value) const {
+        emulator::global_write(*region, pointer, sizeof(V));
+        std::memcpy(pointer, &value, sizeof(V));
+    }
+    void copy_to(Shared<std::remove_const_t<T>> to, bool valid) const {
+        emulator::copy_async(to.address, *region, pointer, valid);
+    }
+
 private:
-    friend Access;
     Global(emulator::Region* r, T* p) : region(r), pointer(p) {}
     emulator::Region* region;
     T* pointer;
@@ -36,14 +53,30 @@ private:
 template <typename T>
 class Shared {
 public:
-    Shared operator+(int elements) const { return Shared(begin, end, offset + elements * int64_t(sizeof(T))); }
+    Shared operator+(int elements) const {
+        Shared moved = *this;
+        moved.address.offset += elements * int64_t(sizeof(T));
+        return moved;
+    }
+
+    template <typename V>
+    V read() const {
+        V value;
+        std::memcpy(&value, emulator::shared_read(address, sizeof(V)), sizeof(V));
+        return value;
+    }
+    template <typename V>
+    void write(const V& value) const {
+        std::memcpy(emulator::shared_write(address, sizeof(V)), &value, sizeof(V));
+    }
+    void read_matrices(uint32_t (&r)[4], bool transposed) const;
 
 private:
-    friend Access;
+    friend class Global<T>;
+    friend class Global<const T>;
     friend class SharedMemory;
-    Shared(int b, int e, int64_t o) : begin(b), end(e), offset(o) {}
-    int begin, end;  // the array it may point into
-    int64_t offset;
+    explicit Shared(emulator::SharedAddress a) : address(a) {}
+    emulator::SharedAddress address;
 };
 
 class SharedMemory {
@@ -51,194 +84,210 @@ public:
     template <typename T>
     Shared<T> array(int count, const char* name) {
         const int begin = next, bytes = count * int(sizeof(T));
-        next = emulator::machine->allocate_shared(begin, bytes, name);
-        return Shared<T>(begin, begin + bytes, begin);
+        next = emulator::allocate_shared(begin, bytes, name);
+        return Shared<T>({begin, begin + bytes, begin});
     }
 
 private:
     int next = 0;
 };
 
-struct Access {
-    template <typename V, typename T>
-    static V load(Global<T> from) {
-        emulator::machine->global_read(*from.region, from.pointer, sizeof(V));
-        V value;
-        std::memcpy(&value, from.pointer, sizeof(V));
-        return value;
-    }
-    template <typename V, typename T>
-    static void store(Global<T> to, const V& value) {
-        emulator::machine->global_write(*to.region, to.pointer, sizeof(V));
-        std::memcpy(to.pointer, &value, sizeof(V));
-    }
-    template <typename V, typename T>
-    static V load(Shared<T> from) {
-        V value;
-        std::memcpy(&value, emulator::machine->shared_read(from.offset, from.begin, from.end, sizeof(V)), sizeof(V));
-        emulator::machine->log_shared(false, from.offset, sizeof(V));
-        return value;
-    }
-    template <typename V, typename T>
-    static void store(Shared<T> to, const V& value) {
-        std::memcpy(emulator::machine->shared_write(to.offset, to.begin, to.end, sizeof(V)), &value, sizeof(V));
-        emulator::machine->log_shared(true, to.offset, sizeof(V));
-    }
-    template <typename T>
-    static void copy_async(Shared<T> to, Global<const T> from, bool valid) {
-        emulator::machine->copy_async(to.offset, to.begin, to.end, *from.region, from.pointer, valid);
-    }
-    template <int matrices, bool transposed, typename T>
-    static void ldmatrix(uint32_t (&r)[matrices], Shared<T> row);
-};
-
-inline float load(Global<const float> from) { return Access::load<float>(from); }
-inline int64_t load(Global<const int64_t> from) { return Access::load<int64_t>(from); }
-inline void store(Global<float> to, float value) { Access::store(to, value); }
-inline float load(Shared<float> from) { return Access::load<float>(from); }
-inline void store(Shared<float> to, float value) { Access::store(to, value); }
+inline float load(Global<const float> from) { return from.read<float>(); }
+inline int64_t load(Global<const int64_t> from) { return from.read<int64_t>(); }
+inline float load(Shared<float> from) { return from.read<float>(); }
+inline void store(Global<float> to, float value) { to.write(value); }
+inline void store(Shared<float> to, float value) { to.write(value); }
 
 template <typename T>
 Chunk load_chunk(Global<const T> from) {
-    return Access::load<Chunk>(from);
-}
-template <typename T>
-void store_chunk(Global<T> to, const Chunk& value) {
-    Access::store(to, value);
+    return from.template read<Chunk>();
 }
 template <typename T>
 Chunk load_chunk(Shared<T> from) {
-    return Access::load<Chunk>(from);
+    return from.template read<Chunk>();
+}
+template <typename T>
+void store_chunk(Global<T> to, const Chunk& value) {
+    to.write(value);
 }
 template <typename T>
 void store_chunk(Shared<T> to, const Chunk& value) {
-    Access::store(to, value);
+    to.write(value);
 }
 template <typename T>
 uint32_t load_pair(Shared<T> from) {
-    return Access::load<uint32_t>(from);
+    return from.template read<uint32_t>();
 }
 template <typename T>
 void store_pair(Shared<T> to, uint32_t value) {
-    Access::store(to, value);
+    to.write(value);
 }
+
 template <typename T>
 void copy_async(Shared<T> to, Global<const T> from, bool valid) {
-    Access::copy_async(to, from, valid);
+    from.copy_to(to, valid);
 }
-inline void copy_commit() { emulator::machine->copy_commit(); }
+inline void copy_commit() { emulator::copy_commit(); }
 template <int pending>
 void copy_wait() {
-    emulator::machine->copy_wait(pending);
+    emulator::copy_wait(pending);
 }
 
-inline void sync_block() { emulator::machine->barrier(0, threads(), "sync_block"); }
-inline void sync_warp() { emulator::machine->collective("sync_warp", nullptr, nullptr); }
-inline void sync_named(int barrier, int count) { emulator::machine->barrier(barrier, count, "sync_named"); }
+// Barriers, and warp-level instructions: the last lane to arrive acts for all.
 
-namespace emulator {
+inline void sync_block() { emulator::sync_block(); }
+inline void sync_warp() { emulator::sync_warp(); }
 
-struct LdmatrixLane {
-    const char* row;  // 16 bytes, null where the address is not looked at
-    uint64_t offset;
-    uint32_t* r;
-    int matrices;
-    bool transposed;
-};
-void ldmatrix(void* const* lanes);
+inline int warp() {
+    emulator::rendezvous("warp()");
+    return thread() / 32;
+}
 
-struct MmaLane {
-    float* c;
-    const uint32_t* a;
-    uint32_t b[2];
-};
+inline float shuffle_xor(float value, int mask) {
+    struct Lane {
+        float value, result;
+        int mask;
+    } own{value, 0, mask};
+    emulator::collective("shuffle_xor", own, [](const auto& lanes) {
+        for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->mask]->value;
+    });
+    return own.result;
+}
+
+inline bool any_lane(bool condition) {
+    struct Lane {
+        bool condition, result;
+    } own{condition, false};
+    emulator::collective("any_lane", own, [](const auto& lanes) {
+        const bool any = std::any_of(lanes.begin(), lanes.end(), [](const Lane* lane) { return lane->condition; });
+        for (Lane* lane : lanes) lane->result = any;
+    });
+    return own.result;
+}
+
 template <typename T>
-void mma(void* const* lanes);
-
-struct ShuffleLane {
-    float value, result;
-    int mask;
-};
-void shuffle_xor(void* const* lanes);
-
-struct VoteLane {
-    bool condition, result;
-};
-void any_lane(void* const* lanes);
-
-float to_float(Half x);
-float to_float(Bfloat16 x);
-uint16_t round_to(float x, Half);
-uint16_t round_to(float x, Bfloat16);
-
-}  // namespace emulator
-
-template <int matrices, bool transposed, typename T>
-void Access::ldmatrix(uint32_t (&r)[matrices], Shared<T> row) {
-    emulator::LdmatrixLane lane{nullptr, static_cast<uint64_t>(row.offset), r, matrices, transposed};
-    if (gpsa::lane() < 8 * matrices) lane.row = emulator::machine->shared_read(row.offset, row.begin, row.end, 16);
-    emulator::machine->collective(transposed ? "ldmatrix.trans" : "ldmatrix", emulator::ldmatrix, &lane);
+void Shared<T>::read_matrices(uint32_t (&r)[4], bool transposed) const {
+    struct Lane {
+        const char* row;
+        uint64_t offset;
+        uint32_t* r;
+    } own{emulator::shared_read(address, 16, false), static_cast<uint64_t>(address.offset), r};
+    emulator::collective(transposed ? "ldmatrix.trans" : "ldmatrix", own, [transposed](const auto& lanes) {
+        uint64_t addresses[32];
+        for (int i = 0; i < 32; ++i) {
+            addresses[i] = lanes[i]->offset;
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                uint16_t pair[2];
+                for (int part = 0; part < 2; ++part) {
+                    int row = i / 4, column = 2 * (i % 4) + part;
+                    if (transposed) std::swap(row, column);
+                    std::memcpy(&pair[part], lanes[8 * matrix + row]->row + 2 * column, 2);
+                }
+                lanes[i]->r[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+            }
+        }
+        emulator::count_access(emulator::counters.ldmatrix, addresses, 0xffffffffu, 16);
+    });
 }
 
 template <typename T>
 void ldmatrix_x4(uint32_t (&r)[4], Shared<T> row) {
-    Access::ldmatrix<4, false>(r, row);
+    row.read_matrices(r, false);
 }
 template <typename T>
 void ldmatrix_x4_trans(uint32_t (&r)[4], Shared<T> row) {
-    Access::ldmatrix<4, true>(r, row);
+    row.read_matrices(r, true);
+}
+
+// Arithmetic.
+
+inline float to_float(Bfloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float to_float(Half x) {
+    static const std::vector<float> table = [] {  // to convert them takes long without F16C
+        std::vector<float> t(1 << 16);
+        for (uint32_t bits = 0; bits < t.size(); ++bits) {
+            _Float16 value;
+            std::memcpy(&value, &bits, 2);
+            t[bits] = static_cast<float>(value);
+        }
+        return t;
+    }();
+    return table[x.bits];
+}
+
+inline uint16_t round_to(float x, Half) {
+    const auto value = static_cast<_Float16>(x);
+    uint16_t bits;
+    std::memcpy(&bits, &value, 2);
+    return bits;
+}
+
+inline uint16_t round_to(float x, Bfloat16) {
+    if (std::isnan(x)) return 0x7fff;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+template <typename T>
+uint32_t pack(float low, float high) {
+    return round_to(low, T{}) | static_cast<uint32_t>(round_to(high, T{})) << 16;
 }
 template <typename T>
-void ldmatrix_x2(uint32_t (&r)[2], Shared<T> row) {
-    Access::ldmatrix<2, false>(r, row);
-}
-template <typename T>
-void ldmatrix_x2_trans(uint32_t (&r)[2], Shared<T> row) {
-    Access::ldmatrix<2, true>(r, row);
+Pair unpack(uint32_t word) {
+    return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
 }
 
 template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    emulator::MmaLane lane{c, a, {b0, b1}};
-    emulator::machine->collective("mma", emulator::mma<T>, &lane);
-}
-
-inline float shuffle_xor(float value, int mask) {
-    emulator::ShuffleLane lane{value, 0, mask};
-    emulator::machine->collective("shuffle_xor", emulator::shuffle_xor, &lane);
-    return lane.result;
-}
-
-inline bool any_lane(bool condition) {
-    emulator::VoteLane lane{condition, false};
-    emulator::machine->collective("any_lane", emulator::any_lane, &lane);
-    return lane.result;
-}
-
-inline int warp() {
-    emulator::machine->rendezvous("warp()", nullptr);
-    return thread() / 32;
+    struct Lane {
+        float* c;
+        const uint32_t* a;
+        uint32_t b[2];
+    } own{c, a, {b0, b1}};
+    emulator::collective("mma", own, [](const auto& lanes) {
+        float a[16][16], b[16][8], c[16][8];
+        const auto unpacked = [](uint32_t word, float* low, float* high) {
+            const Pair pair = unpack<T>(word);
+            *low = pair.low;
+            *high = pair.high;
+        };
+        for (int i = 0; i < 32; ++i) {
+            const int r = i / 4, t = i % 4 * 2;
+            for (int n = 0; n < 4; ++n) {
+                float* const at = &a[r + 8 * (n % 2)][t + 8 * (n / 2)];
+                unpacked(lanes[i]->a[n], at, at + 1);
+                c[r + 8 * (n / 2)][t + n % 2] = lanes[i]->c[n];
+            }
+            for (int n = 0; n < 2; ++n) unpacked(lanes[i]->b[n], &b[t + 8 * n][r], &b[t + 1 + 8 * n][r]);
+        }
+        for (int row = 0; row < 16; ++row) {
+            for (int k = 0; k < 16; ++k) {
+                for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+            }
+        }
+        for (int i = 0; i < 32; ++i) {
+            for (int n = 0; n < 4; ++n) lanes[i]->c[n] = c[i / 4 + 8 * (n / 2)][i % 4 * 2 + n % 2];
+        }
+        ++emulator::counters.mma;
+    });
 }
 
 inline float flush_to_zero(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
 inline float exp2_approx(float x) {
-    ++emulator::machine->counters.exp2;
+    ++emulator::counters.exp2;
     return flush_to_zero(std::exp2(flush_to_zero(x)));
 }
 inline float log2_approx(float x) { return std::log2(flush_to_zero(x)); }
 inline float reciprocal_approx(float x) { return flush_to_zero(1 / flush_to_zero(x)); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline int kept(int number) { return number; }
-
-template <typename T>
-uint32_t pack(float low, float high) {
-    return emulator::round_to(low, T{}) | static_cast<uint32_t>(emulator::round_to(high, T{})) << 16;
-}
-template <typename T>
-Pair unpack(uint32_t word) {
-    const auto half = [](uint32_t bits) { return emulator::to_float(T{static_cast<uint16_t>(bits)}); };
-    return {half(word), half(word >> 16)};
-}
 
 }  // namespace gpsa
