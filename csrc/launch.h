@@ -1,7 +1,5 @@
 // The launchers' only door to the machine, as primitives.h is the kernels'; and what one launcher knows of another.
-//
-// This is the CUDA runtime's side. Compiled for the host (the tests do it), find_device and Launcher come from
-// tests/cuda/emulator/launch_host.h: a .cu file is plain C++ there.
+// Compiled for the host (the tests do it), find_device and Launcher come from tests/cuda/emulator/launch_host.h.
 #pragma once
 
 #include "gpsa.h"

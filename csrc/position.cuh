@@ -19,10 +19,11 @@ template <typename Memory, int numbers = 3>
 class Axis {
 public:
     const int size;
+    const Memory statistics;
 
     /// `linear` and `square`: the weights of d and d^2.
     GPSA_DEVICE Axis(int size, float linear, float square, Memory statistics)
-        : size(size), columns(size), linear(linear * log2_e), square(square * log2_e), statistics(statistics) {}
+        : size(size), statistics(statistics), columns(size), linear(linear * log2_e), square(square * log2_e) {}
 
     /// Of a token, along x.
     GPSA_DEVICE int row_of(int token) const { return columns.row_of(token); }
@@ -96,8 +97,6 @@ public:
             if (stores) store(to + (numbers * i + 2), mean_square);
         }
     }
-
-    const Memory statistics;
 
 private:
     const std::conditional_t<std::is_same_v<Memory, Shared<float>>, FewColumns, Columns> columns;

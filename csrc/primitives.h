@@ -1,8 +1,8 @@
 // The only door from a kernel to the machine: every memory access and every warp-level instruction is here.
 //
-// This is the device's side, PTX line by line. Compiled for the host (the tests do it), the same names come from
-// tests/cuda/emulator/primitives_host.h, where every thread is a fiber and every access is checked. Kernels hold memory
-// only as Global<T> and Shared<T>, which cannot be dereferenced: an access that bypasses this header does not compile.
+// Compiled for the host (the tests do it), the same names come from tests/cuda/emulator/primitives_host.h, where every
+// thread is a fiber and every access is checked. Kernels hold memory only as Global<T> and Shared<T>, which cannot be
+// dereferenced: an access that bypasses this header does not compile.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,7 @@
 // The operators of namespace gpsa_cuda: tensors in, the structs of gpsa.h out, one launcher called.
 //
 // Only libtorch's stable ABI is used, so that one library serves every torch from 2.10 on. All of a call is here, since
-// in Python it takes as long as a small kernel: what the kernels cannot read as it lies is copied, what they write is
-// allocated, and what would make them read where they must not is refused. The device is checked last, so that all else
-// can be tested where there is no GPU.
+// in Python it takes as long as a small kernel. The device is checked last: all else is tested where there is no GPU.
 
 #include <cstdint>
 #include <optional>
@@ -23,8 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t row_alignment = 16;  // bytes: rows are read and written 16 bytes at a time
-constexpr int64_t element_bytes = 2;
+constexpr int64_t row_alignment = 16, element_bytes = 2;  // bytes: rows are read and written 16 at a time
 
 gpsa::Dtype dtype_of(bool bfloat16) { return bfloat16 ? gpsa::Dtype::bfloat16 : gpsa::Dtype::float16; }
 
@@ -92,16 +89,10 @@ Call call_of(
         rows > 0 && columns > 0 && rows * columns == q.size(2), "rows * columns must be the ", q.size(2),
         " tokens of q, got ", rows, " * ", columns);
     Call call{};
-    call.problem = {
-        q.size(0),
-        int(q.size(1)),
-        int(rows),
-        int(columns),
-        int(q.size(3)),
-        float(scale),
-        float(dropout_p),
-        dropout_p > 0 ? inputs.seed(seed) : nullptr,
-        dtype_of(dtype == ScalarType::BFloat16)};
+    const int64_t* const seed_data = dropout_p > 0 ? inputs.seed(seed) : nullptr;
+    call.problem = {q.size(0),        int(q.size(1)), int(rows),
+                    int(columns),     int(q.size(3)), float(scale),
+                    float(dropout_p), seed_data,      dtype_of(dtype == ScalarType::BFloat16)};
     call.q = inputs.tokens("q", q);
     call.k = inputs.tokens("k", k);
     call.v = inputs.tokens("v", v);
@@ -121,16 +112,15 @@ Tensor empty(const int64_t (&sizes)[dimensions], const int64_t (&strides)[dimens
     return Tensor(made);
 }
 
-/// (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view.
-Tensor empty_output(const Tensor& q) {
+/// (B, H, N, D) in the memory layout of (B, N, H, D), so that merging the heads is a view; `filled_in` says where it
+/// is.
+Tensor empty_output(const Tensor& q, gpsa::Tensor& filled_in) {
     const int64_t heads = q.size(1), tokens = q.size(2), dim = q.size(3);
     int32_t dtype = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
-    return empty({q.size(0), heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype, q);
-}
-
-gpsa::Sizes sizes_for(const gpsa::Problem& problem, const Tensor& q) {
-    return gpsa::sizes(problem, q.is_cuda() ? q.get_device_index() : -1);
+    const Tensor made = empty({q.size(0), heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype, q);
+    filled_in = struct_of(made);
+    return made;
 }
 
 /// Calls `launch` with a workspace and the current stream of q's device, with that device current. The workspace may be
@@ -154,14 +144,10 @@ std::tuple<Tensor, std::optional<Tensor>, std::optional<Tensor>> forward(
     const std::optional<Tensor>& seed, int64_t rows, int64_t columns, double scale, double dropout_p, bool save) {
     Inputs inputs(q);
     auto call = call_of<gpsa::Forward>(inputs, q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p);
-    const gpsa::Sizes sizes = sizes_for(call.problem, q);
-    const Tensor out = empty_output(q);
-    call.out = struct_of(out);
+    const gpsa::Sizes sizes = gpsa::sizes(call.problem, q.is_cuda() ? q.get_device_index() : -1);
+    const Tensor out = empty_output(q, call.out);
     std::optional<Tensor> content, logsumexp;
-    if (save && sizes.content) {
-        content = empty_output(q);
-        call.content = struct_of(*content);
-    }
+    if (save && sizes.content) content = empty_output(q, call.content);
     if (save) {
         const int64_t heads = q.size(1), tokens = q.size(2);
         logsumexp = empty({q.size(0), heads, tokens}, {heads * tokens, tokens, 1}, aoti_torch_dtype_float32(), q);
@@ -189,12 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     auto call = call_of<gpsa::Backward>(inputs, q, k, v, pos_weight, gate, seed, rows, columns, scale, dropout_p);
     call.grad_out = inputs.tokens("grad_out", grad_out);
     call.logsumexp = inputs.floats("logsumexp", logsumexp, q.size(0) * q.size(1) * q.size(2));
-    const gpsa::Sizes sizes = sizes_for(call.problem, q);
+    const gpsa::Sizes sizes = gpsa::sizes(call.problem, q.is_cuda() ? q.get_device_index() : -1);
     if (content && sizes.content) call.content = inputs.tokens("content", *content);
-    const Tensor grad_q = empty_output(q), grad_k = empty_output(q), grad_v = empty_output(q);
-    call.grad_q = struct_of(grad_q);
-    call.grad_k = struct_of(grad_k);
-    call.grad_v = struct_of(grad_v);
+    const Tensor grad_q = empty_output(q, call.grad_q);
+    const Tensor grad_k = empty_output(q, call.grad_k), grad_v = empty_output(q, call.grad_v);
     const int64_t numbers = 4 * q.size(1);
     const Tensor sums = empty({q.size(0) * sizes.slots, numbers}, {numbers, 1}, aoti_torch_dtype_float32(), q);
     call.sums = static_cast<float*>(sums.data_ptr());

@@ -4,13 +4,10 @@
 //   dP = dO V^T,   delta = rowsum(dO * O_content),   dS = P * (dP - delta)
 //   dQ = (1 - g) scale dS K,   dK = (1 - g) scale dS^T Q,   dV = (1 - g) P^T dO + g R^T dO
 //
-// The scores are computed by both, so that every element of a result is summed by one warp. 64 keys and values (queries
-// and gradients) are in shared memory while the next 64 are copied. Global traffic of a block: K and V (Q and dO) of
-// the (batch, head) once, its own rows of all else that it reads or writes once.
-//
-// With attention dropout both branches have one mask M, O_content is what is left of the content, and
-//   dP = M * (dO V^T) / (1 - p),   dV = (M * ((1 - g) P + g R))^T dO / (1 - p);
-// R's entries are formed beside those of P, and so are the sums for its weights.
+// Both form the scores, so that every element of a result is summed by one warp. 64 keys and values (queries and
+// gradients) are in shared memory while the next 64 are copied. Global traffic of a block: K and V (Q and dO) of the
+// (batch, head) once, its own rows of all else once. With attention dropout both branches have one mask M, and
+//   dP = M * (dO V^T) / (1 - p),   dV = (M * ((1 - g) P + g R))^T dO / (1 - p).
 #include "dropout.cuh"
 #include "tiled_position.cuh"
 
@@ -72,9 +69,10 @@ struct TiledQueryGradient : TiledKernel {
         const Row row(arguments, block, grad, contents.tile(warp()));
         sync_block();  // all have read the content
 
-        Position position(arguments, block);
+        const Mask mask(arguments, block);
         const float log2_scale = problem.scale * log2_e;
         Sum sums[channels / 8] = {};
+        float of_parameters[4] = {};  // this lane's partial sums
         int stage = 0;
 #pragma unroll 1
         for (int start = 0; start < block.tokens; start += tile_tokens, stage ^= 1) {
@@ -90,7 +88,7 @@ struct TiledQueryGradient : TiledKernel {
                     multiply<E>(scores, q[s], load_right_over_channels<E>(s, key));
                     multiply<E>(grad_weights, grad[s], load_right_over_channels<E>(s, value));
                 }
-                position.add(grad_weights, block.row, start + 16 * tile);
+                if constexpr (has_dropout) mask.add(of_parameters, grad_weights, block.row, start + 16 * tile);
                 each_value<2>([&](int n, int i) {
                     float& s = scores[n].values[i];
                     const bool exists = start + 16 * tile + 8 * n + fragment_column() + i % 2 < block.tokens;
@@ -107,8 +105,8 @@ struct TiledQueryGradient : TiledKernel {
         const float open = sigmoid(gate), closed = sigmoid(-gate);
         scale<channels / 8>(sums, closed * problem.scale);
         store_own_rows(sums, queries.tile(warp()), call.grad_q, block, block.row, head_dim);
-        position.sums[3] -= row.sum_of_deltas();
-        store_partial<4>(partial, position.sums);
+        if (fragment_column() == 0) of_parameters[3] -= row.delta[0] + row.delta[1];  // 0 where there is no row
+        store_partial<4>(partial, of_parameters);
         sync_block();
         if (const int n = thread(); n < 4) {
             const int64_t slot = block.batch * arguments.slots + block.first / tile_tokens;
@@ -150,21 +148,13 @@ private:
                 }
             }
         }
-        /// This lane's, each of them once in the warp; those of rows that do not exist are 0.
-        GPSA_DEVICE float sum_of_deltas() const { return fragment_column() == 0 ? delta[0] + delta[1] : 0; }
     };
 
-    /// What the position adds under dropout: the mask, and this lane's partial sums.
-    struct NoPosition {
-        float sums[4] = {};
-        GPSA_DEVICE NoPosition(const Call&, const Block&) {}
-        GPSA_DEVICE void add(Sum*, int, int) {}
-    };
-    struct Masked : DenseRows<GridAxis> {
+    struct DropoutMask : DenseRows<GridAxis> {
         const Dropout dropout;
-        float sums[4] = {}, mean_x[2], mean_y[2], mean_square[2];
+        float mean_x[2], mean_y[2], mean_square[2];
 
-        GPSA_DEVICE Masked(const Call& call, const Block& block)
+        GPSA_DEVICE DropoutMask(const Call& call, const Block& block)
             : DenseRows(call.position.axes(block.head), block.row), dropout(call.position.problem, block.batch_head) {
             for (int half = 0; half < 2; ++half) {
                 const GridAxis &x = this->position.along_x, &y = this->position.along_y;
@@ -176,8 +166,9 @@ private:
                 if (block.row + fragment_row() + 8 * half >= block.tokens) this->normaliser[half] = INFINITY;
             }
         }
-        /// grad_weights = M * grad_weights / (1 - p); dR/dw = R * (offset - its mean under R).
-        GPSA_DEVICE void add(Sum* grad_weights, int row, int key) {
+        /// grad_weights = M * grad_weights / (1 - p); adds what 16 keys give to the gradients of the positional
+        /// weights, dR/dw = R * (offset - its mean under R).
+        GPSA_DEVICE void add(float (&sums)[4], Sum* grad_weights, int row, int key) const {
             const uint32_t keep = dropout.keep(row, key);
             this->entries_from(key, [&](int n, int i, float entry, int half, float dx, float dy) {
                 float& grad = grad_weights[n].values[i];
@@ -190,7 +181,7 @@ private:
             });
         }
     };
-    using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
+    using Mask = std::conditional_t<has_dropout, DropoutMask, Nothing>;
 };
 
 /// dK and dV. What `grad_v` holds, the positional branch with early_share() of its gate, is read and written over.
@@ -241,13 +232,16 @@ struct TiledKeyGradient : TiledKernel {
         const auto store_number = [&](float number, int stage) {
             store(numbers + (stage * row_numbers * tile_tokens + thread()), number);
         };
-        const Position position(arguments, block);
+        const Mask mask(arguments, block);
+        const auto store_places = [&](int start, int stage) {
+            if constexpr (has_dropout) mask.store_places(numbers + (stage * row_numbers + 2) * tile_tokens, start);
+        };
 
         RowStream<E, channels, block_rows>(call.k, block, block.first, keys.base, head_dim).fetch(0);
         RowStream<E, channels, block_rows>(call.v, block, block.first, values.base, head_dim).fetch(0);
         fetch(0);
         store_number(load_number(0), 0);
-        position.store_places(numbers + 2 * tile_tokens, 0);
+        store_places(0, 0);
         copy_wait<0>();
         sync_block();
 
@@ -260,8 +254,8 @@ struct TiledKeyGradient : TiledKernel {
             }
         }
         const float log2_scale = problem.scale * log2_e;
-        const auto over_channels = RightOffsets<channels>::over_channels();
-        const auto over_tokens = RightOffsets<channels>::over_tokens();
+        const RightLoader<channels, false> over_channels;
+        const RightLoader<channels, true> over_tokens;
         Sum grad_k[row_tiles][channels / 8] = {}, grad_v[row_tiles][channels / 8] = {};
         int stage = 0;
 #pragma unroll 1
@@ -289,7 +283,7 @@ struct TiledKeyGradient : TiledKernel {
                 Sum weights[row_tiles][2] = {}, grad_weights[row_tiles][2] = {};
 #pragma unroll
                 for (int s = 0; s < channels / 16; ++s) {
-                    const Right b = load_right<E>(q + over_channels(s)), c = load_right<E>(grad + over_channels(s));
+                    const Right b = over_channels(q, s), c = over_channels(grad, s);
 #pragma unroll
                     for (int t = 0; t < row_tiles; ++t) {
                         if constexpr (!resident) {
@@ -303,22 +297,23 @@ struct TiledKeyGradient : TiledKernel {
                 Left of_values[row_tiles], of_keys[row_tiles];
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) {
-                    Sum mixed[2];
                     each_value<2>([&](int n, int i) {
                         float& weight = weights[t][n].values[i];
                         weight = exp2_approx(weight * log2_scale - log2_sum[n][i % 2]);
                     });
-                    position.add(mixed, grad_weights[t], weights[t], start + tile, block.row, number_of);
+                    of_values[t] = as_left<E>(weights[t]);
+                    if constexpr (has_dropout) {
+                        of_values[t] = mask.mix(grad_weights[t], weights[t], start + tile, block.row, number_of);
+                    }
                     each_value<2>([&](int n, int i) {
                         weights[t][n].values[i] *= grad_weights[t][n].values[i] - delta[n][i % 2];
                     });
-                    of_values[t] = as_left<E>(mixed);
                     of_keys[t] = as_left<E>(weights[t]);
                 }
 #pragma unroll
                 for (int s = 0; s < channels / 16; ++s) {
-                    const Right b = load_right_transposed<E>(grad + over_tokens(s));
-                    const Right c = load_right_transposed<E>(q + over_tokens(s));
+                    const Right b = over_tokens(grad, s);
+                    const Right c = over_tokens(q, s);
 #pragma unroll
                     for (int t = 0; t < row_tiles; ++t) {
                         multiply<E>(&grad_v[t][2 * s], of_values[t], b);
@@ -328,7 +323,7 @@ struct TiledKeyGradient : TiledKernel {
             }
             if (more) {
                 store_number(number, stage ^ 1);
-                position.store_places(numbers + ((stage ^ 1) * row_numbers + 2) * tile_tokens, start + tile_tokens);
+                store_places(start + tile_tokens, stage ^ 1);
             }
             copy_wait<0>();
             sync_block();
@@ -339,7 +334,9 @@ struct TiledKeyGradient : TiledKernel {
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
             const int row = block.row + 16 * t;
-            if constexpr (!has_dropout) {
+            if constexpr (has_dropout) {
+                scale<channels / 8>(grad_v[t], mask.dropout.keep_scale);
+            } else {
                 const float late = open / early_share(open, block.tokens);
                 fetch_own_rows(own_values.tile(t), call.grad_v, block, row, head_dim);
                 copy_wait<0>();
@@ -351,7 +348,6 @@ struct TiledKeyGradient : TiledKernel {
                     grad = closed * grad + late * positional[n].values[i];
                 });
             }
-            scale<channels / 8>(grad_v[t], position.keep_scale());
             scale<channels / 8>(grad_k[t], closed * problem.scale);
             store_own_rows(grad_v[t], own_values.tile(t), call.grad_v, block, row, head_dim);
             store_own_rows(grad_k[t], own_keys.tile(t), call.grad_k, block, row, head_dim);
@@ -362,25 +358,13 @@ private:
     using Tile = Rows<E, channels>;
     static constexpr bool resident = channels <= 64;  // whether a warp keeps its keys and values in registers
 
-    struct NoPosition {
-        GPSA_DEVICE NoPosition(const Call&, const Block&) {}
-        GPSA_DEVICE float keep_scale() const { return 1; }
-        GPSA_DEVICE void store_places(Shared<float>, int) const {}
-
-        template <typename Number>
-        GPSA_DEVICE void add(Sum* mixed, Sum*, const Sum* weights, int, int, Number) const {
-            mixed[0] = weights[0];
-            mixed[1] = weights[1];
-        }
-    };
-
-    /// What the position adds under dropout. Three numbers per query: x, y, and log2 of R's normaliser.
-    struct Masked {
+    /// Three numbers per query: x, y, and log2 of R's normaliser.
+    struct DropoutMask {
         const DensePosition<GridAxis> axes;
         const Dropout dropout;
         float open, closed, key_x[2], key_y[2];
 
-        GPSA_DEVICE Masked(const Call& call, const Block& block)
+        GPSA_DEVICE DropoutMask(const Call& call, const Block& block)
             : axes(call.position.axes(block.head)), dropout(call.position.problem, block.batch_head) {
             const float gate = load(Global<const float>(call.backward.gate) + block.head);
             open = sigmoid(gate);
@@ -391,8 +375,6 @@ private:
                 key_y[half] = float(key.y);
             }
         }
-        GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
-
         GPSA_DEVICE void store_places(Shared<float> to, int start) const {
             if (thread() >= tile_tokens) return;
             const auto query = axes.place(start + thread());
@@ -402,10 +384,10 @@ private:
             store(to + (2 * tile_tokens + thread()), exists ? axes.log2_normaliser(query) : INFINITY);
         }
 
-        /// mixed = M * ((1 - g) P + g R), grad_weights = M * grad_weights / (1 - p).
+        /// M * ((1 - g) P + g R), and grad_weights = M * grad_weights / (1 - p).
         template <typename Number>
-        GPSA_DEVICE void add(
-            Sum* mixed, Sum* grad_weights, const Sum* weights, int query, int key, Number number) const {
+        GPSA_DEVICE Left mix(Sum* grad_weights, const Sum* weights, int query, int key, Number number) const {
+            Sum mixed[2];
             const uint32_t keep = dropout.keep_transposed(query, key);
             each_value<2>([&](int n, int i) {
                 const float dx = key_x[i / 2] - number(2, n, i), dy = key_y[i / 2] - number(3, n, i);
@@ -414,9 +396,10 @@ private:
                 mixed[n].values[i] = kept ? closed * weights[n].values[i] + open * entry : 0;
                 grad_weights[n].values[i] = kept ? grad_weights[n].values[i] * dropout.keep_scale : 0;
             });
+            return as_left<E>(mixed);
         }
     };
-    using Position = std::conditional_t<has_dropout, Masked, NoPosition>;
+    using Mask = std::conditional_t<has_dropout, DropoutMask, Nothing>;
 };
 
 const char* launch_tiled_backward(const Backward& call, const Launcher& launcher) {

@@ -5,11 +5,7 @@
 //
 // 64 keys and their values are in shared memory while the next are copied; a warp has 32 or 16 query rows, the scores
 // of 32 keys, and sums of exponentials so far (online softmax). Global traffic of a block: K and V of the (batch, head)
-// once, its rows of Q once, of `out` read once and written once; of `content` and logsumexp, where wanted, written
-// once.
-//
-// With attention dropout the positional branch is no product of two axes any more: its entries are formed beside those
-// of the content, one exponential each, and `out` is only written.
+// once, its rows of all else once. With attention dropout R's entries are formed beside those of P.
 #include "dropout.cuh"
 #include "tiled_position.cuh"
 
@@ -68,8 +64,8 @@ struct TiledForward : TiledKernel {
 
         const float log2_scale = log2_scale_of(problem.scale, &q[0][0], row_tiles * (channels / 16));
         const Mask mask(arguments, block);
-        const auto key_offsets = RightOffsets<channels>::over_channels();
-        const auto value_offsets = RightOffsets<channels>::over_tokens();
+        const RightLoader<channels, false> load_keys;
+        const RightLoader<channels, true> load_values;
         Softmax softmax[row_tiles];
         Sum scores[row_tiles][score_keys / 8], content[row_tiles][channels / 8] = {};
         Sum position[row_tiles][channels / 8] = {};
@@ -77,7 +73,7 @@ struct TiledForward : TiledKernel {
         Shared<E> k = keys, v = values;
         // From the scores on: where exponentials have grown too large, or where not all keys exist.
         const auto start_anew = [&](int key) {
-            score(scores, q, k, key_offsets);
+            score(scores, q, k, load_keys);
 #pragma unroll
             for (int t = 0; t < row_tiles; ++t) {
                 softmax[t].follow(scores[t], content[t], log2_scale, block.tokens - key);
@@ -112,20 +108,21 @@ struct TiledForward : TiledKernel {
                 if (value_stage == 0) v = values;
                 fetch(key);
             }
-            score(scores, q, k, key_offsets);
-            weigh(content, position, weights, weighed, value_offsets);
+            score(scores, q, k, load_keys);
+            weigh(content, position, weights, weighed, load_values);
             bool again = block.tokens - key < score_keys;
 #pragma unroll
             for (int t = 0; t < row_tiles; ++t) again |= softmax[t].exponentiate(scores[t], log2_scale);
             if (any_lane(again)) start_anew(key);
         }
         const float gate = load(Global<const float>(call.gate) + block.head);
-        weigh(content, position, weights, v, value_offsets);
+        weigh(content, position, weights, v, load_values);
         copy_wait<0>();
         sync_warp();
 
         const float open = sigmoid(gate), closed = sigmoid(-gate);  // 1 - g would lose its digits as g -> 1
-        const float keep_scale = mask.keep_scale();
+        float keep_scale = 1;
+        if constexpr (has_dropout) keep_scale = mask.dropout.keep_scale;
 #pragma unroll
         for (int t = 0; t < row_tiles; ++t) {
             for (float& sum : softmax[t].sum) sum = sum_of_lanes<4>(sum);
@@ -161,8 +158,7 @@ private:
         static constexpr float most = 1024;  // of the exponentials that a lane adds up at a time; float16 holds 65504
         float shift[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0, 0}, next[2];
 
-        /// Subtracts the largest of these scores from now on, if it is larger; scores of keys that do not exist are
-        /// -inf.
+        /// Subtracts the largest of these scores from now on, if it is larger.
         GPSA_DEVICE void follow(Sum* scores, Sum* content, float log2_scale, int keys) {
             if (keys < score_keys) mask_keys<score_keys / 8>(scores, keys);
             float largest[2], rescale[2];
@@ -187,19 +183,13 @@ private:
         }
     };
 
-    /// What attention dropout needs beside the content; nothing without it.
-    struct NoMask {
-        GPSA_DEVICE NoMask(const Call&, const Block&) {}
-        GPSA_DEVICE float keep_scale() const { return 1; }
-    };
     struct DropoutMask {
         const Dropout dropout;
         const DenseRows<GridAxis> dense;
         GPSA_DEVICE DropoutMask(const Call& call, const Block& block)
             : dropout(call.forward.problem, block.batch_head), dense(call.position.axes(block.head), block.row) {}
-        GPSA_DEVICE float keep_scale() const { return dropout.keep_scale; }
     };
-    using Mask = std::conditional_t<has_dropout, DropoutMask, NoMask>;
+    using Mask = std::conditional_t<has_dropout, DropoutMask, Nothing>;
 
     /// The weights of a tile of keys, rounded to 16 bits: those of the content and, with dropout, of the position, and
     /// of both only what is kept.
@@ -228,13 +218,13 @@ private:
     /// scores = Q K^T for a warp's rows of Q and a tile of keys.
     GPSA_DEVICE static void score(
         Sum (&scores)[row_tiles][score_keys / 8], const Left (&q)[row_tiles][channels / 16], Shared<E> k,
-        const RightOffsets<channels>& offsets) {
+        const RightLoader<channels, false>& load_keys) {
         std::memset(scores, 0, sizeof scores);
 #pragma unroll
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right<E>(k + 16 * n * channels + offsets(s));
+                const Right b = load_keys(k + 16 * n * channels, s);
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&scores[t][2 * n], q[t][s], b);
             }
@@ -244,12 +234,12 @@ private:
     /// content += P V; with dropout position += R V, too.
     GPSA_DEVICE static void weigh(
         Sum (&content)[row_tiles][channels / 8], Sum (&position)[row_tiles][channels / 8], const Weights& weights,
-        Shared<E> v, const RightOffsets<channels>& offsets) {
+        Shared<E> v, const RightLoader<channels, true>& load_values) {
 #pragma unroll
         for (int n = 0; n < score_keys / 16; ++n) {
 #pragma unroll
             for (int s = 0; s < channels / 16; ++s) {
-                const Right b = load_right_transposed<E>(v + 16 * n * channels + offsets(s));
+                const Right b = load_values(v + 16 * n * channels, s);
 #pragma unroll
                 for (int t = 0; t < row_tiles; ++t) multiply<E>(&content[t][2 * s], weights.content[t][n], b);
                 if constexpr (has_dropout) multiply<E>(&position[0][2 * s], weights.position[n], b);

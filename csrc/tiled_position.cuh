@@ -1,9 +1,9 @@
 // The positional branch for grids of any size: its statistics, and products with an axis' table along the lines.
 //
-// R V is V mixed along x, then along y. A line's tokens stream through shared memory, 64 at a time, whole rows of
-// channels: what is read and written is contiguous, and a line may be of any length. (A slab of all tokens and a few
-// channels would mix along both axes at once, but reads pieces of rows, and must fit in shared memory.) Entries of A
-// are formed in registers. Traffic of a block: its lines' tokens once, its own tokens of the result once.
+// A line's tokens stream through shared memory, 64 at a time, whole rows of channels: what is read and written is
+// contiguous, and a line may be of any length. (A slab of all tokens and a few channels would mix along both axes at
+// once, but reads pieces of rows, and must fit.) Traffic of a block: its lines' tokens once, its own of the result
+// once.
 #pragma once
 
 #include "position.cuh"
@@ -49,10 +49,8 @@ struct PositionStatistics : TiledKernel {
         if (item >= int64_t{call.problem.heads} * both) return;
         const int head = int(item / both), coordinate = int(item % both);
         const bool is_x = coordinate < call.problem.columns;
-        call.axis(head, is_x)
-            .prepare<32>(
-                is_x ? coordinate : coordinate - call.problem.columns,
-                Global<float>(call.statistics) + call.first(head, is_x));
+        const Global<float> to = Global<float>(call.statistics) + call.first(head, is_x);
+        call.axis(head, is_x).prepare<32>(is_x ? coordinate : coordinate - call.problem.columns, to);
     }
 };
 
@@ -101,7 +99,9 @@ struct MixLines : TiledKernel {
         fetch(0, 0);
         copy_wait<0>();
         sync_block();
-        if (!place.idle) factor.prepare();
+        if constexpr (backward) {
+            if (!place.idle) factor.prepare();
+        }
 
         Sum sums[channels / 8] = {};
         int stage = 0;
@@ -118,13 +118,13 @@ struct MixLines : TiledKernel {
             sync_block();
         }
         if (!place.idle) {
-            factor.scale(call, sums);
+            if constexpr (backward) factor.scale(call, sums);
             const int64_t token = lines.token(place.first_line + place.own_line, 0), stride = call.to.token;
             store_own_rows<E, channels>(
                 sums, {streamed, 16 * warp()}, rows_of<E>(call.to, place.batch, place.head) + token * stride,
                 lines.step * stride, place.own_row, lines.size, head_dim);
         }
-        factor.finish(call, place);
+        if constexpr (backward) factor.finish(call, place);
     }
 
 private:
@@ -150,8 +150,7 @@ private:
         }
     };
 
-    /// Starts copying a block's lines, coordinates start to start + width - 1 of each, one line after the other; zeros
-    /// where there is no token or channel.
+    /// Starts copying a block's lines, from coordinate `start` on, one after the other; zeros where there is no token.
     GPSA_DEVICE static void copy_lines(
         const Tokens& rows, Global<const E> from, int64_t stride, const Call& call, int first_line, int start) {
         constexpr int chunks = channels / 8, beside = ChunkShare<chunks>::beside;
@@ -172,14 +171,10 @@ private:
         GPSA_DEVICE Table(const Call&, const GridAxis& axis, SharedMemory&, const Place& place) {
             axis.load_shifts(shift, place.own_row);
         }
-        GPSA_DEVICE void prepare() {}
-
         template <typename At>
         GPSA_DEVICE Left tile(const GridAxis& axis, int own_row, int start, At) {
             return axis.template tile<E>(own_row, start, shift);
         }
-        GPSA_DEVICE void scale(const Call&, Sum*) {}
-        GPSA_DEVICE void finish(const Call&, const Place&) {}
     };
 
     /// Tiles of A^T. An entry's column of A is the own coordinate.

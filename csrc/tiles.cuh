@@ -37,6 +37,12 @@ auto dispatch(const Problem& problem, Visit visit) {
     return problem.dtype == Dtype::float16 ? with_element(Half{}) : with_element(Bfloat16{});
 }
 
+/// What stands for what only dropout needs where there is none.
+struct Nothing {
+    template <typename... Arguments>
+    GPSA_DEVICE Nothing(const Arguments&...) {}
+};
+
 // Rows in shared memory.
 
 /// Into groups of how many chunks a row is divided, within which they are swizzled.
@@ -262,40 +268,31 @@ GPSA_DEVICE void add_over_tokens(Sum* sums, const Left& a, At at) {
     for (int s = 0; s < channels / 16; ++s) multiply<E>(&sums[2 * s], a, load_right_over_tokens<E>(s, at));
 }
 
-/// Where a lane's part of a right operand is, in elements after its first row: formed once for all operands in rows
-/// whose number is a multiple of 16.
-template <int channels>
-class RightOffsets {
+/// Loads right operands of rows whose number is a multiple of 16: where a lane's part is after the first row is formed
+/// once for all of them. Summed over are tokens or channels.
+template <int channels, bool over_tokens>
+class RightLoader {
 public:
-    GPSA_DEVICE static RightOffsets over_channels() { return {lane() / 16 * 8 + lane() % 8, lane() / 8 % 2}; }
-    GPSA_DEVICE static RightOffsets over_tokens() { return {lane() % 16, lane() / 16}; }
-
-    GPSA_DEVICE int operator()(int s) const { return offsets[s % steps] + s / steps * (16 * steps); }
-
-private:
-    static constexpr int chunks = channels / 8, steps = chunk_group<chunks> / 2;
-    int offsets[steps];
-
-    GPSA_DEVICE RightOffsets(int row, int chunk) {
+    GPSA_DEVICE RightLoader() {
+        const int row = over_tokens ? lane() % 16 : lane() / 16 * 8 + lane() % 8;
+        const int chunk = over_tokens ? lane() / 16 : lane() / 8 % 2;
 #pragma unroll
         for (int s = 0; s < steps; ++s)
             offsets[s] = kept(row * channels + ((2 * s + chunk) ^ swizzle<chunks>(row)) * 8);
     }
-};
 
-/// The operand there, its channels summed over, or its tokens.
-template <typename E>
-GPSA_DEVICE Right load_right(Shared<E> at) {
-    Right b;
-    ldmatrix_x4<E>(b.words, at);
-    return b;
-}
-template <typename E>
-GPSA_DEVICE Right load_right_transposed(Shared<E> at) {
-    Right b;
-    ldmatrix_x4_trans<E>(b.words, at);
-    return b;
-}
+    template <typename E>
+    GPSA_DEVICE Right operator()(Shared<E> first_row, int s) const {
+        const Shared<E> at = first_row + (offsets[s % steps] + s / steps * (16 * steps));
+        Right b;
+        over_tokens ? ldmatrix_x4_trans<E>(b.words, at) : ldmatrix_x4<E>(b.words, at);
+        return b;
+    }
+
+private:
+    static constexpr int chunks = channels / 8, steps = chunk_group<chunks> / 2;
+    int offsets[steps];
+};
 
 // Sums and softmaxes over lanes.
 
@@ -367,29 +364,21 @@ GPSA_DEVICE void mask_keys(Sum* scores, int keys) {
 template <int count>
 GPSA_DEVICE void largest_scores(float (&largest)[2], const Sum* scores) {
     largest[0] = largest[1] = -INFINITY;
-#pragma unroll
-    for (int n = 0; n < count; ++n) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float* pair = &scores[n].values[2 * half];
-            largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
-        }
-    }
+    each_pair<count>([&](int half, int n) {
+        const float* pair = &scores[n].values[2 * half];
+        largest[half] = maximum(largest[half], maximum(pair[0], pair[1]));
+    });
 }
 
 /// scores = exp(scale scores) relative to 2^shift. Of rows r and r + 8: the sum of this lane's.
 template <int count>
 GPSA_DEVICE void exponentiate(float (&sum)[2], Sum* scores, float log2_scale, const float (&shift)[2]) {
     sum[0] = sum[1] = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int n = 0; n < count; ++n) {
-            float* pair = &scores[n].values[2 * half];
-            for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
-            sum[half] += pair[0] + pair[1];
-        }
-    }
+    each_pair<count>([&](int half, int n) {
+        float* pair = &scores[n].values[2 * half];
+        for (int i = 0; i < 2; ++i) pair[i] = exp2_approx(pair[i] * log2_scale - shift[half]);
+        sum[half] += pair[0] + pair[1];
+    });
 }
 
 /// The logarithms of the sums of the 16 rows from `first` on. Of rows r and r + 8: log2 of what exponentials are

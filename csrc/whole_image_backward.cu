@@ -4,7 +4,7 @@
 //   dQ = scale (1 - g) dS K;  dK = scale (1 - g) dS^T Q;  dV = (1 - g) P^T dO + g (Ay (x) Ax)^T dO
 //
 // and four numbers for the parameters' gradients (gpsa.h). P is recomputed from the forward kernel's logsumexp. With
-// attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P^T.
+// attention dropout R is formed entry by entry beside P^T.
 //
 // A warp owns 32 tokens. After the positional branch there are three passes over all tokens, 16 at a time, and a
 // barrier between two of them, none within:
@@ -20,8 +20,7 @@
 //   V             is copied  mixed along y, dAy        keys      keys        staged dQ
 //   dO            is copied  mixed along x, dAx        queries   dP, dV      staged dV
 //   map                      V mixed, dO mixed, dR^T   P         P, then dS  dS
-// A warp's own tokens of R^T dO wait in registers from the positional branch on.
-// Global traffic: Q, K, V, dO, dQ, dK, dV, each once, 16 bytes at a time; N + 4 numbers in fp32.
+// A warp's own tokens of R^T dO wait in registers from the positional branch on. Global traffic: each tensor once.
 #include "dropout.cuh"
 #include "launch.h"
 #include "whole_image_position.cuh"
@@ -112,7 +111,7 @@ struct WholeImageBackward {
         for (int i = thread(); i < missing * channels / 8; i += threads()) {
             store_chunk<E>(queries_keys + 2 * tokens * channels + 8 * i, Chunk{});
         }
-        Sum grad_k[2][channels / 8] = {}, grad_v[2][channels / 8] = {};
+        OfTiles grad_k = {}, grad_v = {};
         DroppedPosition dropped(axes, own, mask.keep_scale, closed, open);
         add_key_gradients(grad_k, grad_v, dropped, map, delta, own, q, v, grad_out);
         if constexpr (has_dropout) std::memcpy(sums, dropped.sums, sizeof sums);
@@ -120,11 +119,11 @@ struct WholeImageBackward {
             warp_sums, {late * sums[0], late * sums[1], late * sums[2], open * closed * (sums[3] - delta_sum)});
         sync_block();
 
-        const auto scale_own = [&](Sum(&sums)[2][channels / 8]) {
+        const auto scale_own = [&](OfTiles& sums) {
             for (auto& tile : sums) scale<channels / 8>(tile, problem.scale * closed);
         };
         // the warp's rows of a gradient, by way of its rows of an array that nobody reads any more
-        const auto write = [&](const Tensor& to, const Tokens& rows, const Sum(&sums)[2][channels / 8]) {
+        const auto write = [&](const Tensor& to, const Tokens& rows, const OfTiles& sums) {
             const auto at = [&](int i, int chunk) { return rows.chunk(i, chunk); };
 #pragma unroll
             for (int t = 0; t < 2; ++t) stage_rows<E, channels>(sums[t], own.first(t), tokens, at);
@@ -146,7 +145,7 @@ struct WholeImageBackward {
             });
         }
         write(call.grad_v, grad_out, grad_v);
-        Sum grad_q[2][channels / 8] = {};
+        OfTiles grad_q = {};
         add_query_gradients(grad_q, map, own, k);
         scale_own(grad_q);
         write(call.grad_q, v, grad_q);
@@ -158,6 +157,8 @@ struct WholeImageBackward {
 
 private:
     using Tokens = Rows<E, channels>;
+    /// Accumulated rows of the warp's two tiles.
+    using OfTiles = Sum[2][channels / 8];
     static constexpr bool keep_keys = channels <= 48 || !has_dropout;  // in registers; else read again in every step
 
     GPSA_HOST_DEVICE static int tiles(const Problem& problem) { return (problem.rows * problem.columns + 15) / 16; }
@@ -276,7 +277,7 @@ private:
 
     /// sums += a times 16 other tokens, summed over these.
     template <typename At>
-    GPSA_DEVICE static void add_products(Sum (&sums)[2][channels / 8], const Left (&a)[2], At at) {
+    GPSA_DEVICE static void add_products(OfTiles& sums, const Left (&a)[2], At at) {
 #pragma unroll
         for (int s = 0; s < channels / 16; ++s) {
             const Right b = load_right_over_tokens<E>(s, at);
@@ -363,8 +364,8 @@ private:
 
     /// dK and dV of the warp's keys, but for their factors, and dS^T in the place of P^T.
     GPSA_DEVICE static void add_key_gradients(
-        Sum (&grad_k)[2][channels / 8], Sum (&grad_v)[2][channels / 8], DroppedPosition& dropped, const Map& map,
-        Shared<float> delta, const Own& own, const Tokens& q, const Tokens& v, const Tokens& grad_out) {
+        OfTiles& grad_k, OfTiles& grad_v, DroppedPosition& dropped, const Map& map, Shared<float> delta, const Own& own,
+        const Tokens& q, const Tokens& v, const Tokens& grad_out) {
         Left v_tile[2][channels / 16];
         const auto load_keys = [&] {
 #pragma unroll
@@ -402,16 +403,12 @@ private:
             std::memcpy(own_delta, deltas.words, sizeof own_delta);
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const Pair pair = unpack<E>(p[t].words[2 * n + half]);
-                        float* grad = &grad_p[t][n].values[2 * half];
-                        grad[0] = pair.low * (grad[0] - own_delta[n][0]);
-                        grad[1] = pair.high * (grad[1] - own_delta[n][1]);
-                    }
-                }
+                each_pair<2>([&](int half, int n) {
+                    const Pair pair = unpack<E>(p[t].words[2 * n + half]);
+                    float* grad = &grad_p[t][n].values[2 * half];
+                    grad[0] = pair.low * (grad[0] - own_delta[n][0]);
+                    grad[1] = pair.high * (grad[1] - own_delta[n][1]);
+                });
                 grad_s[t] = as_left<E>(grad_p[t]);
             }
             sync_warp();  // all lanes have their P
@@ -425,8 +422,7 @@ private:
     }
 
     /// dQ of the warp's queries, but for its factor.
-    GPSA_DEVICE static void add_query_gradients(
-        Sum (&grad_q)[2][channels / 8], const Map& map, const Own& own, const Tokens& k) {
+    GPSA_DEVICE static void add_query_gradients(OfTiles& grad_q, const Map& map, const Own& own, const Tokens& k) {
 #pragma unroll 1
         for (int tile = 0; tile < own.tiles; ++tile) {
             Left grad_s[2];

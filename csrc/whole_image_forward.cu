@@ -4,9 +4,8 @@
 //
 // In shared memory, 16 bits: K, V (N, D), Q (the block's rows, D), and one buffer (N, D) that holds V mixed along one
 // axis, then the positional branch, then the output. In registers: for 16 query rows of a warp, all their scores.
-// With attention dropout, a mask over the whole map, R = Ay (x) Ax is formed entry by entry beside P, there is one
-// product with V, and the rows of Q make way for those of the output.
-// Global traffic of a block: K, V, its rows of Q and of O, each once, 16 bytes at a time; 4 numbers of parameters.
+// With attention dropout R is formed entry by entry beside P, there is one product with V, and the rows of Q make way
+// for those of the output. Global traffic of a block: K, V, its rows of Q and of O, each once.
 #include "dropout.cuh"
 #include "launch.h"
 #include "whole_image_position.cuh"
@@ -65,8 +64,8 @@ struct WholeImageForward {
 
         SharedMemory memory;
         const Shared<E> keys_values = memory.array<E>(key_value_rows(tokens) * channels, "keys and values");
-        const Rows<E, channels> k{keys_values}, v{keys_values, tokens};
-        const Rows<E, channels> q{memory.array<E>(smaller(most_rows, tokens) * channels, "queries")};
+        const Tokens k{keys_values}, v{keys_values, tokens};
+        const Tokens q{memory.array<E>(smaller(most_rows, tokens) * channels, "queries")};
         const GridRows<E, channels> mixed(  // not used with dropout
             has_dropout ? q.base : memory.array<E>(position_elements(problem), "position"), problem.columns);
         const int coordinates = problem.rows + problem.columns;
@@ -145,6 +144,7 @@ struct WholeImageForward {
     }
 
 private:
+    using Tokens = Rows<E, channels>;
     using Dense = DenseRows<ImageAxis<1>>;
     static constexpr int place_numbers = has_dropout ? 2 * keys : 0;
 
@@ -164,8 +164,7 @@ private:
 
     /// scores = sign(scale) Q K^T for 16 rows of Q and all keys. K's fragments serve one tile of rows, Q's all tiles of
     /// keys. Returns |scale| in the exponent of 2.
-    GPSA_DEVICE static float score(
-        Sum* scores, const Rows<E, channels>& q, int row, int row_count, const Rows<E, channels>& k, float scale) {
+    GPSA_DEVICE static float score(Sum* scores, const Tokens& q, int row, int row_count, const Tokens& k, float scale) {
         Left a[channels / 16];
         load_left<E>(a, [&](int i, int chunk) { return q.chunk(smaller(row + i, row_count - 1), chunk); });
         const float log2_scale = log2_scale_of(scale, a, channels / 16);
@@ -203,7 +202,7 @@ private:
 
     /// content = P V, P rounded to 16 bits, after `change(weights of 16 keys, tile)`.
     template <typename Change>
-    GPSA_DEVICE static void weigh(Sum* content, Sum* weights, const Rows<E, channels>& v, int tokens, Change change) {
+    GPSA_DEVICE static void weigh(Sum* content, Sum* weights, const Tokens& v, int tokens, Change change) {
 #pragma unroll
         for (int tile = 0; tile < key_tiles; ++tile) {
             // a branch that keeps the masks of later tiles, and their registers, from being drawn ahead

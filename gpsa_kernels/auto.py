@@ -30,10 +30,9 @@ _log = logging.getLogger("gpsa_kernels")
 _ANY = ""  # the first of BACKENDS that runs
 _WAIT = 45.0  # seconds for another process that is checking
 
-# Tokens up to which eager's forward and backward together took less time than sdpa's on two CPUs (AVX2, AVX-512) with
-# two threads. Of N tokens it keeps maps of N numbers a token and head: at most 64, where q, k and v have 3 * head_dim.
-_EAGER_TOKENS = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 36, torch.float64: 36}
-_MOST_EAGER_TOKENS = max(_EAGER_TOKENS.values())
+# On two CPUs (AVX2, AVX-512), with two threads, eager's forward and backward together took less time than sdpa's, or
+# as much, up to so many tokens and 4/3 of head_dim: its maps have N numbers a token and head, where q, k, v have 3 D.
+_EAGER_TOKENS = 64
 
 
 def choose(call: Call) -> Backend:
@@ -54,11 +53,11 @@ def choose(call: Call) -> Backend:
 
 
 def _on_cpu(call: Call) -> str:
-    q = call.q
-    if torch.compiler.is_compiling() or q.size(2) > _MOST_EAGER_TOKENS or not call.wants_gradients:
+    tokens, head_dim = call.q.shape[2:]
+    if torch.compiler.is_compiling() or tokens > _EAGER_TOKENS or not call.wants_gradients:
         return "sdpa"
     traced = torch._C._get_tracing_state() is not None  # and serves other sizes, too
-    return "eager" if q.size(2) <= _EAGER_TOKENS[cast_dtype(q)] and not traced else "sdpa"
+    return "eager" if 3 * tokens <= 4 * head_dim and not traced else "sdpa"
 
 
 def _on_gpu(call: Call) -> str:
@@ -143,7 +142,7 @@ def _checked(index: int, kind: Kind) -> Verdict:
 def outlook(device: torch.device) -> str:
     """What "auto" takes on a device and why, in words; finds out nothing new."""
     if device.type == "cpu":
-        return f"sdpa (to train on up to {_MOST_EAGER_TOKENS} tokens eager)"
+        return "sdpa (to train on few tokens eager)"
     if device.type != "cuda":
         return "sdpa"
     if (setting := _setting()) == "0":

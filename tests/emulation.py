@@ -94,7 +94,8 @@ def changed_sources(folder: Path, file: str, change: str) -> Path:
     kept, goes, comes = (re.split(r"\[-(.*?)-\]|\{\+(.*?)\+\}", change)[n::3] for n in range(3))
     pattern = f"({_loose(kept[0])})" + "".join(map("{}({})".format, map(_loose, goes), map(_loose, kept[1:])))
     source = (csrc / file).read_text()
-    (found,) = re.finditer(pattern, source)
+    found, *others = re.finditer(pattern, source)
+    assert not others, f"{change!r} fits {1 + len(others)} times in {file}"
     text = found[1] + "".join((new or "") + found[n] for n, new in enumerate(comes, 2))
     (csrc / file).write_text(source[: found.start()] + text + source[found.end() :])
     return csrc

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, partial
 
 import emulation
 import pytest
 import torch
-from reference import inputs
+from reference import attention, inputs
 
-from gpsa_kernels import gpsa_attention
 from gpsa_kernels.check.exactness import deviations, kept_by_dropout
 
 WRONG = "a wrong result"
@@ -200,15 +199,13 @@ KERNELS = {  # the grid, the probability of dropout, row blocks, how many schedu
 }
 
 
-def attention(*arguments, **kwargs):
-    torch.manual_seed(5)
-    return gpsa_attention(*arguments, **kwargs, backend="emulated")
+emulated = partial(attention, backend="emulated")
 
 
 @cache
 def mask(grid_size, dropout_p):
     with emulation.using():
-        return kept_by_dropout(attention, 1, 1, grid_size, torch.float16, "cpu", dropout_p=dropout_p)
+        return kept_by_dropout(emulated, 1, 1, grid_size, torch.float16, "cpu", dropout_p=dropout_p)
 
 
 def check(kernels, csrc, is_expected):
@@ -220,7 +217,7 @@ def check(kernels, csrc, is_expected):
         with emulation.using(library, row_blocks=row_blocks, **how):
             try:
                 tensors, gradients = inputs(1, 1, grid_size, 48, torch.float16), "forward" not in kernels
-                found = deviations(attention, tensors, grid_size, gradients=gradients, **dropout)
+                found = deviations(emulated, tensors, grid_size, gradients=gradients, **dropout)
                 wrong = None if all(d.error <= d.allowed for d in found) else WRONG
             except RuntimeError as error:
                 wrong = str(error)

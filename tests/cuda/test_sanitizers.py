@@ -19,7 +19,7 @@ def test_the_kernels_are_clean():
     ("file", "change"),
     [
         ("whole_image_forward.cu", "Sum scores[2 * key_tiles{+ - 1+}"),
-        ("whole_image_backward.cu", "Sum grad_q[2][channels / 8{+ - 1+}"),
+        ("whole_image_backward.cu", "Sum mixed[2][2{+ - 1+}"),
         ("tiled_forward.cu", "Sum entries[2{+ - 1+}"),
         ("tiled_backward.cu", "Sum sums[channels / 8{+ - 1+}"),
         ("tiled_position.cuh", "Sum sums[channels / 8{+ - 1+}"),

@@ -14,13 +14,7 @@ from typing import NamedTuple
 import emulation
 import pytest
 import torch
-from reference import (
-    SEED,
-    assert_as_exact_as_eager,
-    assert_what_backward_reads_is_exact,
-    attention,
-    inputs,
-)
+from reference import SEED, assert_as_exact_as_eager, assert_what_backward_reads_is_exact, attention, inputs
 
 from gpsa_kernels import BACKENDS, gpsa_attention
 from gpsa_kernels.backends import cuda
