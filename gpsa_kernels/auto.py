@@ -3,9 +3,7 @@
 - ``eager``, which alone has all derivatives, in forward mode and inside a transform of torch.func.
 - On the CPU ``sdpa``, but ``eager`` where that was measured to be faster (``_EAGER_TOKENS``).
 - On an NVIDIA GPU the fastest of those that are proven there for calls of this kind (:mod:`gpsa_kernels.verdict`). The
-  first call of a kind that nothing is known about has them proven and timed, in another process. What cannot be checked
-  is not taken: ``sdpa`` serves. ``GPSA_CHECK=0`` never checks and takes ``sdpa``; ``GPSA_CHECK=trust`` takes the first
-  of BACKENDS that runs, unproven.
+  first such call has that found out; where it cannot be, ``sdpa``. ``GPSA_CHECK`` forbids it, or trusts the kernels.
 - On any other device ``sdpa``.
 
 A backend that cannot run the call gives way to ``sdpa``, and that to ``eager``, which runs everything.
@@ -13,10 +11,12 @@ A backend that cannot run the call gives way to ``sdpa``, and that to ``eager``,
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from gpsa_kernels import verdict
 from gpsa_kernels.backends import BACKENDS, Backend, Call
 from gpsa_kernels.derivatives import transformed
 from gpsa_kernels.tensors import cast_dtype
-from gpsa_kernels.verdict import ShapeClass, Verdict
+from gpsa_kernels.verdict import Kind, Verdict
 
 _log = logging.getLogger("gpsa_kernels")
 _ANY = ""  # the first of BACKENDS that runs
@@ -69,23 +69,17 @@ def _on_gpu(call: Call) -> str:
         from torch.fx.experimental.symbolic_shapes import statically_known_true as holds
     side, timed_dim = verdict.size(tokens, head_dim, holds)
     large = not holds(batch * heads * tokens < verdict.LARGE)
-    return _fastest(q.device.index, cast_dtype(q), mode, side, timed_dim, large)
+    return _fastest(q.device.index or 0, cast_dtype(q), mode, side, timed_dim, large)
 
 
 # ---- what is known about the GPUs of this process ------------------------------------------------------------------
 
-_answers: dict[tuple[int | torch.dtype | str | None, ...], str] = {}  # of _fastest
 _verdicts: dict[int, Verdict] = {}
 _unchecked: set[int] = set()  # GPUs that could not be checked, which this process tries once
 
 
-def _fastest(index: int | None, dtype: torch.dtype, mode: str, side: int, head_dim: int, large: bool) -> str:
-    key = index, dtype, mode, side, head_dim, large
-    answer = _answers.get(key)
-    if answer is None:
-        shape = ShapeClass(8 * dtype.itemsize, mode, side, head_dim, large)
-        answer = _answers[key] = _find_out(index, str(dtype).removeprefix("torch."), shape)
-    return answer
+def _fastest(*kind: Any) -> str:
+    return _find_out(*kind)
 
 
 # A compiler takes the answer as a constant, and does not look at how it is found.
@@ -109,43 +103,40 @@ def _verdict(index: int) -> Verdict:
     return _verdicts[index]
 
 
-def _find_out(index: int | None, dtype: str, shape: ShapeClass) -> str:
-    setting = _setting()
+@functools.cache
+def _find_out(index: int, dtype: torch.dtype, *about: Any) -> str:
+    kind, setting = Kind(str(dtype).removeprefix("torch."), *about), _setting()
     if setting == "trust":
         return _ANY
-    if setting == "0" or shape.bits == 64 or not _kernels():
+    if setting == "0" or kind.dtype not in verdict.DTYPES or not _kernels():
         return "sdpa"
-    index = torch.cuda.current_device() if index is None else index
     try:
-        answer = _verdict(index).fastest(shape, dtype)
-        if answer is None and index not in _unchecked:
-            _verdicts[index] = _checked(index, dtype, shape)
-            answer = _verdicts[index].fastest(shape, dtype)
-            if answer is None:
+        found = _verdict(index)
+        if found.fastest(kind) is None and index not in _unchecked:
+            found = _verdicts[index] = _checked(index, kind)
+            if found.fastest(kind) is None:
                 _log.warning("gpsa_kernels: sdpa serves, as time was short: python -m gpsa_kernels check takes more")
+        return found.fastest(kind) or "sdpa"
     except Exception as error:  # whatever it is, the user's call goes on
         _unchecked.add(index)
         _log.warning("gpsa_kernels: sdpa serves, as cuda:%d cannot be checked: %s", index, error)
         return "sdpa"
-    return answer or "sdpa"
 
 
-def _checked(index: int, dtype: str, shape: ShapeClass) -> Verdict:
+def _checked(index: int, kind: Kind) -> Verdict:
     """What is known after calls of this kind have been checked, here or, meanwhile, in another process."""
-    about = verdict.machine(index)
-    with verdict.lock(_WAIT):
-        found = verdict.read(about)
-        if found.fastest(shape, dtype) is None:
+    with verdict.renewed(verdict.machine(index), _WAIT) as found:
+        if found.fastest(kind) is None:
             from gpsa_kernels import check
 
             told = "gpsa_kernels: checking cuda:%d once for calls like %s (at most %d s; GPSA_CHECK=0 never does)"
-            _log.warning(told, index, shape, check.SHORT)
-            new = check.one_kind(torch.device("cuda", index), dtype, shape, found)
-            for proof in (key for key, wrong in new.proofs.items() if wrong and key not in found.proofs):
-                _log.warning("gpsa_kernels: %s is not taken: %s", proof, new.proofs[proof])
-            verdict.write(new)
-            found = verdict.read(about)
-        return found
+            _log.warning(told, index, kind, check.SHORT)
+            before = dict(found.proofs)
+            check.one_kind(torch.device("cuda", index), kind, found)
+            for proof, wrong in found.proofs.items():
+                if wrong and not before.get(proof):
+                    _log.warning("gpsa_kernels: %s is not taken: %s", proof, wrong)
+    return found
 
 
 def outlook(device: torch.device) -> str:
@@ -160,10 +151,8 @@ def outlook(device: torch.device) -> str:
         return "sdpa (none of the kernels can run)"
     if setting == "trust":
         return f"{kernels[0]} (unproven: GPSA_CHECK=trust)"
-    found = _verdict(torch.cuda.current_device() if device.index is None else device.index)
-    answers = [found.fastest(shape, dtype) for dtype in verdict.DTYPES for shape in verdict.shapes(dtype)]
-    counts = Counter(answer for answer in answers if answer)
+    found = _verdict(device.index or 0)
+    counts = Counter(answer for kind in verdict.kinds() if (answer := found.fastest(kind)))
     if not counts:
         return "what the first call finds to be right and fastest (python -m gpsa_kernels check finds out now)"
-    names = " or ".join(name for name, _ in counts.most_common())
-    return f"{names} (proven {found.date})"
+    return f"{' or '.join(name for name, _ in counts.most_common())} (proven {found.date})"

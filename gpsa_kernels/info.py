@@ -16,29 +16,25 @@ _DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, 
 
 def report() -> str:
     """The text of ``python -m gpsa_kernels info``."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
     facts = [
         ("gpsa_kernels", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("device", _device()),
+        ("device", "\n".join(map(torch.cuda.get_device_name, range(count))) or "cpu only"),
         ("threads", str(torch.get_num_threads())),
         ("library", _library()),
-        ("auto", "\n".join(f"{device}: {auto.outlook(device)}" for device in _devices())),
+        ("auto", "\n".join(f"{device}: {auto.outlook(device)}" for device in devices)),
     ]
-    header = [("backend", "runs", "serves here, or why not")]
-    backends = header + [(name, *_status(backend)) for name, backend in BACKENDS.items()]
-    return f"{_aligned(facts)}\n\n{_aligned(backends)}"
-
-
-def _device() -> str:
-    if not torch.cuda.is_available():
-        return "cpu only"
-    return "\n".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-
-
-def _devices() -> list[torch.device]:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+    backends = [("backend", "runs", "serves here, or why not")]
+    for name, backend in BACKENDS.items():
+        if (reason := backend.unavailable()) is not None:
+            backends.append((name, "no", reason))
+            continue
+        served = [_served(backend, device) for device in ("cuda", "cpu") if device == "cpu" or count]
+        backends.append((name, "yes", "\n".join(filter(None, served))))
+    return f"{aligned(facts)}\n\n{aligned(backends)}"
 
 
 def _library() -> str:
@@ -55,14 +51,6 @@ def _library() -> str:
     )
 
 
-def _status(backend: Backend) -> tuple[str, str]:
-    reason = backend.unavailable()
-    if reason is not None:
-        return "no", reason
-    served = (_served(backend, device) for device in ("cuda", "cpu") if device == "cpu" or torch.cuda.is_available())
-    return "yes", "\n".join(filter(None, served))
-
-
 def _served(backend: Backend, device: str) -> str:
     """The dtypes that ``backend`` takes on ``device``, asked of the backend itself; empty if none."""
 
@@ -77,11 +65,11 @@ def _served(backend: Backend, device: str) -> str:
     return f"{device}: {', '.join(names)}" + ("" if with_dropout else "; no attention dropout")
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """``rows`` in columns; a last cell of several lines stays in its column."""
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     lines = []
     for *cells, last in rows:
         start = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths, strict=True))
-        lines += [(start if i == 0 else " " * len(start)) + part for i, part in enumerate(last.split("\n"))]
+        lines.append(start + last.replace("\n", "\n" + " " * len(start)))
     return "\n".join(line.rstrip() for line in lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -26,51 +27,41 @@ from gpsa_kernels.backends import cuda, triton
 
 _log = logging.getLogger("gpsa_kernels")
 _WHOLE_IMAGE_TOKENS = 256  # above, the CUDA kernels are tiled
-LARGE = (
-    2**16
-)  # tokens of all heads and images from which on a GPU is full: 9 heads of an image have 1,764, of 128 225,792
+# tokens of all heads and images from which on a GPU is full: 9 heads of an image have 1,764, of 128 225,792
+LARGE = 2**16
 DTYPES = ("bfloat16", "float16", "float32")
-MODES = ("inference", "training", "dropout")
+ALONE = "alone"  # torch's attention without a position, which is timed beside the backends
 
 
-class Proof(NamedTuple):
-    """What is proven at once: a backend's kernels of one family, in one dtype, forward and backward."""
-
-    backend: str
-    dtype: str
-    tiled: bool
-    dropout: bool
-    head_dim: int
-
-    def __str__(self) -> str:
-        family = f"{'tiled' if self.tiled else 'whole image'}{' dropout' * self.dropout}"
-        return f"{self.backend} {self.dtype} {family} D={self.head_dim}"
-
-
-class ShapeClass(NamedTuple):
+class Kind(NamedTuple):
     """Calls that one call, which is timed, stands for.
 
     Attributes:
-        bits: of the dtype, 16 or 32.
+        dtype: its name; the two of 16 bits share their times.
         mode: "inference", "training", or "dropout" for training with attention dropout.
         side: of the square grid that is timed.
         head_dim: that is timed.
         large: whether the batch fills a GPU.
     """
 
-    bits: int
+    dtype: str
     mode: str
     side: int
     head_dim: int
     large: bool
 
     def __str__(self) -> str:
-        size = "large" if self.large else "small"
-        return f"{self.side}x{self.side} D={self.head_dim} {self.mode}, {size} batch, {self.bits} bits"
+        size, bits = "large" if self.large else "small", 32 if self.dtype == "float32" else 16
+        return f"{self.side}x{self.side} D={self.head_dim} {self.mode}, {size} batch, {bits} bits"
 
-    def proof(self, backend: str, dtype: str) -> Proof:
-        """What has to be proven before a backend takes such calls."""
-        return Proof(backend, dtype, self.side**2 > _WHOLE_IMAGE_TOKENS, self.mode == "dropout", self.head_dim)
+    @property
+    def tiled(self) -> bool:
+        return self.side**2 > _WHOLE_IMAGE_TOKENS
+
+    def proof(self, backend: str) -> str:
+        """What is proven at once before a backend takes such calls: its kernels of one family, forward and backward."""
+        family = ("tiled" if self.tiled else "whole image") + " dropout" * (self.mode == "dropout")
+        return f"{backend} {self.dtype} {family} D={self.head_dim}"
 
 
 def size(tokens: int, head_dim: int, holds: Callable[[bool], bool] = bool) -> tuple[int, int]:
@@ -84,11 +75,11 @@ def size(tokens: int, head_dim: int, holds: Callable[[bool], bool] = bool) -> tu
     return side, 48 if head_dim <= 48 else 64
 
 
-def shapes(dtype: str) -> list[ShapeClass]:
-    """All classes of calls in a dtype, small grids first."""
-    bits = 32 if dtype == "float32" else 16
-    sizes = product((14, 24, 32, 64), (48, 64), MODES, (False, True))
-    return [ShapeClass(bits, mode, side, head_dim, large) for side, head_dim, mode, large in sizes]
+def kinds() -> list[Kind]:
+    """All kinds of calls that are told apart, small grids first."""
+    modes = "inference", "training", "dropout"
+    settings = product((14, 24, 32, 64), DTYPES, (48, 64), modes, (False, True))
+    return [Kind(dtype, mode, side, head_dim, large) for side, dtype, head_dim, mode, large in settings]
 
 
 @dataclasses.dataclass
@@ -98,8 +89,8 @@ class Verdict:
     Attributes:
         machine: see :func:`machine`.
         date: when something was last found out, 2026-11-21.
-        proofs: for each Proof what is wrong, or "" where all is right.
-        times: for each ShapeClass the microseconds of a call on every backend that is proven.
+        proofs: for each :meth:`Kind.proof` what is wrong, or "" where all is right.
+        times: for each Kind the microseconds of a call on every backend that is proven, and ALONE.
     """
 
     machine: dict[str, str]
@@ -107,22 +98,19 @@ class Verdict:
     proofs: dict[str, str] = dataclasses.field(default_factory=dict)
     times: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
-    def fastest(self, shape: ShapeClass, dtype: str) -> str | None:
+    def fastest(self, kind: Kind) -> str | None:
         """The fastest proven backend, "sdpa" where none is; None where that has not been found out."""
-        times = self.times.get(str(shape))
-        if times is None:
+        if (times := self.times.get(str(kind))) is None:
             return None
-        wrong = {name: self.proofs.get(str(shape.proof(name, dtype))) for name in times}
+        wrong = {name: self.proofs.get(kind.proof(name)) for name in times if name != ALONE}
         if None in wrong.values():
             return None
-        return min((name for name in times if not wrong[name]), key=times.__getitem__, default="sdpa")
+        return min((name for name in wrong if not wrong[name]), key=times.__getitem__, default="sdpa")
 
 
 @functools.cache
 def machine(index: int) -> dict[str, str]:
     """What a verdict about a GPU depends on; a change of any of it makes another one."""
-    import hashlib
-
     try:
         driver = Path("/proc/driver/nvidia/version").read_text().split("\n")[0]
     except OSError:
@@ -154,15 +142,11 @@ def folder() -> Path:
 
 
 def _path(about: dict[str, str]) -> Path:
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return folder() / f"verdict-{digest[:16]}.json"
 
 
-@functools.cache
-def _tell_once(message: str) -> None:
-    _log.warning("%s", message)
+_warn_once = functools.cache(_log.warning)
 
 
 def read(about: dict[str, str]) -> Verdict:
@@ -178,30 +162,28 @@ def read(about: dict[str, str]) -> Verdict:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        _tell_once(f"gpsa_kernels: {path} is ignored: {type(error).__name__}: {error}")
+        _warn_once("gpsa_kernels: %s is ignored: %s", path, f"{type(error).__name__}: {error}")
     return Verdict(about)
 
 
 def write(found: Verdict) -> None:
-    """Keeps a verdict, with what an earlier one knows beyond it; the file is replaced as a whole.
+    """Keeps a verdict; the file is replaced as a whole.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    path, old = _path(found.machine), read(found.machine)
-    whole = dataclasses.replace(found, proofs=old.proofs | found.proofs, times=old.times | found.times)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _path(found.machine)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(dataclasses.asdict(whole), file, indent=1)
+        json.dump(dataclasses.asdict(found), file, indent=1)
     os.replace(file.name, path)
 
 
 @contextlib.contextmanager
-def lock(seconds: float) -> Iterator[None]:
-    """Held by one process of the user at a time.
+def renewed(about: dict[str, str], seconds: float) -> Iterator[Verdict]:
+    """The verdict about a machine, for one process of the user at a time to add to; it is kept afterwards.
 
     Raises:
-        TimeoutError: another one has held it for so long.
+        TimeoutError: another process has held it for so long.
         OSError: the folder cannot be written.
     """
     import fcntl
@@ -217,4 +199,6 @@ def lock(seconds: float) -> Iterator[None]:
                 if time.monotonic() >= end:
                     raise TimeoutError(f"another process has been checking for {seconds:.0f} s") from None
                 time.sleep(0.05)
-        yield
+        found = read(about)
+        yield found
+        write(found)

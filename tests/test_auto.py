@@ -18,29 +18,27 @@ from torch import nn
 from gpsa_kernels import BACKENDS, FusedGPSA, auto, backend_of, check, fuse, gpsa_attention, info, verdict
 from gpsa_kernels.__main__ import main
 from gpsa_kernels.backends import Call
-from gpsa_kernels.check import report, worker
-from gpsa_kernels.verdict import ShapeClass, Verdict
+from gpsa_kernels.check import worker
+from gpsa_kernels.verdict import Kind, Verdict
 
 ON_CPU = auto._on_cpu
 GPU = {"gpu": "a GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6"}
-KIND = "float32", ShapeClass(32, "inference", 14, 48, False)
+KIND = Kind("float32", "inference", 14, 48, False)
 # What it is given for a backend is the answer to "prove", or the time of one that is right, or that it hangs or dies.
 WORKER = """
-import json, os, signal, sys, time
-for line in sys.stdin:
-    what, *about = json.loads(line)
+import os, signal, sys, time
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[2]))
+while True:
+    what, *about = connection.recv()
     answer = {answers}.get(about[0] if about else what, 10.0)
     if answer == "hang": time.sleep(60)
     if answer == "exit": sys.exit("no such thing")
     if answer == "crash" or (answer, what) == ("crash later", "measure"): os.kill(os.getpid(), signal.SIGSEGV)
     if what == "measure": answer = {{"us": answer if isinstance(answer, float) else 1.0}}
     elif not isinstance(answer, dict): answer = {{"error": 0.1, "eager": 0.2}}
-    print(json.dumps(answer), flush=True)
+    connection.send(answer)
 """
-
-
-def command(**answers):
-    return [sys.executable, "-SEc", WORKER.format(answers={"machine": {"machine": GPU}, **answers})]
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +51,36 @@ def _fake_gpu(tmp_path, monkeypatch):
         monkeypatch.setitem(BACKENDS, name, replace(BACKENDS["sdpa"], **kernels))
     monkeypatch.setattr(auto, "_on_cpu", auto._on_gpu)
     monkeypatch.setattr(verdict, "machine", lambda index: GPU)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for name in ("_answers", "_verdicts"):
-        monkeypatch.setattr(auto, name, {})
     monkeypatch.setattr(auto, "_unchecked", set())
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """What another process of the user does not know either."""
+    auto._find_out.cache_clear()
+    auto._verdicts.clear()
 
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Makes a fake worker answer the first call of a kind."""
-    real = check.one_kind
+    """Has a fake worker answer."""
 
     def give(**answers):
-        monkeypatch.setattr(check, "_LIMIT", 1.0)
-        monkeypatch.setattr(check, "one_kind", partial(real, command=command(**answers)))
+        fake = WORKER.format(answers={"machine": {"machine": GPU}, **answers})
+        monkeypatch.setattr(check, "WORKER", [sys.executable, "-SEc", fake])
+        if "hang" in answers.values():
+            monkeypatch.setattr(check, "LIMIT", 1.0)
 
     return give
+
+
+@pytest.fixture
+def no_folder(monkeypatch, tmp_path):
+    """A cache folder that cannot be made."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
 
 
 def call(tokens=196, dtype=torch.float32, grad=False, dropout_p=0.0, head_dim=48):
@@ -76,14 +88,14 @@ def call(tokens=196, dtype=torch.float32, grad=False, dropout_p=0.0, head_dim=48
     return Call(q, q, q, torch.zeros(2, 3), torch.zeros(2), None, 1, tokens, 1.0, dropout_p)
 
 
+def chosen(*args, **kwargs):
+    return auto.choose(call(*args, **kwargs)).name
+
+
 def known(wrong="", **times):
     """A verdict that all backends are right but one."""
-    found = Verdict(GPU, "2026-11-21")
-    for dtype in verdict.DTYPES:
-        for shape in verdict.shapes(dtype):
-            found.times[str(shape)] = times
-            found.proofs |= {str(shape.proof(name, dtype)): "two runs differ" * (name == wrong) for name in times}
-    return found
+    proofs = {kind.proof(name): "two runs differ" * (name == wrong) for kind in verdict.kinds() for name in times}
+    return Verdict(GPU, "2026-11-21", proofs, {str(kind): times for kind in verdict.kinds()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -100,47 +112,42 @@ def known(wrong="", **times):
 def test_the_fastest_proven_backend_is_taken(monkeypatch, found, expected, dtype):
     verdict.write(found)
     monkeypatch.setattr(check, "one_kind", None)  # nothing is checked
-    assert auto.choose(call(dtype=dtype)).name == expected
-    assert auto.choose(call(dtype=torch.float64)).name == "sdpa"
+    assert chosen(dtype=dtype) == expected
+    assert chosen(dtype=torch.float64) == "sdpa"
 
 
 def test_what_cannot_run_the_call_gives_way():
     verdict.write(known(quick=1.0))
-    assert auto.choose(call()).name == "quick"
-    assert auto.choose(call(dropout_p=0.5)).name == "eager"
+    assert chosen() == "quick"
+    assert chosen(dropout_p=0.5) == "eager"
     with torch.autograd.forward_ad.dual_level():
-        assert auto.choose(call()).name == "eager"
+        assert chosen() == "eager"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "expected", "wrong"),
     [
-        ({"quick": 5.0}, "quick"),
-        ({"quick": {"wrong": "q: error 1, allowed 0"}}, "slow"),
-        ({"quick": "hang", "slow": 5.0}, "slow"),
-        ({"quick": "crash", "slow": 5.0}, "slow"),
-        ({"quick": "crash later", "slow": 5.0}, "slow"),
-        ({"quick": {"cannot": "Failed to find C compiler"}, "slow": 5.0}, "slow"),
-        ({"quick": {"wrong": "it is"}, "slow": {"wrong": "it is"}}, "sdpa"),
+        ({"quick": 5.0}, "quick", []),
+        ({"quick": {"wrong": "q: error 1, allowed 0"}}, "slow", ["quick"]),
+        ({"quick": "hang", "slow": 5.0}, "slow", ["quick"]),
+        ({"quick": "crash", "slow": 5.0}, "slow", ["quick"]),
+        ({"quick": "crash later", "slow": 5.0}, "slow", ["quick"]),
+        ({"quick": {"cannot": "Failed to find C compiler"}, "slow": 5.0}, "slow", []),
+        ({"quick": {"wrong": "it is"}, "slow": {"wrong": "it is"}}, "sdpa", ["slow", "quick"]),
     ],
-    ids=lambda given: "-".join(map(str, given.values())) if isinstance(given, dict) else given,
+    ids=str,
 )
-def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers, caplog, monkeypatch, given, expected):
+def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(
+    answers, caplog, monkeypatch, given, expected, wrong
+):
     answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
-    assert auto.choose(call()).name == expected
-    wrong = [
-        name
-        for name in ("slow", "quick")
-        if given.get(name) in ("hang", "crash", "crash later") or "wrong" in str(given.get(name))
-    ]
+    assert chosen() == expected
     assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
-    with monkeypatch.context() as patch:
-        patch.setattr(auto, "_find_out", None)
-        assert auto.choose(call()).name == expected
-    answers(machine="crash")
-    auto._verdicts.clear()
-    auto._answers.clear()
-    assert auto.choose(call()).name == auto.choose(call(grad=True)).name == expected  # out of the file
+    monkeypatch.setattr(check, "one_kind", None)
+    assert chosen() == expected
+    assert auto._find_out.cache_info().hits == 1
+    forget()
+    assert chosen() == chosen(grad=True) == expected  # out of the file
     assert len(caplog.messages) == 1 + len(wrong)
 
 
@@ -152,56 +159,51 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(answers
         ({"machine": "crash"}, "its process died of SIGSEGV"),
         ({"machine": "exit"}, "its process ended with status 1: no such thing"),
         ({"machine": {"machine": {"gpu": "another"}}}, "another GPU"),
+        ({"folder": None}, "Not a directory"),
     ],
 )
-def test_what_cannot_be_checked_is_told_once_and_tried_by_the_next_process(answers, caplog, tmp_path, given, reason):
+def test_what_cannot_be_checked_is_told_once_and_tried_by_the_next_process(
+    request, answers, caplog, tmp_path, given, reason
+):
     answers(**given)
-    for dtype in (torch.float32, torch.float32, torch.bfloat16):
-        assert auto.choose(call(dtype=dtype)).name == "sdpa"
-    assert [reason in message for message in caplog.messages] == [False, True]
+    if "folder" in given:
+        request.getfixturevalue("no_folder")
+    assert [chosen(dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)] == ["sdpa"] * 3
+    assert [reason in message for message in caplog.messages if "sdpa serves" in message] == [True]
     assert not list(tmp_path.glob("*.json"))
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(answers, caplog, monkeypatch, tmp_path):
-    answers()
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert auto.choose(call()).name == auto.choose(call(grad=True)).name == "sdpa"
-    assert ["Not a directory" in message for message in caplog.messages if "sdpa serves" in message] == [True]
 
 
 def test_two_processes_check_once(monkeypatch, caplog):
     checks = []
-    monkeypatch.setattr(check, "one_kind", lambda *about: checks.append(about) or known(quick=1.0))
+
+    def one_kind(device, kind, found):
+        checks.append(kind)
+        vars(found).update(vars(known(quick=1.0)))
+
+    monkeypatch.setattr(check, "one_kind", one_kind)
     with ThreadPoolExecutor() as pool:  # each opens the lock by itself, as two processes do
-        found = list(pool.map(lambda _: auto._checked(0, *KIND), range(4)))
-    assert len(checks) == 1
-    assert {verdict.fastest(KIND[1], KIND[0]) for verdict in found} == {"quick"}
+        found = list(pool.map(lambda _: auto._checked(0, KIND), range(4)))
+    assert checks == [KIND]
+    assert {verdict.fastest(KIND) for verdict in found} == {"quick"}
     monkeypatch.setattr(auto, "_WAIT", 0.1)
-    with verdict.lock(0):
-        assert auto.choose(call(tokens=500)).name == "quick"
+    with verdict.renewed(GPU, 0):
+        assert chosen(tokens=500) == "quick"
         verdict._path(GPU).unlink()
         auto._verdicts.clear()
-        assert auto.choose(call()).name == "sdpa"
+        assert chosen() == "sdpa"
     assert "another process" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"machine": {}}', '{"machine": null, "date": ""}', '{"times": {"a": 1}}'])
-def test_a_damaged_or_foreign_file_is_ignored_with_a_warning(caplog, text):
+def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_another_one_added_to(caplog, tmp_path, text):
     verdict._path(GPU).write_text(text)
-    assert verdict.read(GPU) == Verdict(GPU)
-    assert "is ignored" in caplog.text
-    verdict.write(known(quick=1.0))
-    assert verdict.read(GPU) == known(quick=1.0)
-
-
-def test_a_verdict_adds_to_what_is_known(tmp_path):
-    verdict.write(known(quick=1.0))
-    verdict.write(Verdict(GPU, "2027-01-01", times={str(KIND[1]): {"slow": 1.0}}))
-    found = verdict.read(GPU)
-    assert found.times == {**known(quick=1.0).times, str(KIND[1]): {"slow": 1.0}}
-    assert found.proofs == known(quick=1.0).proofs
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
+    for proof, before in (("first", {}), ("second", {"first": ""})):
+        with verdict.renewed(GPU, 1.0) as found:
+            assert found == Verdict(GPU, proofs=before)
+            found.proofs[proof] = ""
+    assert [message.split(" is ")[1][:7] for message in caplog.messages] == ["ignored"]
+    assert verdict.read(GPU) == found
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", verdict._path(GPU).name}
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("0", "sdpa"), ("trust", "slow")])
@@ -209,11 +211,11 @@ def test_the_environment_can_forbid_and_trust(monkeypatch, setting, expected):
     monkeypatch.setenv("GPSA_CHECK", setting)
     monkeypatch.setattr(auto, "BACKENDS", {name: BACKENDS[name] for name in ("slow", "quick", "sdpa", "eager")})
     verdict.write(known(quick=1.0))
-    assert auto.choose(call()).name == expected
+    assert chosen() == expected
     assert setting in auto.outlook(torch.device("cuda", 0))
     monkeypatch.setenv("GPSA_CHECK", "yes")
     with pytest.raises(ValueError, match=r"GPSA_CHECK must be 0 .* got 'yes'"):
-        auto.choose(call(grad=True))
+        chosen(grad=True)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["checked while it is traced", "known"])
@@ -241,39 +243,52 @@ def test_a_call_is_exported_for_any_batch_and_any_grid():
 
     sizes = {0: torch.export.Dim("batch", max=9999), 2: torch.export.Dim("tokens", max=9999)}
     tensors = tuple(t.detach() for t in inputs(2, 3, (1, 20), 8, torch.float32))
-    exported = torch.export.export(
-        Attention(), tensors, dynamic_shapes={"q": sizes, "rest": (sizes, sizes, None, None)}
-    )
+    dynamic = {"q": sizes, "rest": (sizes, sizes, None, None)}
+    exported = torch.export.export(Attention(), tensors, dynamic_shapes=dynamic)
     assert "'quick'" in exported.graph_module.code
 
 
 # ---- what is proven and timed ---------------------------------------------------------------------------------------
 
 
-def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch):
-    prove = partial(worker.answer, torch.device("cpu"), "prove", "quick", "float32")
-    right, calls = BACKENDS["quick"], []
-    problem = 1, 2, 5, 7, 16
-    assert prove(False, *problem)["error"] > 0
-    assert "one mask" in prove(True, *problem)["unsupported"]
-    for scales, what in (
-        ((1.001, 1.001), "out of 5x7 tokens, head_dim 16: error"),
-        ((1.001, 1.0), "out of 5x7 tokens, head_dim 16: error"),  # in calls without gradients alone
-        ((math.nan, math.nan), "error nan"),
-    ):
-        wrong = replace(
-            right, forward=lambda c, save, s=scales: (f := right.forward(c, save))._replace(out=s[save] * f.out)
-        )
-        monkeypatch.setitem(BACKENDS, "quick", wrong)
-        assert what in prove(False, *problem)["wrong"]
+def prove(dropout=False):
+    return worker.answer(torch.device("cpu"), "prove", "quick", "float32", dropout, (1, 2, 5, 7, 16))
 
-    def backward(grad_out, call, saved):
-        calls.append(call)
-        grads = right.backward(grad_out, call, saved)
-        return grads._replace(q=grads.q * (1 + 1e-7 * (len(calls) % 2)))
 
-    monkeypatch.setitem(BACKENDS, "quick", replace(right, backward=backward))
-    assert prove(False, *problem) == {"wrong": "q of 5x7 tokens, head_dim 16: two runs differ"}
+def break_quick(monkeypatch, **functions):
+    monkeypatch.setitem(BACKENDS, "quick", replace(BACKENDS["quick"], **functions))
+
+
+@pytest.mark.parametrize(
+    ("scale", "without_gradients", "what"),
+    [
+        (1.001, 1.001, "out of 5x7 tokens, head_dim 16: error"),
+        (1.0, 1.001, "out of 5x7 tokens, head_dim 16: error"),
+        (math.nan, math.nan, "error nan"),
+    ],
+)
+def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch, scale, without_gradients, what):
+    assert prove()["error"] > 0
+    assert "one mask" in prove(dropout=True)["unsupported"]
+    right = BACKENDS["quick"]
+
+    def forward(call, save):
+        found = right.forward(call, save)
+        return found._replace(out=found.out * (scale if save else without_gradients))
+
+    break_quick(monkeypatch, forward=forward)
+    assert what in prove()["wrong"]
+
+
+def test_two_runs_may_not_differ(monkeypatch):
+    right, factors = BACKENDS["quick"], iter([1, 1 + 1e-7])
+
+    def backward(*about):
+        grads = right.backward(*about)
+        return grads._replace(q=grads.q * next(factors, 1))
+
+    break_quick(monkeypatch, backward=backward)
+    assert prove() == {"wrong": "q of 5x7 tokens, head_dim 16: two runs differ"}
 
 
 @pytest.mark.parametrize(
@@ -289,32 +304,23 @@ def test_what_the_machine_lacks_is_no_fault_of_a_kernel(monkeypatch, error, kind
     def fail(*_):
         raise error
 
-    monkeypatch.setitem(BACKENDS, "quick", replace(BACKENDS["quick"], forward=fail))
-    found = worker.answer(torch.device("cpu"), "prove", "quick", "float32", False, 1, 2, 5, 7, 16)
-    assert found == {kind: f"{type(error).__name__}: {error}"}
+    break_quick(monkeypatch, forward=fail)
+    assert prove() == {kind: f"{type(error).__name__}: {error}"}
 
 
 def test_the_cpu_is_checked_for_real(monkeypatch):
     monkeypatch.setattr(check, "names", lambda: ["sdpa", "eager"])
-    kind = "float32", ShapeClass(32, "training", 14, 64, False)
-    found = check.find_out(
-        torch.device("cpu"), Verdict({}), [kind[1].proof(name, kind[0]) for name in check.names()], [kind], 60.0, 30.0
-    )
-    assert found.verdict.times.keys() == found.alone.keys() == {str(kind[1])}
-    assert found.verdict.fastest(kind[1], kind[0]) in ("sdpa", "eager")
-    assert {proof.backend: 0 < answer["error"] < 1e-4 for proof, answer in found.proofs.items()} == {
-        "sdpa": True,
-        "eager": True,
-    }
+    kind, found = Kind("float32", "training", 14, 64, False), Verdict({})
+    proofs = check.find_out(torch.device("cpu"), found, [kind], 60.0, 30.0)
+    assert found.times[str(kind)].keys() == {"sdpa", "eager", "alone"}
+    assert found.fastest(kind) in ("sdpa", "eager")
+    assert proofs.keys() == {kind.proof("sdpa"), kind.proof("eager")}
+    assert all(0 < answer["error"] < 1e-4 for answer in proofs.values())
 
 
-def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
-    ask = partial(
-        check.find_out,
-        command=command(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash"),
-    )
-    monkeypatch.setattr(report, "find_out", ask)
-    monkeypatch.setattr(report.auto, "_on_cpu", ON_CPU)
+def test_the_command_prints_what_auto_takes(monkeypatch, capsys, answers):
+    answers(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash")
+    monkeypatch.setattr(auto, "_on_cpu", ON_CPU)
     assert main(["check", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     table = {line.split("  ")[0]: line.split() for line in lines}
@@ -325,26 +331,31 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
     assert table["14x14 D=48 dropout"][3:] == ["7.00", "0.01*", "-", "-", "0.01"] * 2
 
 
-def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
-    monkeypatch.setattr(report, "find_out", partial(check.find_out, command=command(quick=5.0, slow=7.0, sdpa=8.0)))
+def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys, answers):
+    answers(quick=5.0, slow=7.0, sdpa=8.0)
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    verdict.write(replace(known(slow=1.0), proofs={"an earlier": ""}))
     assert main(["check"]) == 0
+    assert "an earlier" in verdict.read(GPU).proofs
     assert "a GPU, torch 2.11, cuda 13.0, triton 3.6, gpsa_kernels" in (said := capsys.readouterr().out)
     assert "7.00     5.00*" in said
     monkeypatch.setattr(check, "one_kind", None)
-    assert {auto.choose(call(dtype=getattr(torch, dtype))).name for dtype in verdict.DTYPES} == {"quick"}
+    assert {chosen(dtype=getattr(torch, dtype)) for dtype in verdict.DTYPES} == {"quick"}
 
 
-@pytest.mark.parametrize(("limit", "proofs"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
-def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, proofs):
-    monkeypatch.setattr(check, "_LIMIT", limit)
-    settings = {"command": command(sdpa="hang"), "seconds": 1.0, "reserved": 0.3}
-    found = check.find_out(torch.device("cpu"), Verdict(GPU), [KIND[1].proof("sdpa", KIND[0])], [KIND], **settings)
-    assert list(filter(None, found.verdict.proofs.values())) == proofs
-    assert len(found.verdict.times) == len(proofs)
+@pytest.mark.parametrize(("limit", "wrong"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
+def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, answers, limit, wrong):
+    answers(sdpa="hang")
+    monkeypatch.setattr(check, "LIMIT", limit)
+    monkeypatch.setattr(check, "names", lambda: ["sdpa"])
+    found = Verdict(GPU)
+    check.find_out(torch.device("cpu"), found, [KIND], seconds=1.0, reserved=0.3)
+    assert list(found.proofs.values()) == wrong
+    assert len(found.times) == len(wrong)
 
 
+@pytest.mark.usefixtures("no_folder")
 @pytest.mark.parametrize(
     ("gpus", "name", "message"),
     [
@@ -356,15 +367,12 @@ def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypat
         (["A", "A"], None, "cannot be written|Not a directory"),
     ],
 )
-def test_bad_use_of_the_command_ends_in_a_sentence(monkeypatch, capsys, tmp_path, gpus, name, message):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+def test_bad_use_of_the_command_ends_in_a_sentence(monkeypatch, capsys, gpus, name, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
     assert main(["check", *(["--device", name] if name else [])]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(f"gpsa_kernels check: .*({message}).*\n", said)
+    assert re.fullmatch(f"gpsa_kernels check: .*({message}).*\n", capsys.readouterr().err)
 
 
 # ---- on the CPU, and what is told ----------------------------------------------------------------------------------

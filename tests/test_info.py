@@ -1,36 +1,28 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import torch
 
 from gpsa_kernels import BACKENDS, __version__, info
+from gpsa_kernels.__main__ import main
 from gpsa_kernels.backends import cuda
 
 
-def test_info_lists_every_backend_with_its_reason():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "gpsa_kernels", "info"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    facts, (_, *table) = (part.splitlines() for part in done.stdout.split("\n\n"))
+def test_info_lists_every_backend_with_its_reason(monkeypatch, capsys):
+    broken = replace(BACKENDS["sdpa"], name="broken", unavailable=lambda: "it lacks a flux compensator")
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    assert main(["info"]) == 0
+    facts, (_, *table) = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     facts = dict(line.split(maxsplit=1) for line in facts)
     assert facts.keys() == {"gpsa_kernels", "python", "torch", "device", "threads", "library", "auto"}
     assert (facts["gpsa_kernels"], facts["torch"]) == (__version__, torch.__version__)
     assert facts["threads"].isdigit()
-    rows = {name: runs for name, runs, _ in (line.split(maxsplit=2) for line in table if not line.startswith(" "))}
+    rows = {name: about for name, *about in (line.split(maxsplit=2) for line in table if not line.startswith(" "))}
     assert rows.keys() == BACKENDS.keys()
-    assert set(rows.values()) <= {"yes", "no"}
-    assert rows["eager"] == "yes"
-    assert all(line == line.rstrip() for line in done.stdout.splitlines())
-
-
-def test_info_says_why_a_backend_cannot_run(monkeypatch):
-    broken = replace(BACKENDS["sdpa"], name="broken", unavailable=lambda: "it lacks a flux compensator")
-    monkeypatch.setitem(info.BACKENDS, "broken", broken)
-    line = next(line for line in info.report().splitlines() if line.startswith("broken"))
-    assert line.split(maxsplit=2)[1:] == ["no", "it lacks a flux compensator"]
+    assert {runs for runs, _ in rows.values()} <= {"yes", "no"}
+    assert rows["eager"][0] == "yes"
+    assert rows["broken"] == ["no", "it lacks a flux compensator"]
+    assert all(line == line.rstrip() for line in table)
 
 
 def test_info_says_how_the_library_was_built(monkeypatch, tmp_path):

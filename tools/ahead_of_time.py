@@ -6,18 +6,17 @@ Needs a process without ``TRITON_INTERPRET``.
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gpsa_kernels.backends.base import Call, Saved
 from gpsa_kernels.backends.triton.launch import KernelCall, plan_backward, plan_forward
@@ -25,35 +24,19 @@ from tools.machine_code import Code, Kernels, read
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may use
 
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-}
-
 
 class Variant(NamedTuple):
-    """One kernel as it is launched for one shape class on one architecture."""
+    """One kernel as it is launched on a square grid on one architecture."""
 
     capability: int
     dtype: str
     head_dim: int
-    case: str  # of CASES
+    side: int
+    dropout: bool
     kernel: str
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.dtype} D={self.head_dim} {self.case}"
-
-
-# grid and dropout, for every form of the positional branch and every width of its kernels
-CASES = {
-    "14x14": ((14, 14), 0.0),
-    "14x14-dropout": ((14, 14), 0.1),
-    "32x32": ((32, 32), 0.0),
-    "64x64": ((64, 64), 0.0),
-    "128x128": ((128, 128), 0.0),
-}
+        return f"{self.kernel} {self.dtype} D={self.head_dim} {self.side}x{self.side}{'-dropout' * self.dropout}"
 
 
 def training_step(
@@ -67,13 +50,10 @@ def training_step(
     device: str = "meta",
 ) -> list[KernelCall]:
     """Every launch of a forward and a backward pass on random numbers, or on tensors without memory."""
-    tokens = grid_size[0] * grid_size[1]
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).normal_()
-
-    q, k, v, grad_out = (tensor(batch, tokens, heads, head_dim).transpose(1, 2) for _ in range(4))
-    pos_weight, gate = tensor(heads, 3, dtype=torch.float32), tensor(heads, dtype=torch.float32)
+    qkvg = torch.empty(4, batch, math.prod(grid_size), heads, head_dim, dtype=dtype, device=device).normal_()
+    q, k, v, grad_out = qkvg.transpose(2, 3)
+    pos_weight = torch.empty(heads, 3, device=device).normal_()
+    gate = torch.empty(heads, device=device).normal_()
     seed = torch.ones(1, dtype=torch.int64, device=device) if dropout_p else None
     call = Call(q, k, v, pos_weight, gate, seed, *grid_size, head_dim**-0.5, dropout_p)
     forward, (_, *saved) = plan_forward(call, True, capability)
@@ -81,34 +61,30 @@ def training_step(
     return [*forward, *backward]
 
 
-def _calls(variant: Variant) -> list[KernelCall]:
-    grid_size, dropout_p = CASES[variant.case]
-    dtype = getattr(torch, variant.dtype)
-    return training_step(2, 3, variant.head_dim, grid_size, dtype, dropout_p, variant.capability)
-
-
-def _name(call: KernelCall) -> str:
-    return call.kernel.__name__ + ("_transposed" if call.arguments.get("TRANSPOSED") else "")
+def _calls(variant: Variant) -> dict[str, KernelCall]:
+    """The launches of a training step, by the kernel's name."""
+    capability, dtype, head_dim, side, dropout, _ = variant
+    calls = training_step(2, 3, head_dim, (side, side), getattr(torch, dtype), 0.1 * dropout, capability)
+    return {call.kernel.__name__ + "_transposed" * bool(call.arguments.get("TRANSPOSED")): call for call in calls}
 
 
 def variants(capabilities: Iterable[int], head_dims: Collection[int] = (32, 48, 64, 128)) -> list[Variant]:
-    """What is compiled: each kernel in each form that it is launched in, without repetitions."""
-    attention_cases = ("14x14", "14x14-dropout", "32x32")
-    shapes = [("bfloat16", head_dim, case) for head_dim in (32, 48, 64, 128) for case in attention_cases]
-    shapes += [("bfloat16", 48, "64x64"), ("bfloat16", 48, "128x128")]
-    shapes += [("float32", 48, case) for case in (*attention_cases, "64x64")]
+    """What is compiled: each kernel for every form of the positional branch and every width, without repetitions."""
+    forms = [(14, False), (14, True), (32, False)]
+    shapes = [("bfloat16", head_dim, *form) for head_dim in (32, 48, 64, 128) for form in forms]
+    shapes += [("bfloat16", 48, 64, False), ("bfloat16", 48, 128, False)]
+    shapes += [("float32", 48, *form) for form in (*forms, (64, False))]
     chosen: list[Variant] = []
-    for capability, (dtype, head_dim, case) in itertools.product(capabilities, shapes):
-        shape = Variant(capability, dtype, head_dim, case, "")
-        if head_dim not in head_dims:
-            continue
+    for capability, shape in itertools.product(capabilities, shapes):
+        variant = Variant(capability, *shape, "")
         wanted = {
-            "attention": case in attention_cases,  # the same for every grid that takes the same form
-            "separable": head_dim == 48,
-            "axis": (dtype, head_dim, case) == ("bfloat16", 48, "14x14"),
+            "attention": variant.side <= 32,  # the same for every grid that takes the same form
+            "separable": variant.head_dim == 48,
+            "axis": shape == ("bfloat16", 48, 14, False),
         }
-        names = dict.fromkeys(map(_name, _calls(shape)))
-        chosen += [shape._replace(kernel=name) for name in names if wanted[name.partition("_")[0]]]
+        if variant.head_dim in head_dims:
+            names = [name for name in _calls(variant) if wanted[name.partition("_")[0]]]
+            chosen += [variant._replace(kernel=name) for name in names]
     return chosen
 
 
@@ -119,41 +95,28 @@ def measure_all(chosen: Sequence[Variant], workers: int = 2) -> Kernels:
         return {(f"sm_{v.capability}", str(v)): code for v, code in zip(chosen, codes, strict=True)}
 
 
+class _Architecture(NamedTuple):
+    """What Triton asks of a driver before it compiles; the GPU that it answers for need not be there."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
 def measure(variant: Variant) -> Code:
-    """Compiles one variant and reads its figures."""
-    call = next(call for call in _calls(variant) if _name(call) == variant.kernel)
-    compiled = compile_call(call, variant.capability)
+    """Compiles one variant, in a process that does nothing else, and reads its figures."""
+    call = _calls(variant)[variant.kernel]
+    triton.runtime.driver.set_active(_Architecture(variant.capability))
+    compiled = call.kernel.warmup(**call.arguments, **call.options, grid=(call.programs,))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (code,) = read(Path(file.name)).values()
     return code._replace(shared=compiled.metadata.shared)
-
-
-def _source(call: KernelCall) -> ASTSource:
-    """The specialisation that Triton itself would compile for these arguments."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def type_of(value: Any, path: tuple[int, ...], parameter: Any) -> Any:
-        if isinstance(value, tuple) and not parameter.is_constexpr:
-            return type(value)(*(type_of(part, (*path, i), parameter) for i, part in enumerate(value)))
-        specialized = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialized and isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, Tensor) or (isinstance(value, int) and specialized and value % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(value, Tensor):
-            return _POINTERS[value.dtype]
-        return "i32" if isinstance(value, int) else "fp32"
-
-    for parameter in call.kernel.params:
-        signature[parameter.name] = type_of(call.arguments[parameter.name], (parameter.num,), parameter)
-    return ASTSource(call.kernel, signature, constants, attributes)
-
-
-def compile_call(call: KernelCall, capability: int) -> Any:
-    """Triton's compiled kernel of ``call`` for ``capability`` (80 for sm_80)."""
-    return triton.compile(_source(call), target=GPUTarget("cuda", capability, 32), options=call.options)

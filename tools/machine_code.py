@@ -9,12 +9,13 @@ Needs no GPU. The CUDA kernels are read from the built library (``make extension
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +56,8 @@ _KINDS = {
     "other": r"(LDG|STG|LDGSTS|LD|ST)\b",
     "atomics": r"RED(?!UX)|ATOM",
 }
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", re.MULTILINE)
-_ADDRESS = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*)", re.MULTILINE)
+_FUNCTION = re.compile(r"^(?:arch = (\w+)|\s+Function :? ?(\S+?):?$)", re.MULTILINE)
 _BUDGETED = Code._fields[:-1]  # the length of the code is free
 _LEGEND = f"# {' '.join(_BUDGETED)}: one figure, or each of {'/'.join(f'sm_{code}' for code in ARCHITECTURES)}; then 0"
 
@@ -68,15 +69,15 @@ def tool() -> str:
         FileNotFoundError: nowhere.
     """
     places = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
-    triton = find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    if (triton := find_spec("triton")) is not None:
+        places += [f"{folder}/backends/nvidia/bin" for folder in triton.submodule_search_locations or ()]
     found = shutil.which("cuobjdump", path=os.pathsep.join(places))
     if found is None:
         raise FileNotFoundError("cuobjdump was found neither in the CUDA toolkit nor in triton")
     return found
 
 
+@functools.cache
 def kind(instruction: str) -> str | None:
     """Which of :class:`Code`'s counts an instruction belongs to: the first that fits."""
     return next((name for name, pattern in _KINDS.items() if re.match(pattern, instruction)), None)
@@ -89,21 +90,17 @@ def read(binary: Path = LIBRARY) -> Kernels:
         FileNotFoundError: ``cuobjdump`` is not installed.
         subprocess.CalledProcessError: it cannot read the file.
     """
-    resources = {
-        key: {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-        for key, text in functions(binary, "-res-usage", r" Function (\S+):$")
-    }
+    resources = functions(binary, "-res-usage")
     codes = {}
-    for key, text in functions(binary, "-sass", r"\t\tFunction : (\S+)$"):
-        instructions = _INSTRUCTION.findall(text)
-        counts = Counter(map(kind, instructions))
-        usage = resources[key]
+    for key, text in functions(binary, "-sass").items():
+        counts = Counter(kind(words.split()[0]) for _, words in _INSTRUCTION.findall(text))
+        usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", resources[key])}
         codes[key] = Code(
             registers=usage["REG"],
             spills=usage["STACK"] + usage["LOCAL"],
             shared=usage["SHARED"],
             **{name: counts[name] for name in _KINDS},
-            instructions=len(instructions),
+            instructions=counts.total(),
         )
     names = _readable(name for _, name in codes)
     return {(architecture, names[name]): code for (architecture, name), code in codes.items()}
@@ -111,33 +108,30 @@ def read(binary: Path = LIBRARY) -> Kernels:
 
 def in_loops(text: str) -> list[str]:
     """The instructions of a kernel, as ``cuobjdump`` prints it, between a branch backwards and where it leads."""
-    code = [(int(address, 16), words) for address, words in _ADDRESS.findall(text)]
+    code = [(int(address, 16), words) for address, words in _INSTRUCTION.findall(text)]
     branches = [(address, re.match(r"BRA\b.*?\b0x([0-9a-f]+)", words)) for address, words in code]
     loops = [(int(found[1], 16), address) for address, found in branches if found and int(found[1], 16) < address]
     return [words for address, words in code if any(start <= address <= end for start, end in loops)]
 
 
-def functions(binary: Path, option: str, heading: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """What ``cuobjdump`` prints of each kernel: ((architecture, mangled name), text)."""
+def functions(binary: Path, option: str) -> dict[tuple[str, str], str]:
+    """What ``cuobjdump`` prints of each kernel, by architecture and mangled name."""
     dumped = subprocess.run([tool(), option, binary], check=True, capture_output=True, text=True).stdout
-    pieces = re.split(rf"(?m)^(?:arch = (\w+)|{heading})", dumped)
-    architecture = ""
+    pieces = _FUNCTION.split(dumped)
+    texts, architecture = {}, ""
     for new_architecture, function, text in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-        if new_architecture:
-            architecture = new_architecture
-        else:
-            yield (architecture, function), text
+        architecture = new_architecture or architecture
+        if function:
+            texts[architecture, function] = text
+    return texts
 
 
 def _readable(mangled: Iterable[str]) -> dict[str, str]:
     """``gpsa_kernel<WholeImageBackward<Half, 48, true>>`` of a mangled name."""
     names = list(dict.fromkeys(mangled))
     plain = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    short = [
-        re.sub(r"\(anonymous namespace\)::|gpsa::|^void |\(.*\)$", "", name).replace("> >", ">>")
-        for name in plain.splitlines()
-    ]
-    return dict(zip(names, short, strict=True))
+    short = re.sub(r"(?m)\(anonymous namespace\)::|gpsa::|^void |\(.*\)$", "", plain).replace("> >", ">>")
+    return dict(zip(names, short.splitlines(), strict=True))
 
 
 def without_twins(kernels: Kernels) -> Kernels:

@@ -12,6 +12,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -52,7 +53,6 @@ def step(problem: Problem, capability: int, device: str) -> list[KernelCall]:
 
 
 def of_problem(problem: Problem, calls: list[KernelCall]) -> list[KernelCall]:
-    """Those that the problem's row decides about."""
     return [call for call in calls if call.kernel.__name__ in problem.kernels]
 
 
@@ -90,14 +90,12 @@ def build(key: Any, problem: Problem, capability: int, row: Row) -> bool:
 
 def attention_problems(capability: int) -> dict[tuple[str, str, int], Problem]:
     """The rows of the attention table that a GPU of this compute capability uses."""
+    dtypes = (torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)
+    kernels, head_dims = ("forward", "backward_query", "backward_key"), ((32, 32), (64, 48), (128, 128))
     problems = {}
-    for dtype, dropout_p in ((torch.bfloat16, 0.0), (torch.bfloat16, 0.1), (torch.float32, 0.0)):
+    for (dtype, dropout_p), kernel, (limit, head_dim) in itertools.product(dtypes, kernels, head_dims):
         name = launch_class(dtype.itemsize, "dense" if dropout_p else "rows", capability)
-        for kernel, (limit, head_dim) in itertools.product(
-            ("forward", "backward_query", "backward_key"), ((32, 32), (64, 48), (128, 128))
-        ):
-            problem = Problem((f"attention_{kernel}",), dtype, 128, head_dim, (14, 14), dropout_p)
-            problems[name, kernel, limit] = problem
+        problems[name, kernel, limit] = Problem((f"attention_{kernel}",), dtype, 128, head_dim, (14, 14), dropout_p)
     return problems
 
 
@@ -120,10 +118,7 @@ def attention_candidates() -> list[Launch]:
 def positional_candidates(columns: int) -> list[PositionalLaunch]:
     """What can stand in the row of so many columns."""
     query_columns = sorted({min(columns, size) for size in (16, 32, 64)})
-    return [
-        PositionalLaunch(row_tile, channels, some, warps)
-        for row_tile, channels, some, warps in itertools.product((16, 32), (1, 2, 4, 8, 16), query_columns, (4, 8))
-    ]
+    return [PositionalLaunch(*tiles) for tiles in itertools.product((16, 32), (1, 2, 4, 8, 16), query_columns, (4, 8))]
 
 
 def distance(a: Row, b: Row) -> float:
@@ -136,16 +131,15 @@ def best(key: Any, candidates: Iterable[Row], milliseconds: Callable[[], float |
     """The candidate with the least time, the table's own row among them; the table is left as it was."""
     table = table_of(key)
     own = table[key]
-    times: list[tuple[float, Row]] = []
+    times: dict[Row, float] = {}
     try:
         for candidate in (own, *candidates):
             table[key] = candidate
-            measured = milliseconds()
-            if measured is not None:
-                times.append((measured, candidate))
+            if (measured := milliseconds()) is not None:
+                times[candidate] = measured
     finally:
         table[key] = own
-    return min(times, key=lambda pair: pair[0], default=(0.0, own))[1]
+    return min(times, key=times.__getitem__, default=own)
 
 
 def render(
@@ -156,16 +150,14 @@ def render(
     def written(row: Row) -> str:
         return f"{type(row).__name__}{tuple(row)}"
 
-    lines = {"_ATTENTION": "", "POSITIONAL": ""}
+    bodies = {"_ATTENTION": "", "POSITIONAL": ""}
     for key, rows in itertools.groupby(attention.items(), lambda item: item[0][:2]):
-        lines["_ATTENTION"] += f"    {key}: [{', '.join(written(row) for _, row in rows)}],\n"
+        bodies["_ATTENTION"] += f"    {key}: [{', '.join(written(row) for _, row in rows)}],\n"
     for key, row in positional.items():
-        lines["POSITIONAL"] += f"    {key}: {written(row)},\n"
-    for name, body in lines.items():
-        head, _, rest = text.partition(f"\n{name}: ")
-        declaration, _, rest = rest.partition("{\n")
-        _, _, tail = rest.partition("}\n")
-        text = f"{head}\n{name}: {declaration}{{\n" + body.replace("'", '"') + f"}}\n{tail}"
+        bodies["POSITIONAL"] += f"    {key}: {written(row)},\n"
+    for name, body in bodies.items():
+        quoted = body.replace("'", '"')
+        text = re.sub(rf"(?s)(\n{name}: [^\n]*{{\n).*?(?=}}\n)", rf"\g<1>{quoted}", text)
     return text
 
 
@@ -174,11 +166,6 @@ def save() -> None:
     unfinished = TABLE.with_suffix(".unfinished")
     unfinished.write_text(render(TABLE.read_text(), ATTENTION, POSITIONAL))
     os.replace(unfinished, TABLE)  # whoever is interrupted leaves the old table whole
-
-
-def row_name(key: tuple[object, ...]) -> str:
-    """As --rows takes it: wgmma-backward_key-64."""
-    return "-".join(map(str, key))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -191,23 +178,24 @@ def main(arguments: list[str] | None = None) -> None:
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     problems: dict[tuple[Any, ...], Problem] = {**attention_problems(capability), **positional_problems()}
-    names = {row_name(key): key for key in problems}
+    names = {"-".join(map(str, key)): key for key in problems}  # wgmma-backward_key-64
     if unknown := sorted(set(options.rows or ()) - set(names)):
         parser.error(f"--rows: this GPU has no row {', '.join(unknown)}; it has {', '.join(names)}")
-    committed = {key: table_of(key)[key] for key in (names[name] for name in options.rows or names)}
+    committed = {name: table_of(names[name])[names[name]] for name in options.rows or names}
     workers = max(1, len(os.sched_getaffinity(0)) - 1)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for near, (key, own) in itertools.product((True, False), committed.items()):
+        for near, (name, own) in itertools.product((True, False), committed.items()):
             if time.monotonic() > end:
                 print("the time is up: what is not named above was not tried")
                 break
+            key = names[name]
             table, problem = table_of(key), problems[key]
             everything = attention_candidates() if isinstance(own, Launch) else positional_candidates(key[1])
             candidates = [row for row in everything if row != own and (distance(row, own) <= NEAR) == near]
             built = list(pool.map(partial(build, key, problem, capability), [table[key], *candidates]))
             fitting = list(itertools.compress(candidates, built[1:]))
             table[key] = best(key, fitting, partial(milliseconds, problem, capability))
-            print(f"{row_name(key)}: {table[key]}", "" if table[key] != own else "as it was", flush=True)
+            print(f"{name}: {table[key]}", "" if table[key] != own else "as it was", flush=True)
             if not options.dry_run:
                 save()
     if not options.dry_run:

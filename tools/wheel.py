@@ -47,17 +47,12 @@ def install_and_run(wheel: Path, torch: str | None) -> str:
     """Runs the wheel in an environment of its own; what ``info`` says there of torch and of the CUDA library."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        python = str(Path(folder, "bin", "python"))
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]
+        python = Path(folder, "bin", "python")
         if torch is None:
-            spec = importlib.util.find_spec("torch")
-            assert spec is not None, "this environment has no torch"
-            assert spec.origin is not None
             (site,) = Path(folder).glob("lib/python*/site-packages")
-            (site / "here.pth").write_text(str(Path(spec.origin).parents[1]))
-            pip.append("--no-deps")
-        else:
-            pip.append(f"torch=={torch}")
+            (site / "here.pth").write_text(str(Path(importlib.util.find_spec("torch").origin).parents[1]))
+        needed = "--no-deps" if torch is None else f"torch=={torch}"
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel, needed]
         subprocess.run(pip, check=True)
         subprocess.run([python, "-c", RUN], check=True, cwd=folder)
         info = [python, "-m", "gpsa_kernels", "info"]

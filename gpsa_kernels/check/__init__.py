@@ -6,28 +6,24 @@ Every question is put to another process (:mod:`.worker`) with a time limit (:mo
 from __future__ import annotations
 
 import contextlib
-import copy
 import datetime
-import math
 import os
 import queue
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from gpsa_kernels import verdict
 from gpsa_kernels.backends import BACKENDS, triton
 from gpsa_kernels.check.apart import Answer, Worker
-from gpsa_kernels.verdict import DTYPES, Proof, ShapeClass, Verdict
+from gpsa_kernels.verdict import ALONE, Kind, Verdict
 
 SHORT = 30.0  # seconds that the first call of a kind may take
-ALONE = "alone"  # torch's attention without a position, which is timed beside the backends
-_LIMIT = 20.0  # seconds for one answer
+LIMIT = 20.0  # seconds for one answer
+WORKER: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker")
 _WORKERS = 6  # which prove at a time: most of that is compiling
 # (tiled, head_dim) -> batch, heads, grid and head_dim: a usual call, and one that no tile divides; few, because Triton
 # compiles kernels for each. Of few tokens in long lines the CUDA kernels are whole-image forward and tiled backward.
@@ -37,26 +33,10 @@ _PROBLEMS = {
     (True, 48): [(1, 2, 24, 24, 48), (1, 1, 130, 2, 40)],
     (True, 64): [(1, 2, 24, 24, 64), (1, 1, 7, 50, 128)],
 }
-Kind = tuple[str, ShapeClass]  # of calls: dtype and class
 
 
 class Refused(Exception):
     """Why this machine cannot be checked now, which is no fault of a kernel."""
-
-
-@dataclass
-class Findings:
-    """What was found out.
-
-    Attributes:
-        verdict: what is kept of it.
-        proofs: what the worker answered.
-        alone: microseconds of torch's attention without a position, for each class of calls.
-    """
-
-    verdict: Verdict
-    proofs: dict[Proof, Answer] = field(default_factory=dict)
-    alone: dict[str, float] = field(default_factory=dict)
 
 
 def names() -> list[str]:
@@ -67,100 +47,92 @@ def names() -> list[str]:
 
 def find_out(
     device: torch.device,
-    known: Verdict,
-    proofs: Sequence[Proof],
+    found: Verdict,
     kinds: Sequence[Kind],
     seconds: float,
     reserved: float,
-    command: Sequence[str] = (sys.executable, "-m", "gpsa_kernels.check.worker"),
     tell: Callable[[str], None] = lambda about: None,
-) -> Findings:
-    """Has backends proven, several at a time, then those that are right timed, for which the last seconds are reserved.
+) -> dict[str, Answer]:
+    """Adds to a verdict, and returns what the worker answered for each proof that the verdict lacked.
 
-    A backend that crashes or does not end is wrong. A class of calls has times where there is one of a kernel, or where
+    Has backends proven, several at a time, then those that are right timed, for which the last seconds are reserved.
+    A backend that crashes or does not end is wrong. A kind of calls has times where there is one of a kernel, or where
     neither lack of time nor the machine is to blame that there is none.
 
     Raises:
-        Refused: the workers do not come to see the machine that ``known`` is about.
+        Refused: the workers do not come to see the machine that the verdict is about.
     """
-    found = Findings(copy.deepcopy(known))
-    found.verdict.date = datetime.date.today().isoformat()
-    wrong, end = found.verdict.proofs, time.monotonic() + seconds
-    count = max(1, min(_WORKERS, os.cpu_count() or 1, len(proofs)))
+    end, backends = time.monotonic() + seconds, names()
+    unproven = {kind.proof(name): (name, kind) for kind in kinds for name in backends}
+    unproven = {proof: about for proof, about in unproven.items() if proof not in found.proofs}
     free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
     def ask(until: float, about: object, what: str, *arguments: object) -> Answer:
         tell(str(about))
         worker = free.get()
         try:
-            limit = min(until - time.monotonic(), _LIMIT)
+            limit = min(until - time.monotonic(), LIMIT)
             answer = worker.ask([what, *arguments], limit) if limit > 0 else None
         finally:
             free.put(worker)
-        if answer is None and limit < _LIMIT:
+        if answer is None and limit < LIMIT:
             return {"skipped": "no time was left"}
         return answer or {"wrong": f"it did not end within {limit:.0f} s"}
 
-    def prove(proof: Proof) -> Answer:
-        error = eager = 0.0
-        for problem in _PROBLEMS[proof.tiled, proof.head_dim]:
-            answer = ask(end - reserved, proof, "prove", proof.backend, proof.dtype, proof.dropout, *problem)
-            if "error" not in answer:
-                return answer
-            error, eager = max(error, answer["error"]), max(eager, answer["eager"])
-        return {"error": error, "eager": eager}
+    def prove(proof: str) -> Answer:
+        name, kind = unproven[proof]
+        answers = []
+        for problem in _PROBLEMS[kind.tiled, kind.head_dim]:
+            answers.append(ask(end - reserved, proof, "prove", name, kind.dtype, kind.mode == "dropout", problem))
+            if "error" not in answers[-1]:
+                return answers[-1]
+        return max(answers, key=lambda answer: answer["error"])
 
-    def measure(proof: Proof, shape: ShapeClass) -> Answer:
+    def measure(name: str, kind: Kind) -> Answer:
         """The answer of the proof where a backend is not proven."""
-        if wrong.get(str(proof)) != "":
-            return found.proofs.get(proof, {})
-        answer = ask(end, f"{proof.backend} {shape}", "measure", proof.backend, proof.dtype, *shape)
-        wrong[str(proof)] = answer.get("wrong", "")
+        proof = kind.proof(name)
+        if found.proofs.get(proof) != "":
+            return proofs.get(proof, {})
+        answer = ask(end, f"{name} {kind}", "measure", name, *kind)
+        found.proofs[proof] = answer.get("wrong", "")
         return answer
 
     with contextlib.ExitStack() as stack:
+        count = max(1, min(_WORKERS, os.cpu_count() or 1, len(unproven)))
         for _ in range(count):
-            free.put(stack.enter_context(Worker([*command, str(device)])))
+            free.put(worker := Worker([*WORKER, str(device)]))
+            stack.callback(worker.stop)
         pool = ThreadPoolExecutor(count)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # before the workers go, whatever happens
         machine = pool.submit(ask, end, device, "machine")
-        found.proofs = dict(zip(proofs, pool.map(prove, proofs), strict=True))
-        if (here := machine.result()).get("machine") != known.machine:
+        proofs = dict(zip(unproven, pool.map(prove, unproven), strict=True))
+        if (here := machine.result()).get("machine") != found.machine:
             reasons = [here[key] for key in ("wrong", "cannot", "skipped") if key in here]
             raise Refused(*reasons or ["the process that checks sees another GPU"])
-        wrong |= {str(p): a.get("wrong", "") for p, a in found.proofs.items() if "wrong" in a or "error" in a}
-        for dtype, shape in kinds:
-            answers = {name: measure(shape.proof(name, dtype), shape) for name in names()}
+        found.date = datetime.date.today().isoformat()
+        found.proofs |= {proof: a.get("wrong", "") for proof, a in proofs.items() if "wrong" in a or "error" in a}
+        timed: set[str] = set()
+        for kind in kinds:
+            if str(kind) in timed:  # as another dtype of 16 bits
+                continue
+            timed.add(str(kind))
+            answers = {name: measure(name, kind) for name in backends}
             times = {name: answer["us"] for name, answer in answers.items() if "us" in answer}
             missing = any("skipped" in answer or "cannot" in answer for answer in answers.values())
             if not missing or any(BACKENDS[name].compose is None for name in times):
-                found.verdict.times[str(shape)] = times
-            alone = ask(end, f"{ALONE} {shape}", "measure", ALONE, dtype, *shape)
-            found.alone[str(shape)] = alone.get("us", math.nan)
-    return found
+                alone = ask(end, f"{ALONE} {kind}", "measure", ALONE, *kind).get("us")
+                found.times[str(kind)] = times if alone is None else {**times, ALONE: alone}
+    return proofs
 
 
-def everything() -> tuple[list[Proof], list[Kind]]:
-    """All that ``python -m gpsa_kernels check`` finds out, small grids first."""
-    kinds = [(dtype, shape) for dtype in DTYPES for shape in verdict.shapes(dtype)]
-    kinds.sort(key=lambda kind: kind[1].side)
-    proofs = {shape.proof(name, dtype): None for dtype, shape in kinds for name in names()}
-    return list(proofs), [kind for kind in kinds if kind[0] != "float16"]  # which takes as long as bfloat16
-
-
-def one_kind(device: torch.device, dtype: str, shape: ShapeClass, known: Verdict, **settings: Any) -> Verdict:
-    """What is known after SHORT seconds of checking calls of a kind, and of those that it will meet with.
+def one_kind(device: torch.device, kind: Kind, found: Verdict) -> None:
+    """Adds what SHORT seconds of checking calls of a kind find out, and those that it will meet with.
 
     Raises:
         Refused: the machine is to blame that nothing can be found out.
     """
-    proofs = [proof for name in names() if str(proof := shape.proof(name, dtype)) not in known.proofs]
-    related = [
-        s for s in verdict.shapes(dtype) if s.proof("", dtype) == shape.proof("", dtype) and s.side == shape.side
-    ]
-    kinds = [(dtype, s) for s in sorted(related, key=lambda s: s != shape)]
-    found = find_out(device, known, proofs, kinds, SHORT, reserved=5.0, **settings)
-    reasons = [answer["cannot"] for answer in found.proofs.values() if "cannot" in answer]
-    if reasons and found.verdict.fastest(shape, dtype) is None:
+    related = [k for k in verdict.kinds() if k.proof("") == kind.proof("") and k.side == kind.side]
+    proofs = find_out(device, found, sorted(related, key=lambda k: k != kind), SHORT, reserved=5.0)
+    reasons = [answer["cannot"] for answer in proofs.values() if "cannot" in answer]
+    if reasons and found.fastest(kind) is None:
         raise Refused(reasons[0])
-    return found.verdict

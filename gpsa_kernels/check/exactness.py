@@ -20,13 +20,9 @@ def inputs(
 ) -> list[Tensor]:
     """Random q, k, v, pos_weight and gate, all of ``dtype``, requiring gradients."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = grid_size[0] * grid_size[1]
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    tensors = [normal(batch, heads, tokens, head_dim) for _ in range(3)]
-    tensors += [(0.5 * normal(heads, 3)).to(dtype), normal(heads)]
+    shapes = [(batch, heads, math.prod(grid_size), head_dim)] * 3 + [(heads, 3), (heads,)]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    tensors[3] *= 0.5
     return [t.requires_grad_() for t in tensors]
 
 
@@ -83,8 +79,8 @@ def rounding_walks(
     """For every result, how far one rounding of each term of each sum on the way moves it, in units of eps.
 
     To first order and in float64: the root sum of squares of the terms that the result sums, each of which carries
-    the rounding of its score, exp(s) moving by eps times the root sum of squares of the terms of s. Where they are
-    ``structured``, tokens that are alike round alike: of what is rounded the sum counts as well.
+    the rounding of its score, exp(s) moving by eps times the root sum of squares of the terms of s. Of what is rounded
+    alike, as in ``structured`` tensors, the sum counts as well.
     """
     q, k, v, pos_weight, gate = (t.detach().double() for t in tensors)
     tokens = q.size(2)
@@ -136,21 +132,13 @@ def roundings(q: Tensor, name: str, expected: Tensor, walk: float, largest_logsu
 
 
 class Deviation(NamedTuple):
-    """How far one result is from the formula in float64, by its largest entry.
+    """How far one result is from the formula in float64, by its largest entry."""
 
-    Attributes:
-        name: of NAMES.
-        error: nan, which nothing allows, where an entry is not finite.
-        eager: the error of the formula run in the tensors' own dtype.
-        allowed: what the rule of exactness allows.
-        size: the formula's largest entry.
-    """
-
-    name: str
-    error: float
-    eager: float
+    name: str  # of NAMES
+    error: float  # nan, which nothing allows, where an entry is not finite
+    eager: float  # the error of the formula run in the tensors' own dtype
     allowed: float
-    size: float
+    size: float  # the formula's largest entry
 
 
 def deviations(
@@ -235,8 +223,8 @@ def dropped_map(
 ) -> Tensor:
     """The attention map after dropout, read off ``function`` with columns of the identity for v: (B, H, N, N)."""
     tokens, head_dim = q.shape[2:]
-    columns = torch.eye(tokens, tokens + head_dim, dtype=q.dtype, device=q.device).split(head_dim, dim=1)
-    values = [v.expand_as(q) for v in columns if v.size(1) == head_dim]
+    identity = torch.eye(tokens, math.ceil(tokens / head_dim) * head_dim, dtype=q.dtype, device=q.device)
+    values = [v.expand_as(q) for v in identity.split(head_dim, dim=1)]
     out = [function(q, k, v, pos_weight, gate, grid_size, **kwargs) for v in values]
     return torch.cat(out, -1)[..., :tokens].cpu()
 
@@ -251,6 +239,5 @@ def kept_by_dropout(
     **kwargs: object,
 ) -> Tensor:
     """(B, H, N, N): whether dropout keeps an entry, read off a map whose entries are all 1 / N."""
-    flat = [torch.zeros_like(t.detach()).to(device) for t in inputs(batch, heads, grid_size, 64, dtype)]
-    q, k, _, pos_weight, gate = flat
-    return dropped_map(function, q, k, pos_weight, gate, grid_size, **kwargs) != 0
+    q = torch.zeros(batch, heads, math.prod(grid_size), 64, dtype=dtype, device=device)
+    return dropped_map(function, q, q, q.new_zeros(heads, 3), q.new_zeros(heads), grid_size, **kwargs) != 0

@@ -1,21 +1,20 @@
 """The process in which ``check`` runs the kernels: proves them by the rule of exactness, and times them.
 
-python -m gpsa_kernels.check.worker DEVICE reads requests, a JSON list a line, and answers each with a JSON object: what
-was found; {"unsupported": reason}; {"wrong": what}; {"cannot": what this machine lacks, which is no fault of a kernel}.
+python -m gpsa_kernels.check.worker DEVICE CONNECTION answers each request, a list, with what was found; {"unsupported":
+reason}; {"wrong": what}; {"cannot": what this machine lacks, which is no fault of a kernel}.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import queue
+import contextlib
+import faulthandler
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from torch import Tensor
 
 from gpsa_kernels import verdict
 from gpsa_kernels.backends import BACKENDS, Call
-from gpsa_kernels.check import ALONE
+from gpsa_kernels.check import LIMIT
 from gpsa_kernels.check.apart import Answer
 from gpsa_kernels.check.exactness import NAMES, deviations, inputs, kept_by_dropout, with_gradients
 from gpsa_kernels.functional import gpsa_attention
-from gpsa_kernels.verdict import ShapeClass
+from gpsa_kernels.verdict import ALONE, Kind
 
 _DROPOUT = 0.3
 _HEADS = {"cuda": 9, "cpu": 4}
@@ -55,29 +54,20 @@ def _same_seed(*arguments: Any, **settings: Any) -> Tensor:
     return gpsa_attention(*arguments, **settings)
 
 
-def prove(
-    device: torch.device,
-    name: str,
-    dtype_name: str,
-    dropout: bool,
-    batch: int,
-    heads: int,
-    rows: int,
-    columns: int,
-    head_dim: int,
-) -> Answer:
+def prove(device: torch.device, name: str, dtype_name: str, dropout: bool, problem: Sequence[int]) -> Answer:
     """Judges a backend by the rule of exactness, forward, backward and without gradients, and runs it once more.
 
     The answer has its largest error, and that of eager in the same dtype, in parts of the largest result.
     """
-    dtype, grid_size, dropout_p = getattr(torch, dtype_name), (rows, columns), _DROPOUT if dropout else 0.0
+    batch, heads, rows, columns, head_dim = problem
+    dtype, grid_size = getattr(torch, dtype_name), (rows, columns)
     tensors = [t.detach() for t in inputs(batch, heads, grid_size, head_dim, dtype)]
     tensors[3] *= 8 / max(grid_size) ** 2  # no scores so large that 16-bit eager, the yardstick, is off by its size
     there = [t.to(device) for t in tensors]
-    if reason := _unsupported(name, there, dropout_p):
+    settings: dict[str, Any] = {"backend": name, "dropout_p": _DROPOUT if dropout else 0.0}
+    if reason := _unsupported(name, there, settings["dropout_p"]):
         return {"unsupported": reason}
     about = f"of {rows}x{columns} tokens, head_dim {head_dim}"
-    settings: dict[str, Any] = {"backend": name, "dropout_p": dropout_p}
     kept = kept_by_dropout(_same_seed, batch, heads, grid_size, dtype, device, **settings) if dropout else None
     runs = [with_gradients(_same_seed, there, torch.ones_like(there[0]), grid_size, **settings) for _ in range(2)]
     inference = _same_seed(*there, grid_size, **settings)
@@ -94,31 +84,31 @@ def prove(
     return {"error": error, "eager": eager}
 
 
-def measure(device: torch.device, name: str, dtype_name: str, *shape: Any) -> Answer:
-    """Times a call of a class: forward, or both ways."""
-    case = ShapeClass(*shape)
-    heads, tokens, dtype = _HEADS[device.type], case.side**2, getattr(torch, dtype_name)
-    batch = max(2, _TOKENS[device.type] // tokens) if case.large else 1
-    has_maps = name == "eager" or (name == ALONE and case.mode == "dropout")
+def measure(device: torch.device, name: str, *about: Any) -> Answer:
+    """Times a call of a kind: forward, or both ways."""
+    kind = Kind(*about)
+    heads, tokens, training = _HEADS[device.type], kind.side**2, kind.mode != "inference"
+    batch = max(2, _TOKENS[device.type] // tokens) if kind.large else 1
+    has_maps = name == "eager" or (name == ALONE and kind.mode == "dropout")
     if has_maps and batch * heads * tokens**2 > _LARGEST_MAPS[device.type]:
         return {"unsupported": "its maps would take gigabytes"}
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, device=device).to(dtype).requires_grad_(case.mode != "inference")
+        return torch.randn(size, device=device).to(getattr(torch, kind.dtype)).requires_grad_(training)
 
-    *qkv, grad_out = (normal(batch, heads, tokens, case.head_dim) for _ in range(4))
-    tensors, dropout_p = [*qkv, normal(heads, 3), normal(heads)], 0.1 if case.mode == "dropout" else 0.0
+    *qkv, grad_out = (normal(batch, heads, tokens, kind.head_dim) for _ in range(4))
+    tensors, dropout_p = [*qkv, normal(heads, 3), normal(heads)], 0.1 if kind.mode == "dropout" else 0.0
     if name == ALONE:
         tensors = qkv
         function: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, dropout_p=dropout_p)
     elif reason := _unsupported(name, tensors, dropout_p):
         return {"unsupported": reason}
     else:
-        function = partial(gpsa_attention, grid_size=(case.side,) * 2, dropout_p=dropout_p, backend=name)
+        function = partial(gpsa_attention, grid_size=(kind.side,) * 2, dropout_p=dropout_p, backend=name)
 
     def call() -> None:
         out = function(*tensors)
-        if case.mode != "inference":
+        if training:
             torch.autograd.grad(out, tensors, grad_out)
 
     return {"us": 1e6 * _seconds(call, device)}
@@ -141,12 +131,6 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
     return statistics.median(seconds(count) for _ in range(max(1, min(5, int(_SECONDS / once)))))
 
 
-def _is_of_the_machine(error: Exception) -> bool:
-    """Whether it says that memory or a compiler is missing."""
-    kinds = (torch.OutOfMemoryError, OSError, subprocess.CalledProcessError)
-    return isinstance(error, kinds) or "C compiler" in str(error)
-
-
 _ACTIONS: dict[str, Callable[..., Answer]] = {"machine": machine, "prove": prove, "measure": measure}
 
 
@@ -158,27 +142,22 @@ def answer(device: torch.device, what: str, *arguments: Any) -> Answer:
             torch.cuda.synchronize()  # what failed on the GPU is told here
         return found
     except Exception as error:  # of whatever kind, it is what we are here to find
+        of_the_machine = isinstance(error, (torch.OutOfMemoryError, OSError, subprocess.CalledProcessError))
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        return {"cannot" if _is_of_the_machine(error) else "wrong": reason}
+        return {"cannot" if of_the_machine or "C compiler" in str(error) else "wrong": reason}
 
 
 def main() -> None:
-    """Answers until the input ends, which it does when the process that asks is gone."""
-    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            requests.put(line)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
-    device = torch.device(sys.argv[1])
+    """Answers until the process that asks is gone; what that would have killed by then ends by itself."""
+    device, connection = torch.device(sys.argv[1]), Connection(int(sys.argv[2]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    while True:
-        print(json.dumps(answer(device, *json.loads(requests.get()))), file=answers, flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            request = connection.recv()
+            faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
+            connection.send(answer(device, *request))
+            faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ DIVISION = re.compile(r"I2F\S*\.RP|FCHK")  # how an integer's begins, and what c
 def test_no_loop_of_a_whole_image_kernel_divides(library):
     """But forward's over an axis of more than 16, by its lines: once for the tile and once for the line."""
     checked = 0
-    for (_, name), text in machine_code.functions(library, "-sass", r"\t\tFunction : (\S+)$"):
+    for (_, name), text in machine_code.functions(library, "-sass").items():
         if "WholeImage" in name:
             loops = machine_code.in_loops(text)
             assert any(words.startswith("HMMA") for words in loops), name
