@@ -9,25 +9,24 @@ wrong numbers is told, and fit: it harms nobody.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import gradients
+from benchmarks.apart import Gone, Worker, said
+from benchmarks.measure import timed_call
 from benchmarks.peers import Unavailable, allowed, deviation, formula, inputs, ours
 from benchmarks.results import command_line
 from benchmarks.workloads import Case, headline
 from gpsa_kernels import BACKENDS
 
-DIRECTIONS = ("forward", "backward")
-RIGHT, FAILED, WRONG = 0, 1, 3  # 1 is also what Python itself ends with
+RIGHT, WRONG, FAILED = 0, 1, 2
 
 
 def cases(device: str, small: bool) -> list[Case]:
@@ -40,65 +39,32 @@ def cases(device: str, small: bool) -> list[Case]:
 
 
 @functools.cache
-def posed(case: Case, device: str) -> tuple[list[Tensor], Tensor]:
-    """A case's tensors and its output's gradient."""
+def posed(case: Case, device: str) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """A case's tensors, its output's gradient, and the formula on them, from the CPU, where no kernel of ours runs."""
     tensors = inputs(case, device, 0)
-    return tensors, torch.randn_like(tensors[0])
+    grad_out = torch.randn_like(tensors[0])
+    return tensors, grad_out, formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
 
 
-@functools.cache
-def truth(case: Case, device: str) -> list[Tensor]:
-    """The formula on what is posed: computed on the CPU, where no kernel of ours has a part."""
-    tensors, grad_out = posed(case, device)
-    return formula([t.cpu() for t in tensors], grad_out.cpu(), case, torch.float64)
-
-
-def exercise(name: str, case: Case, device: str, direction: str) -> str | None:
-    """Calls a backend; what is wrong with its numbers, or None.
-
-    Raises:
-        Unavailable: it cannot run the case.
-    """
-    tensors, grad_out = posed(case, device)
-    function = ours(name).prepare(case, tensors)
-    if direction == "forward":
-        with torch.no_grad():
-            got = [function(*tensors)]
-    else:
-        got = gradients(function, tensors, grad_out)
-    found, limit = deviation([t.cpu() for t in got], truth(case, device)), allowed(got[0].dtype, 0.0)
-    return None if found <= limit else f"{found:.1e} from the formula, {limit:.1e} is allowed"
-
-
-def here(name: str, direction: str, device: str, small: bool) -> int:
-    """Exercises a backend in this process, up to the first failure, after which the device may refuse everything."""
+def exercise(name: str, direction: str, device: str, small: bool) -> Iterator[int]:
+    """Runs a backend up to the first failure, after which the device may refuse everything; yields what it was."""
     status = RIGHT
     for case in cases(device, small):
-        about = f"{name} {direction}: {case}"
         try:
-            problem = exercise(name, case, device, direction)
+            tensors, grad_out, truth = posed(case, device)
+            got = timed_call(ours(name).prepare(case, tensors), tensors, grad_out, direction)()
+            found, limit = deviation([t.cpu() for t in got], truth), allowed(got[0].dtype, 0.0)
+            told = "right"
+            if not found <= limit:
+                told, status = f"{found:.1e} from the formula, {limit:.1e} is allowed", WRONG
         except Unavailable as reason:
-            print(f"{about}: unavailable: {reason}", flush=True)
-            continue
+            told = f"unavailable: {reason}"
         except Exception as error:  # of whatever kind, it is what we are here to find
-            print(f"{about}: failed: {type(error).__name__}: {error}", flush=True)
-            return FAILED
-        print(f"{about}: {problem or 'right'}", flush=True)
-        status = WRONG if problem else status
-    return status
-
-
-def apart(name: str, direction: str, device: str, small: bool, seconds: float) -> int | None:
-    """Exercises a backend in a process of its own; its exit status, or None where it did not end."""
-    words = ["--backends", name, "--directions", direction, "--device", device, *(["--small"] if small else [])]
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.exercise", *words])
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(seconds)
-    print(f"{name} {direction}: did not end within {seconds:.0f} s", flush=True)
-    process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
-    return None
+            told, status = f"failed: {said(error)}", FAILED
+        print(f"{name} {direction}: {case}: {told}", flush=True)
+        if status == FAILED:
+            break
+    yield status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,20 +73,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a few tokens, an even grid and an odd one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), metavar="NAME")
-    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--seconds", type=float, help="limit for each backend and direction, apart from each other")
+    parser.add_argument("--seconds", type=float, help="limit for all, each in a process of its own")
     options = parser.parse_args(arguments)
-    chosen = list(product(options.backends, options.directions))
-    where = options.device, options.small
+    chosen = [(*one, options.device, options.small) for one in product(options.backends, ("forward", "both"))]
     if options.seconds is None:
-        return max(here(*one, *where) for one in chosen)
-    processors = os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // len(chosen))))
-    with ThreadPoolExecutor(min(processors, len(chosen))) as pool:
-        statuses = list(pool.map(lambda one: apart(*one, *where, options.seconds), chosen))
-    unfit = {name for (name, _), status in zip(chosen, statuses, strict=True) if status not in (RIGHT, WRONG)}
+        return max(status for one in chosen for status in exercise(*one))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(chosen))))
+    end, statuses, unfit = time.monotonic() + options.seconds, [], set()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(exercise, *one)) for one in chosen]
+        for (name, direction, *_), worker in zip(chosen, workers, strict=True):
+            try:
+                statuses.append(worker.receive(max(0.0, end - time.monotonic())))
+            except Gone as reason:
+                print(f"{name} {direction}: {reason}", flush=True)
+                statuses.append(FAILED)
+            if statuses[-1] == FAILED:
+                unfit.add(name)
     print("unfit:", *sorted(unfit))
-    return 0 if set(statuses) == {RIGHT} else 1
+    return max(statuses)
 
 
 if __name__ == "__main__":

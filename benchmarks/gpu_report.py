@@ -2,10 +2,9 @@
 
 python -m benchmarks.gpu_report [--evidence DIR] [--output DIR] [--minutes 9] [--dry-run] [--skip STEP ...]
 
-Steps run in order of importance until the time is up. What is done is kept in the output folder; the same command again
-goes on from there. The evidence folder gets four files, replaced as a whole every few seconds: whatever ends the
-command, they hold all that was found until then. It needs torch and timm, and uses nvcc, triton, pytest, pytest-xdist,
-compute-sanitizer and ncu where they are installed; it installs nothing and needs no network.
+What is done is kept in the output folder, and the same command again goes on from there; docs/benchmarks.md tells more.
+It needs torch and timm, uses nvcc, triton, pytest, pytest-xdist, compute-sanitizer and ncu where they are installed,
+installs nothing and needs no network.
 
 Exit status: 0 all done and right, 1 something was wrong, 2 nothing wrong but not all done.
 """
@@ -18,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,19 +28,15 @@ from benchmarks.results import ROOT
 from benchmarks.workloads import headline
 
 PYTHON = sys.executable
-EMPTY = {
-    "results.jsonl": "",
-    "state.json": '{"machine": {}, "steps": {}}\n',
-    "report.txt": "nothing is done yet\n",
-    "log.txt": "",
-}
+FILES = ("results.jsonl", "state.json", "report.txt", "log.txt")
 MINUTES = 9.0  # that the steps' limits are made for
 LEAST_SECONDS = 10  # that must be left for a step to begin
-TAIL_LINES = 15
+
+LARGEST = 15 * 2**20  # characters of a file in the evidence folder
 
 DONE, WRONG, MISSING, UNFINISHED, LEFT = "done", "wrong", "missing", "out of time", "not begun"
 UNDER_WAY = "interrupted"  # until it is something else
-DAMAGED = (ValueError, TypeError, KeyError, AttributeError)  # what reading a file that is not whole raises
+
 
 KERNELS = ("triton", "cuda")  # the backends with kernels of ours, and what these are called
 KERNEL_NAMES = ("gpsa_kernel", "attention_", "separable_", "axis_tables")
@@ -53,18 +47,9 @@ class Step(NamedTuple):
     """A command."""
 
     name: str  # for --skip, the log and the table
-    command: Sequence[str]  # words; the first may be a tool that is not there
+    command: Sequence[str]  # words; the first is Python, or a vendor's tool, which a machine may lack or forbid
     seconds: float  # what it may take at most of nine minutes, beside what the steps before it left over
-    needs: tuple[str, ...] = ()  # files of the repository without which it makes no sense
-    tool: bool = False  # whether it is the vendor's tool that looks, which a machine may lack or forbid
     environment: Sequence[tuple[str, str]] = ()  # in addition to this process's
-
-    def obstacle(self) -> str | None:
-        """What it lacks, or None."""
-        for path in self.needs:
-            if not (ROOT / path).exists():
-                return f"there is no {path}"
-        return None if shutil.which(self.command[0], path=tools()) else f"{self.command[0]} was not found"
 
 
 def tools() -> str:
@@ -102,13 +87,13 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         options += ["--collect-only"] if dry else []
         interpreted = [("TRITON_INTERPRET", "1")] if dry else []  # or there would be no test to collect
         environment = (trusting, *interpreted)
-        return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, files, environment=environment)
+        return Step(name, (PYTHON, "-m", "pytest", *options, *files), seconds, environment=environment)
 
     def sanitized(tool: str, seconds: float) -> Step:
         options = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         options += [word for name in KERNEL_NAMES for word in ("--kernel-name", f"kns={name}")]
         command = (*([] if dry else options), *exercise, "--small", *kernels)
-        return Step(tool, command, seconds, tool=True, environment=uncached)
+        return Step(tool, command, seconds, environment=uncached)
 
     profiler = ["ncu", "--target-processes", "all", "--clock-control", "none", "--csv", "--launch-count", "60"]
     profiler += ["--kernel-name", f"regex:{'|'.join(KERNEL_NAMES)}"]
@@ -116,7 +101,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         profiler += ["--section", watched]
     build = (("GPSA_BUILD_CUDA", "1"), ("TORCH_CUDA_ARCH_LIST", capability))
     return [
-        Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, ("setup.py", "csrc"), environment=build),
+        Step("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 75, environment=build),
         Step("exercise", (*exercise, *(("--seconds", "240", "--small") if dry else ("--seconds", "45"))), 60),
         tested("smoke", 50, "tests/kernels", marked="smoke"),
         measured("headline", 45, "operator", workloads=first),
@@ -128,7 +113,7 @@ def steps(dry: bool, output: Path, capability: str, unfit: Sequence[str]) -> lis
         measured("compiled", 25),
         tested("tests", 30, "tests/kernels", "tests/cuda/test_primitives.py"),
         sanitized("racecheck", 20),
-        Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20, tool=True),
+        Step("profile", (*([] if dry else profiler), *exercise, *(["--small"] if dry else kernels)), 20),
         measured("rest", 25, "accuracy", "dispatch", "layer", "models", "batch", "tuned"),
     ]
 
@@ -141,51 +126,34 @@ class Report:
 
     def __init__(self, folder: Path, evidence: Path | None) -> None:
         self.folder, self.evidence = folder, evidence
-        self.results_file, self.state_file, self.text_file, self.log = (folder / name for name in EMPTY)
+        self.results_file, self.state_file, self.text_file, self.log = (folder / name for name in FILES)
         self.machine: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.steps: list[Step] = []
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in EMPTY.items():
-            if not (folder / name).exists():
-                results.write(folder / name, text)
-        with self.log.open("a") as log:
-            log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n")
+        self.say(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}")
 
     def say(self, text: str) -> None:
-        """Prints a line and adds it to the log."""
         print(text, flush=True)
         with self.log.open("a") as log:
             log.write(f"{text}\n")
 
     def take_up(self, machine: dict[str, Any]) -> None:
-        """Goes on with what the folder has of this machine; what is damaged or another machine's is set aside."""
+        """Goes on with what the folder has of this machine; another one's state, or a damaged one, is set aside."""
         self.machine = machine
         try:
             old = json.loads(self.state_file.read_text())
-            steps = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
-            if old["machine"] == machine or not steps:
-                self.state = steps
-            else:
-                self.set_aside(self.state_file, "is of another machine or version")
-        except DAMAGED as error:
-            self.set_aside(self.state_file, f"is damaged ({type(error).__name__})")
-
-    def check_results(self) -> None:
-        """Sets the results aside where they are damaged."""
-        try:
-            results.read(self.results_file)
-        except DAMAGED as error:
-            self.set_aside(self.results_file, f"is damaged ({type(error).__name__})")
-
-    def set_aside(self, path: Path, why: str) -> None:
-        """Renames a file, never over another one, and begins it anew."""
-        number = 1
-        while (kept := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        os.replace(path, kept)
-        results.write(path, EMPTY[path.name])
-        self.say(f"{path.name} {why}: it was renamed to {kept.name}")
+            if old["machine"] != machine:
+                raise ValueError("it is of another machine or version")
+            self.state = {name: {**entry, "status": entry["status"]} for name, entry in old["steps"].items()}
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            number = 1
+            while (kept := self.folder / f"{self.state_file.name}.{number}").exists():
+                number += 1
+            os.replace(self.state_file, kept)
+            self.say(f"{self.state_file.name} was renamed to {kept.name}: {type(error).__name__}: {error}")
 
     def set(self, step: Step, status: str, word: str = "", seconds: float = 0.0, **more: Any) -> None:
         """What became of a step, in all files at once: whoever ends us finds it."""
@@ -194,15 +162,17 @@ class Report:
         results.write(self.text_file, self.text())
         self.publish()
 
-    def publish(self) -> str | None:
-        """Brings the evidence folder up to date; tells and returns what keeps it from being written."""
-        if self.evidence is not None:
-            try:
-                supervisor.publish(self.folder, self.evidence, list(EMPTY))
-            except OSError as error:
-                print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
-                return str(error)
-        return None
+    def publish(self) -> bool:
+        """Copies the files to the evidence folder, each replaced as a whole; tells what keeps it from being written."""
+        try:
+            for name in FILES if self.evidence else ():
+                text = (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
+                cut = f"{text[: LARGEST // 2]}\n[...]\n{text[-LARGEST // 2 :]}"
+                results.write(self.evidence / name, cut if len(text) > LARGEST else text)
+        except OSError as error:
+            print(f"--evidence: the folder cannot be written: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def text(self) -> str:
         """The table of the steps, what is wrong, whose fault it ever is, and the short table of what was measured."""
@@ -210,34 +180,31 @@ class Report:
         for step in self.steps:
             entry = self.state.get(step.name, {"status": LEFT, "word": "", "seconds": 0.0})
             lines.append(f"{step.name:<12}{entry['status']:<14}{entry['seconds']:>8}  {entry['word']}")
-        if any(self.status(step) in (UNFINISHED, LEFT, UNDER_WAY) for step in self.steps):
+        if {UNFINISHED, LEFT, UNDER_WAY} & set(map(self.status, self.steps)):
             lines.append("not all is done: the same command goes on")
         try:
-            if (run := self.run()) is not None:
+            if run := self.run():
                 failed = [row for row in run["rows"] if row["status"] in ("wrong", "failed")]
-                told = [*results.faults(run["rows"], run["device_type"], run["profile"]), *failed]
-                lines += ["", *dict.fromkeys(map(_told, told)), "", tables.comparison(run), tables.details(run)]
+                lines += ["", *dict.fromkeys(map(_told, [*self.faults(), *failed]))]
+                lines += ["", tables.comparison(run), tables.details(run)]
         except Exception as error:  # the rest is worth showing, whatever the rows are like
             lines.append(f"the rows cannot be shown: {type(error).__name__}: {error}")
         return "\n".join([*lines, ""])
 
     def status(self, step: Step) -> str:
-        """What became of a step."""
         return self.state.get(step.name, {}).get("status", LEFT)
 
-    def is_done(self, step: Step) -> bool:
-        """Whether a step was done, and what it measured, if it measures, has not been lost since."""
-        return self.status(step) == DONE and ("--sections" not in step.command or self.run() is not None)
-
     def run(self) -> results.Run | None:
-        """This machine's rows, if there are any."""
         return results.last(self.results_file, self.machine)
 
-    def verdict(self, dry: bool) -> int:
-        """The exit status; a rehearsal forgives what is not there."""
-        found = {self.status(step) for step in self.steps if not (step.tool or dry) or self.status(step) != MISSING}
+    def faults(self) -> list[results.Row]:
         run = self.run()
-        if found & {WRONG, MISSING} or (run and results.faults(run["rows"], run["device_type"], run["profile"])):
+        return results.faults(run) if run else []
+
+    def verdict(self) -> int:
+        """The exit status; the vendor's tools may be missing."""
+        found = set(map(self.status, self.steps))
+        if WRONG in found or self.faults():
             return 1
         return 2 if found & {UNFINISHED, LEFT} else 0
 
@@ -255,7 +222,7 @@ def perform(step: Step, seconds: float, report: Report) -> tuple[str, str, str]:
     command = [shutil.which(step.command[0], path=tools()) or step.command[0], *step.command[1:]]
     code = supervisor.run(command, seconds, report.log, environment, report.publish)
     printed = report.log.read_bytes()[before:].decode(errors="replace")
-    if step.tool and (refused := NOT_SUPPORTED.search(printed)):
+    if step.command[0] != PYTHON and (refused := NOT_SUPPORTED.search(printed)):
         return MISSING, refused[0], printed
     if code is None:
         return UNFINISHED, f"ended after {seconds:.0f} s", printed
@@ -281,45 +248,41 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-report", help="folder for results, state and log")
     parser.add_argument("--minutes", type=float, help="time limit, which the steps' limits go with; 9, of a dry run 60")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: every step but the GPU's")
-    parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
+    names = [step.name for step in steps(False, Path(), "", ())]
+    parser.add_argument("--skip", nargs="*", choices=names, default=[], metavar="STEP", help=f"of {', '.join(names)}")
     options = parser.parse_args(arguments)
     dry = options.dry_run
     minutes = (60 if dry else MINUTES) if options.minutes is None else options.minutes
     end = time.monotonic() + 60 * minutes
+    try:
+        report = Report(options.output.resolve(), options.evidence and options.evidence.resolve())
+    except OSError as error:
+        print(f"--output: the folder cannot be written: {error}", file=sys.stderr)
+        return 1
 
     def plan(capability: str, unfit: Sequence[str]) -> list[Step]:
         return [step for step in steps(dry, report.results_file, capability, unfit) if step.name not in options.skip]
 
-    evidence = options.evidence and options.evidence.resolve()
-    try:
-        report = Report(options.output.resolve(), evidence)
-    except OSError as error:
-        report = Report(Path(tempfile.mkdtemp(prefix="gpu-report-")), evidence)
-        report.say(f"the output folder cannot be written ({error}): it is {report.folder} instead")
-    if unknown := set(options.skip) - {step.name for step in steps(dry, report.results_file, "", ())}:
-        parser.error(f"--skip: no step is called {', '.join(sorted(unknown))}")
-    if report.publish():
+    if not report.publish():
         return 1
     facts = ask(report, dry)
     if facts is None:
         report.publish()
         return 1
-    report.take_up({name: value for name, value in facts["run"].items() if name != "started"})
+    report.take_up({name: value for name, value in facts["run"].items() if name not in ("started", "commit")})
 
     unfit: Sequence[str] = report.state.get("exercise", {}).get("unfit", ())
     report.steps = plan(facts["capability"], unfit)
     for index, name in enumerate([step.name for step in report.steps]):
-        step = report.steps[index]
-        report.check_results()
-        if report.is_done(step):
+        step, left = report.steps[index], end - time.monotonic()
+        if report.status(step) == DONE:
             continue
-        left = end - time.monotonic()
-        if (obstacle := step.obstacle()) is not None:
-            report.set(step, MISSING, obstacle)
+        if shutil.which(step.command[0], path=tools()) is None:
+            report.set(step, MISSING, f"{step.command[0]} was not found")
         elif left < LEAST_SECONDS:
             report.set(step, LEFT)
         else:
-            to_come = [one.seconds for one in report.steps[index:] if not report.is_done(one)]
+            to_come = [one.seconds for one in report.steps[index:] if report.status(one) != DONE]
             spare = left - sum(to_come) * minutes / MINUTES
             limit = step.seconds * minutes / MINUTES + max(0.0, spare)
             report.set(step, UNDER_WAY)
@@ -330,11 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
                 more["unfit"] = unfit = told[-1].split()
                 report.steps = plan(facts["capability"], unfit)
             report.set(step, status, word, time.monotonic() - start, **more)
-            if status == WRONG:
-                print("\n".join(f"  | {line}" for line in printed.splitlines()[-TAIL_LINES:]), flush=True)
-    report.check_results()
     print(report.text())
-    return report.verdict(dry)
+    return report.verdict()
 
 
 if __name__ == "__main__":

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers, timing
+from benchmarks.apart import Gone, Worker, said
 from benchmarks.peers import LAYER, OPERATOR, Function, Peer, Subject, Unavailable
 from benchmarks.results import Row
-from benchmarks.workloads import Case, Profile, Rates, Workload
+from benchmarks.workloads import Case, Profile, Rates, Workload, attention_work, floor, layer_work
 from gpsa_kernels import BACKENDS
 
 PROBE_SECONDS = 240
@@ -28,53 +27,39 @@ class Wrong(Exception):
 
 
 class ContextLost(Exception):
-    """A peer raised (after an illegal access, say) and nothing on the GPU works in this process any more.
-
-    ``row`` is the peer's.
-    """
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row["reason"])
-        self.row = row
+    """Nothing on the GPU works in this process any more (after an illegal access, say); with the row of who did it."""
 
 
-def failed(row: Row, error: Exception) -> Row:
-    """The row of a peer that raised.
+def excuse(row: Row, error: Exception) -> None:
+    """Writes into a peer's row why it has no time.
 
     Raises:
         ContextLost: with the row, where no later peer can run in this process.
     """
-    reason = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
-    row |= {"status": "failed", "reason": reason}
-    if torch.cuda.is_initialized():
+    status = {Wrong: "wrong", Unavailable: "unavailable"}.get(type(error), "failed")
+    row |= {"status": status, "reason": said(error) if status == "failed" and type(error) is not Gone else str(error)}
+    if status == "failed" and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            row["reason"] = " ".join((LOST, "in", row["workload"], row.get("direction", ""))).rstrip() + f": {reason}"
+            place = " ".join((LOST, "in", row["workload"], row.get("direction", ""))).rstrip()
+            row["reason"] = f"{place}: {row['reason']}"
             raise ContextLost(row) from error
-    return row
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How many samples to take of a peer, and for how many seconds at most."""
-
-    rounds: int
-    budget: float
-    least: int
-
-
-EFFORTS: dict[Profile, Effort] = {"full": Effort(40, 10.0, 5), "quick": Effort(10, 2.0, 4), "dry": Effort(2, 0.0, 2)}
+def time_all(rows: Mapping[str, Row], clocks: Mapping[str, timing.Clock], effort: timing.Effort) -> None:
+    """Times peers, interleaved, and writes into their rows what came of it."""
+    timed = timing.Interleaved(clocks)
+    timed.run(effort)
+    for peer, error in timed.failures.items():
+        excuse(rows[peer], error)
+    for peer, seconds in timed.seconds.items():
+        rows[peer].update({"status": "ok", **timing.summary(seconds)})
 
 
-@contextlib.contextmanager
-def own_stream(device: str) -> Iterator[None]:
+def own_stream(device: str) -> contextlib.AbstractContextManager[Any]:
     """A stream that CUDA graphs can be captured on; nothing on a CPU."""
-    if device != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream()):
-        yield
+    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else contextlib.nullcontext()
 
 
 # ---- one call -------------------------------------------------------------------------------------------------------
@@ -92,10 +77,10 @@ def _grads(out: Tensor, tensors: Sequence[Tensor], grad_out: Tensor, retain_grap
 
 
 def timed_call(function: Function, tensors: Sequence[Tensor], grad_out: Tensor, direction: str) -> timing.Call:
-    """What is timed in a direction, on one set of inputs."""
+    """What is timed in a direction, on one set of inputs; it returns a list of tensors."""
     if direction == "forward":
         detached = [t.detach() for t in tensors]
-        return torch.no_grad()(lambda: function(*detached))
+        return torch.no_grad()(lambda: [function(*detached)])
     if direction == "both":
         return lambda: gradients(function, tensors, grad_out)
     out = function(*tensors)
@@ -124,39 +109,6 @@ def memory(call: Callable[[], Any], device: str) -> Row:
     return {"memory_mb": kept / 1e6} if kept else {}
 
 
-# ---- a peer that might take the process with it --------------------------------------------------------------------
-
-
-def _probe(section: str, name: str, case: Case, device: str, direction: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    what = subject(section)
-    peer = next(peer for peer in what.peers if peer.name == name)
-    # an exception is none of our business here: the peer will raise it again
-    with own_stream(device), contextlib.suppress(Exception):
-        tensors = what.inputs(case, device, 0)
-        function = peer.prepare(case, tensors)
-        timed_call(function, tensors, torch.randn_like(tensors[0]), direction)()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-
-def probe(section: str, name: str, case: Case, device: str, direction: str) -> str | None:
-    """Calls a peer compiled for the CPU in a process of its own; why that process died, or None.
-
-    Compiled code is machine code made a moment ago: torch 2.11 compiles the backward pass of timm's layer for a CPU to
-    something that corrupts memory.
-    """
-    context = multiprocessing.get_context("spawn")
-    arguments = (section, name, case, device, direction, torch.get_num_threads())
-    process = context.Process(target=_probe, args=arguments, daemon=False)
-    process.start()
-    process.join(PROBE_SECONDS)
-    if (code := process.exitcode) is None:
-        process.kill()
-        return f"it took more than {PROBE_SECONDS} s to compile"
-    return f"the process died of signal {-code}" if code < 0 else None
-
-
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +117,21 @@ def subject(section: str) -> Subject:
     return LAYER if section == "layer" else OPERATOR
 
 
-def input_sets(workload: Workload, device: str, temperature: str) -> list[tuple[list[Tensor], Tensor]]:
+def probe(section: str, name: str, case: Case, direction: str) -> Iterator[None]:
+    """Calls a peer on the CPU, in a process that this may cost: whether it raises there, its own process will find out.
+
+    Compiled code is machine code made a moment ago: torch 2.11 compiles the backward pass of timm's layer for a CPU to
+    something that corrupts memory.
+    """
+    what = subject(section)
+    (peer,) = (peer for peer in what.peers if peer.name == name)
+    with contextlib.suppress(Exception):
+        tensors = what.inputs(case, "cpu", 0)
+        timed_call(peer.prepare(case, tensors), tensors, torch.randn_like(tensors[0]), direction)()
+    yield
+
+
+def input_sets(workload: Workload, device: str) -> list[tuple[list[Tensor], Tensor]]:
     """Sets of inputs and output gradient: one to repeat, or as many as exceed twice the L2 cache.
 
     The parameters are the same in all sets: only activations rotate.
@@ -173,9 +139,9 @@ def input_sets(workload: Workload, device: str, temperature: str) -> list[tuple[
     what = subject(workload.section)
     first = what.inputs(workload.case, device, 0)
     count = 1
-    if temperature == "cold":
+    if workload.temperature == "cold":
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        count = max(2, math.ceil(2 * cache / sum(t.numel() * t.element_size() for t in first[: what.activations])))
+        count = max(2, math.ceil(2 * cache / sum(t.nbytes for t in first[: what.activations])))
     sets = [first]
     for seed in range(1, count):
         sets.append([*what.inputs(workload.case, device, seed)[: what.activations], *first[what.activations :]])
@@ -183,13 +149,13 @@ def input_sets(workload: Workload, device: str, temperature: str) -> list[tuple[
 
 
 class Run:
-    """A workload's peers on the same inputs at one temperature, made when the first direction is asked for.
+    """A workload's peers on the same inputs, made when the first direction is asked for.
 
     ``lost``: peers that are left out, and why.
     """
 
-    def __init__(self, workload: Workload, device: str, temperature: str, lost: Mapping[str, str] = {}) -> None:
-        self.workload, self.device, self.temperature, self.lost = workload, device, temperature, lost
+    def __init__(self, workload: Workload, device: str, lost: Mapping[str, str] = {}) -> None:
+        self.workload, self.device, self.lost = workload, device, lost
         self.case, self.subject = workload.case, subject(workload.section)
         fitting = (peer for peer in self.subject.peers if workload.compiled or not peer.compiled)
         self.peers = [peer for peer in fitting if workload.section == "tuned" or not peer.tuned]
@@ -198,7 +164,7 @@ class Run:
 
     def _begin(self) -> None:
         torch._dynamo.reset()  # or the shapes of earlier workloads count towards its limit of recompilations
-        self.sets = input_sets(self.workload, self.device, self.temperature)
+        self.sets = input_sets(self.workload, self.device)
         tensors, grad_out = self.sets[0]
         dtype = getattr(torch, self.case.dtype)
         self.truth = self.subject.formula(tensors, grad_out, self.case, torch.float64)
@@ -214,53 +180,46 @@ class Run:
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
-    def prepared(self, direction: str) -> tuple[list[Row], dict[str, timing.Sample]]:
+    def prepared(self, direction: str) -> tuple[dict[str, Row], dict[str, timing.Clock]]:
         """A row for every peer, with the reason where it cannot be timed, and clocks for those that can."""
         if not self.sets:
             self._begin()
-        timing.CudaSample.pool = None  # the graphs of the last direction are gone, and with them their pool
-        place = {"section": self.workload.section, "workload": str(self.workload), "direction": direction}
+        timing.CudaClock.pool = None  # the graphs of the last direction are gone, and with them their pool
         with torch.set_grad_enabled(direction != "forward"):
-            place["auto"] = peers.auto(self.case, self.subject.attention(self.case, self.sets[0][0]))
-        rows = [{**place, "temperature": self.temperature, "peer": peer.name} for peer in self.peers]
-        samples: dict[str, timing.Sample] = {}
-        for peer, row in zip(self.peers, rows, strict=True):
-            if peer.name in self.lost:
-                row |= {"status": "failed", "reason": self.lost[peer.name]}
-                continue
+            auto = peers.auto(self.case, self.subject.attention(self.case, self.sets[0][0]))
+        place = {"section": self.workload.section, "workload": str(self.workload), "direction": direction}
+        place |= {"temperature": self.workload.temperature, "auto": auto}
+        rows: dict[str, Row] = {peer.name: {**place, "peer": peer.name} for peer in self.peers}
+        clocks: dict[str, timing.Clock] = {}
+        for peer in self.peers:
             try:
-                samples[peer.name] = self._sample(peer, direction, row)
-            except (Wrong, Unavailable) as error:
-                row |= {"status": "wrong" if isinstance(error, Wrong) else "unavailable", "reason": str(error)}
+                clocks[peer.name] = self._clock(peer, direction, rows[peer.name])
             except Exception as error:  # a peer's own failure, of whatever kind, is a result
-                failed(row, error)
-        return rows, samples
+                excuse(rows[peer.name], error)
+        return rows, clocks
 
-    def rows(self, direction: str, effort: Effort, rates: Rates | None) -> list[Row]:
-        """All peers in one direction, interleaved; ``rates`` are what a floor is to be computed from, if it is one."""
-        rows, samples = self.prepared(direction)
-        timed = timing.Interleaved(samples)
-        timed.run(effort.rounds, effort.budget, least=effort.least)
-        for row in rows:
-            name = row["peer"]
-            if name in timed.failures:
-                failed(row, timed.failures[name])
-            if name in timed.seconds:
-                row |= {"status": "ok", "timer": samples[name].timer, **timing.summary(timed.seconds[name])}
-                row |= rates._asdict() if rates else {}
-        return rows
+    def rows(self, direction: str, effort: timing.Effort, rates: Callable[[str], Rates | None]) -> list[Row]:
+        """All peers in one direction, interleaved; ``rates`` tells, of a dtype, what their floor is computed from."""
+        rows, clocks = self.prepared(direction)
+        work = layer_work if self.workload.section == "layer" else attention_work
+        bound = floor(work(self.case, direction), rates(self.case.dtype))
+        for row in rows.values():
+            row |= bound
+        time_all(rows, clocks, effort)
+        return [*rows.values()]
 
-    def _sample(self, peer: Peer, direction: str, row: Row) -> timing.Sample:
+    def _clock(self, peer: Peer, direction: str, row: Row) -> timing.Clock:
+        if peer.name in self.lost:
+            raise Gone(self.lost[peer.name])
         if direction not in peer.directions:
             raise Unavailable(f"there is no {direction} pass of it")
         if peer.name not in self.functions:
             self.functions[peer.name] = peer.prepare(self.case, self.sets[0][0])
         if peer.compiled and self.device == "cpu":
-            death = probe(self.workload.section, peer.name, self.case, self.device, direction)
-            if death is not None:
-                raise RuntimeError(death)
+            with Worker(probe, self.workload.section, peer.name, self.case, direction) as worker:
+                worker.receive(PROBE_SECONDS)
         function, first = self.functions[peer.name], self.sets[0]
-        got = [timed_call(function, *first, "forward")()] if direction == "forward" else gradients(function, *first)
+        got = timed_call(function, *first, "forward" if direction == "forward" else "both")()
         if peer.gpsa:
             row["deviation"] = found = peers.deviation(got, self.truth)
             if not found <= self.allowed:
@@ -268,7 +227,12 @@ class Run:
         calls = [timed_call(function, *one, direction) for one in self.sets]
         if direction != "backward":
             row |= memory(calls[0], self.device)
-        return timing.sample(calls, self.device)
+        if self.device == "cpu":
+            row["timer"] = "wall clock"
+            return timing.wall_clock(calls[0], "cpu")
+        clock = timing.CudaClock(calls)
+        row["timer"] = clock.timer
+        return clock
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
@@ -300,27 +264,21 @@ def accuracy_rows(case: Case, device: str, lost: Mapping[str, str]) -> Iterator[
     tensors = peers.inputs(case, device, 0)
     grad_out = torch.randn_like(tensors[0])
     truth = peers.formula(tensors, grad_out, case, torch.float64)
-    ways: dict[str, Callable[[], list[Tensor]]] = {
-        "formula": lambda: peers.formula(tensors, grad_out, case, getattr(torch, case.dtype)),
-        "formula, autocast": lambda: autocast(tensors, grad_out, case),
-    }
-    if case.dtype == "float32":
-        del ways["formula, autocast"]  # it would be the formula
-    for name in BACKENDS:
-        ours = peers.ours(name)
+    ways = {"formula": lambda: peers.formula(tensors, grad_out, case, getattr(torch, case.dtype))}
+    if case.dtype != "float32":  # there it would be the formula
+        ways["formula, autocast"] = lambda: autocast(tensors, grad_out, case)
+    for ours in map(peers.ours, BACKENDS):
         ways[ours.name] = lambda ours=ours: gradients(ours.prepare(case, tensors), tensors, grad_out)
     for peer, way in ways.items():
         row: Row = {"section": "accuracy", "workload": str(case), "peer": peer}
-        if peer in lost:
-            yield {**row, "status": "failed", "reason": lost[peer]}
-            continue
         try:
+            if peer in lost:
+                raise Gone(lost[peer])
             got = way()
-        except Unavailable as error:
-            yield {**row, "status": "unavailable", "reason": str(error)}
         except Exception as error:  # a backend's failure, of whatever kind, is a result
-            yield failed(row, error)
+            excuse(row, error)
         else:
             errors = [(a.double() - b).nan_to_num(nan=peers.HOPELESS) for a, b in zip(got, truth, strict=True)]
             row |= {"status": "ok", "max_error": [error.abs().max().item() for error in errors]}
-            yield {**row, "rms_error": [error.square().mean().sqrt().item() for error in errors]}
+            row["rms_error"] = [error.square().mean().sqrt().item() for error in errors]
+        yield row

@@ -1,15 +1,14 @@
 """What a user could do instead of gpsa_kernels, and gpsa_kernels, one small entry each; and the truth about them.
 
-Every peer of the operator takes the same five tensors (q, k, v, pos_weight, gate) and returns (B, H, N, D); every peer
-of the layer takes tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside
-the clock. Whether a peer computes what the formula says is decided before it is timed, on the tensors that are timed.
+Every peer of the operator takes q, k, v, pos_weight and gate and returns (B, H, N, D); every peer of the layer takes
+tokens and the layer's parameters. What depends on nothing but the shapes is prepared once, outside the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,21 +42,20 @@ def formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torc
 
     A head and a slice of the batch at a time: they are independent but for the sums over the batch.
     """
-    out, q, k, v = (torch.empty_like(tensors[0], dtype=dtype) for _ in range(4))
-    weights = [torch.zeros_like(t, dtype=torch.float64) for t in tensors[3:]]
     step = max(1, _LARGEST_MAP // case.tokens**2)
+    found = []
     for head in range(case.heads):
-        for start in range(0, case.batch, step):
-            part = slice(start, start + step), slice(head, head + 1)
-            leaves = [t.detach()[part].to(dtype).requires_grad_() for t in tensors[:3]]
-            leaves += [t.detach()[part[1]].to(dtype).requires_grad_() for t in tensors[3:]]
-            result = literal(case, *leaves)
-            grads = torch.autograd.grad(result, leaves, grad_out[part].to(dtype))
-            for whole, piece in zip((out, q, k, v), (result.detach(), *grads[:3]), strict=True):
-                whole[part] = piece
-            for whole, piece in zip(weights, grads[3:], strict=True):
-                whole[part[1]] += piece
-    return [out, q, k, v, *weights]
+        weights, parts = [t.detach()[head : head + 1] for t in tensors[3:]], []
+        images = (t.detach()[:, head : head + 1].split(step) for t in (*tensors[:3], grad_out))
+        for *qkv, grad in zip(*images, strict=True):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in (*qkv, *weights)]
+            out = literal(case, *leaves)
+            parts.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+        *slices, pos_weight, gate = zip(*parts, strict=True)
+        sums = (torch.stack(pieces).double().sum(0) for pieces in (pos_weight, gate))
+        found.append([*map(torch.cat, slices), *sums])
+    *whole, pos_weight, gate = zip(*found, strict=True)
+    return [*(torch.cat(heads, 1) for heads in whole), torch.cat(pos_weight), torch.cat(gate)]
 
 
 def deviation(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -106,6 +104,21 @@ class Peer:
             raise Unavailable(f"it needs {' or '.join(self.devices)}")
         return self.make(case, tensors)
 
+    def under_compile(self) -> Peer:
+        """The same under torch.compile, for fixed shapes and in one graph."""
+        make = _compiled(self.make)
+        return replace(self, name=f"{self.name}, compiled", make=make, compiled=True)
+
+    def under_autotune(self) -> Peer:
+        """The same, with the fastest of many kernels for each of its products."""
+        make = _compiled(self.make, mode="max-autotune-no-cudagraphs")
+        name = f"{self.name}, max-autotune"
+        return replace(self, name=name, make=make, devices=("cuda",), compiled=True, tuned=True)
+
+
+def _compiled(make: Make, **options: str) -> Make:
+    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False, **options)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -135,7 +148,7 @@ def inputs(case: Case, device: str, seed: int) -> list[Tensor]:
 # ---- timm -----------------------------------------------------------------------------------------------------------
 
 
-class _Projected:
+class _Tokens:
     """Stands for the layer's input, and knows what its projections would be."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -152,25 +165,19 @@ class _Pair(tuple[Tensor, ...]):
     permute = reshape
 
 
-def timm_layer(case: Case, like: Tensor) -> GPSA:
-    """timm's layer on the device and in the dtype of ``like``, built as every timm since 0.6 accepts it."""
+def timm(case: Case, tensors: list[Tensor]) -> Function:
+    """timm's own layer code between the projections, on given q, k and v, as every timm since 0.6 has it."""
     if case.rows != case.columns:
         raise Unavailable("it knows square grids only")
-    layer = GPSA(case.heads * case.head_dim, case.heads).to(like)
-    layer.rel_indices = layer.get_rel_indices(case.tokens).to(like)
-    return layer
-
-
-def timm(case: Case, tensors: list[Tensor]) -> Function:
-    """timm's own layer code between the projections, on given q, k and v."""
     q, _, _, pos_weight, gate = tensors
-    layer = timm_layer(case, q)
+    layer = GPSA(case.heads * case.head_dim, case.heads).to(q)
+    layer.rel_indices = layer.get_rel_indices(case.tokens).to(q)
     del layer.qk, layer.v, layer.pos_proj.weight, layer.gating_param
     layer.qk, layer.v, layer.proj = lambda x: x.qk, lambda x: x.v, nn.Identity()
     layer.pos_proj.weight, layer.gating_param = pos_weight, gate
 
     heads = case.heads, case.head_dim
-    return lambda q, k, v, *_: layer(_Projected(q, k, v)).unflatten(2, heads).transpose(1, 2)
+    return lambda q, k, v, *_: layer(_Tokens(q, k, v)).unflatten(2, heads).transpose(1, 2)
 
 
 # ---- plain PyTorch --------------------------------------------------------------------------------------------------
@@ -228,21 +235,6 @@ def flex_twice(case: Case, tensors: list[Tensor]) -> Function:
     return function
 
 
-sdpa_and_cached_map = partial(sdpa_and_map, cached=True)
-cudnn_and_map = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
-
-
-def compiled(make: Make, **options: str) -> Make:
-    """The same peer under torch.compile, for fixed shapes and in one graph."""
-    return lambda case, tensors: torch.compile(make(case, tensors), fullgraph=True, dynamic=False, **options)
-
-
-def tuned(name: str, make: Make) -> Peer:
-    """The same, with the fastest of many kernels for each of its products."""
-    best = compiled(make, mode="max-autotune-no-cudagraphs")
-    return Peer(f"{name}, max-autotune", best, devices=("cuda",), compiled=True, tuned=True)
-
-
 def sdpa_alone(*backends: SDPBackend) -> Make:
     """Attention without any position, by one of torch's kernels, or by the one that torch picks."""
 
@@ -283,26 +275,26 @@ def check_backend(name: str, case: Case, tensors: list[Tensor]) -> None:
         raise Unavailable(reason)
 
 
+TIMM = Peer(REFERENCE, timm)
+ONCE = Peer("eager, position once", eager)
+MAP = Peer("SDPA + positional map", sdpa_and_map)
+CUDNN = partial(sdpa_and_map, kernels=[SDPBackend.CUDNN_ATTENTION])
+CACHED = Peer("SDPA + cached map", partial(sdpa_and_map, cached=True), directions=("forward",))
+PLAIN = Peer("SDPA alone", sdpa_alone(), gpsa=False)
+
 OPERATOR = Subject(
     peers=(
-        Peer(REFERENCE, timm),
-        Peer("eager, position once", eager),
-        Peer("SDPA + positional map", sdpa_and_map),
-        Peer("SDPA + positional map, cuDNN", cudnn_and_map, devices=("cuda",)),
-        Peer("SDPA + cached map", sdpa_and_cached_map, directions=("forward",)),
+        *(TIMM, ONCE, MAP),
+        Peer("SDPA + positional map, cuDNN", CUDNN, devices=("cuda",)),
+        CACHED,
         *(ours(name) for name in reversed(BACKENDS)),
-        Peer("SDPA alone", sdpa_alone(), gpsa=False),
+        PLAIN,
         Peer("SDPA alone, flash", sdpa_alone(SDPBackend.FLASH_ATTENTION), gpsa=False),
         Peer("SDPA alone, cuDNN", sdpa_alone(SDPBackend.CUDNN_ATTENTION), gpsa=False, devices=("cuda",)),
         Peer("SDPA alone, efficient", sdpa_alone(SDPBackend.EFFICIENT_ATTENTION), gpsa=False, devices=("cuda",)),
-        Peer("timm, compiled", compiled(timm), compiled=True),
-        Peer("eager, position once, compiled", compiled(eager), compiled=True),
-        Peer("SDPA + positional map, compiled", compiled(sdpa_and_map), compiled=True),
-        Peer("SDPA + cached map, compiled", compiled(sdpa_and_cached_map), directions=("forward",), compiled=True),
-        Peer("gpsa_kernels auto, compiled", compiled(ours("auto").make), compiled=True),
+        *(peer.under_compile() for peer in (TIMM, ONCE, MAP, CACHED, ours("auto"))),
         Peer("FlexAttention twice", flex_twice, compiled=True),
-        tuned("eager, position once", eager),
-        tuned("SDPA + positional map", sdpa_and_map),
+        *(peer.under_autotune() for peer in (ONCE, MAP)),
     ),
     inputs=inputs,
     formula=formula,
@@ -330,63 +322,57 @@ def _heads(t: Tensor, heads: int) -> Tensor:
     return t.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def _plain(attention: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: Sequence[Tensor], heads: int) -> Tensor:
-    """Projections around an attention of q, k and v."""
-    x, qk, v, proj, proj_bias = tensors[:5]
+def in_layer(peer: Peer) -> Peer:
+    """Projections around a peer of the operator, the same for everybody."""
+
+    def make(case: Case, tensors: list[Tensor]) -> Function:
+        attention = peer.prepare(case, layer_attention(case, tensors))
+        return lambda *tensors: _projected(attention, tensors, case.heads)
+
+    return replace(peer, make=make)
+
+
+def _projected(attention: Function, tensors: Sequence[Tensor], heads: int) -> Tensor:
+    x, qk, v, proj, proj_bias, pos_weight, gate = tensors[:7]
     q, k = F.linear(x, qk).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    out = attention(q, k, _heads(F.linear(x, v), heads))
+    out = attention(q, k, _heads(F.linear(x, v), heads), pos_weight, gate)
     return F.linear(out.transpose(1, 2).flatten(2), proj, proj_bias)
 
 
 def layer_formula(tensors: Sequence[Tensor], grad_out: Tensor, case: Case, dtype: torch.dtype) -> list[Tensor]:
     """The layer's result and the gradients of x and of all PARAMETERS but the last, computed in ``dtype``."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors[:-1]]
-    *_, pos_weight, gate = leaves
-
-    out = _plain(lambda *qkv: literal(case, *qkv, pos_weight, gate), leaves, case.heads)
+    out = _projected(partial(literal, case), leaves, case.heads)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(dtype))]
 
 
-def _holding(layer: nn.Module, tensors: Sequence[Tensor]) -> Function:
-    """``layer`` with the shared parameters in place of its own."""
-    for name, parameter in zip(PARAMETERS, tensors[1:], strict=True):
-        owner, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, parameter)
-    return lambda x, *_: layer(x)
-
-
-def timm_whole(case: Case, tensors: list[Tensor]) -> Function:
-    return _holding(timm_layer(case, tensors[0]), tensors)
-
-
 def layer_attention(case: Case, tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors like those of the layer's attention, and its parameters."""
     return [*[_heads(tensors[0], case.heads)] * 3, *tensors[5:7]]
 
 
-def our_layer(name: str) -> Make:
-    """FusedGPSA on a backend."""
+def our_layer(name: str) -> Peer:
+    """FusedGPSA on a backend, with the shared parameters in place of its own."""
 
     def make(case: Case, tensors: list[Tensor]) -> Function:
         check_backend(name, case, layer_attention(case, tensors))
         layer = FusedGPSA(tensors[0].size(2), case.heads, grid_size=case.grid_size, backend=name)
-        return _holding(layer, tensors)
+        for parameter, tensor in zip(PARAMETERS, tensors[1:], strict=True):
+            owner, _, attribute = parameter.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, tensor)
+        return lambda x, *_: layer(x)
 
-    return make
+    return Peer(f"gpsa_kernels {name}", make)
 
 
-def sdpa_in_layer(case: Case, tensors: list[Tensor]) -> Function:
-    """The same projections around attention without a position."""
-    return lambda *tensors: _plain(F.scaled_dot_product_attention, tensors, case.heads)
-
+TIMM_LAYER, PLAIN_LAYER = in_layer(TIMM), in_layer(PLAIN)
 
 LAYER = Subject(
     peers=(
-        Peer(REFERENCE, timm_whole),
-        *(Peer(f"gpsa_kernels {name}", our_layer(name)) for name in reversed(BACKENDS)),
-        Peer("SDPA alone", sdpa_in_layer, gpsa=False),
-        Peer("timm, compiled", compiled(timm_whole), compiled=True),
-        Peer("gpsa_kernels auto, compiled", compiled(our_layer("auto")), compiled=True),
-        Peer("SDPA alone, compiled", compiled(sdpa_in_layer), gpsa=False, compiled=True),
+        TIMM_LAYER,
+        *(our_layer(name) for name in reversed(BACKENDS)),
+        PLAIN_LAYER,
+        *(peer.under_compile() for peer in (TIMM_LAYER, our_layer("auto"), PLAIN_LAYER)),
     ),
     inputs=layer_inputs,
     formula=layer_formula,

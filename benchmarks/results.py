@@ -3,10 +3,10 @@
 {"started": ..., "device": ..., ...}                                       a run begins
 {"section": ..., "peers": ["timm", ...], "median_us": [35120, ...], ...}   a measurement
 
-A list has a value for each of the peers, null for none, and ends with the last one. What is no list holds for all
-peers of this line and of the lines below, as ``peers`` does, until one says something else, or null. ``wrong``,
-``failed`` and ``unavailable`` say of peers why they have no time. Figures from a thousand on are whole, below they have
-four significant digits, errors three; what follows from them (shapes, floors) is added when they are read.
+A list has a value for each of the peers, null for none; what is no list is true of all of them. ``wrong``, ``failed``
+and ``unavailable`` say why peers have no time. But for those and for FIGURES a line leaves out what the line above
+says, and takes it back by null. Figures from a thousand on are whole, below they have four significant digits, errors
+three.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.workloads import derived, headline
+from benchmarks.workloads import headline
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # of one peer in one measurement
 Run = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-EXCUSES = ("wrong", "failed", "unavailable")
 PLACE = ("section", "workload", "direction", "temperature")
-SHARED = (*PLACE, "timer", "rounds", "copy_gb_s", "matmul_tflop_s", "dim", "auto")
-ERRORS = ("deviation", "max_error", "rms_error")
 READINGS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu", "watts": "power.draw"}
+ERRORS = ("deviation", "max_error", "rms_error")
+FIGURES = ("median_us", "p20_us", "p80_us", "memory_mb", *ERRORS, *READINGS)
+EXCUSES = ("wrong", "failed", "unavailable")
 
 # ---- what a run is made on ------------------------------------------------------------------------------------------
 
@@ -46,38 +46,30 @@ def describe(device: str, profile: str) -> Run:
 
     import gpsa_kernels
 
+    versions = {found.name: found.version for found in importlib.metadata.distributions()}
+    info = Path("/proc/cpuinfo")
+    cpus = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
+    cpu = f"{cpus[0]} ({torch.backends.cpu.get_cpu_capability()})"
     header = {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(torch.backends.cpu.get_cpu_capability()),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "device_type": device,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        "triton": versions.get("triton"),
+        "timm": versions.get("timm"),
         "gpsa_kernels": gpsa_kernels.__version__,
-        "commit": _commit() or f"none, sources {sources()}",
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"),
+        "sources": sources(),
         "profile": profile,
     }
     return {name: value for name, value in header.items() if value is not None}
 
 
-def _cpu(capability: str) -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{names[0] if names else platform.processor()} ({capability})"
-
-
-def _commit() -> str | None:
-    git = ("git", "-C", str(ROOT))
-    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", "gpsa_kernels", "csrc")
-    return f"{commit}, changed" if commit and changed else commit
-
-
 def sources(root: Path = ROOT) -> str:
-    """A hash of what is measured, where no commit names it: the files of gpsa_kernels/ and csrc/ that are not built."""
+    """A hash of what is measured: the files of gpsa_kernels/ and csrc/ that are not built."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("gpsa_kernels", "csrc") for path in (root / folder).rglob("*")):
         if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp"):
@@ -94,13 +86,6 @@ def clocks(device: str, section: str, moment: str) -> list[Row]:
     values = zip(READINGS, told.split(","), strict=True)
     known = {name: float(value) for name, value in values if value.strip()[:1].isdigit()}
     return [{"section": "clocks", "workload": section, "peer": moment, "status": "ok", **known}]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:
@@ -127,99 +112,76 @@ def read(path: Path) -> list[Run]:
 def _parsed(path: Path) -> tuple[list[Run], Row]:
     """The runs, and what a line added to the last one may leave out."""
     runs: list[Run] = []
-    shared: Row = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    above: Row = {}
+    for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
-            found = json.loads(line)
+            found = json.loads(text)
             if "started" in found:
                 runs.append({**found, "rows": []})
-                shared = {}
+                above = {}
                 continue
-            excuses = {
-                peer: {"status": status, "reason": reason}
-                for status in EXCUSES
-                for peer, reason in found.pop(status, {}).items()
-            }
-            lists = {name: found.pop(name) for name in [*found] if isinstance(found[name], list) and name != "peers"}
-            held = {**shared, **found}
-            shared = {name: value for name, value in held.items() if value is not None and name not in lists}
-            common = {name: value for name, value in shared.items() if name != "peers"}
-            rows: dict[str, Row] = {}
-            for peer, *values in zip_longest(shared["peers"], *lists.values()):
-                figures = {name: value for name, value in zip(lists, values, strict=True) if value is not None}
-                if figures:
-                    rows[peer] = {**common, "peer": peer, "status": "ok", **figures}
-            for peer, excuse in excuses.items():
-                rows[peer] = {**common, "peer": peer, **rows.get(peer, {}), **excuse}
-            runs[-1]["rows"] += bounded([derived(_checked(row)) for row in rows.values()])
+            line = {name: value for name, value in {**above, **found}.items() if value is not None}
+            runs[-1]["rows"] += _rows(line)
+            above = _lasting(line)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-    return runs, shared
+    return runs, above
 
 
-def bounded(rows: list[Row]) -> list[Row]:
-    """The rows of a measurement, without their floor where somebody went below it: it was none."""
-    if all(row.get("floor_share", 0) <= 1 for row in rows):
-        return rows
-    return [{name: value for name, value in row.items() if not name.startswith("floor")} for row in rows]
+def _rows(line: Row) -> list[Row]:
+    lists = {name: value for name, value in line.items() if isinstance(value, list) and name != "peers"}
+    common = {name: value for name, value in line.items() if name not in (*lists, *EXCUSES, "peers")}
+    rows: dict[str, Row] = {}
+    for peer, *values in zip(line["peers"], *lists.values(), strict=True):
+        own = {name: value for name, value in zip(lists, values, strict=True) if value is not None}
+        if own:
+            rows[peer] = {**common, "peer": peer, "status": "ok", **own}
+    for status in EXCUSES:
+        for peer, reason in line.get(status, {}).items():
+            rows[peer] = {**common, "peer": peer, **rows.get(peer, {}), "status": status, "reason": reason}
+    return list(rows.values())
 
 
-def _checked(row: Row) -> Row:
-    """Raises ValueError or KeyError where a row does not say what it is of, or says two things at once."""
-    if row["status"] not in ("ok", *EXCUSES) or (row["status"] == "ok") == ("reason" in row):
-        raise ValueError("a reason is given where, and only where, the status is known and not ok")
-    if row["status"] != "ok" and "median_us" in row:
-        raise ValueError(f"a time is given for what is {row['status']}")
-    if not all(isinstance(row[name], str) for name in ("section", "workload", "peer")):
-        raise ValueError("a row is of a section, a workload and a peer")
-    return row
+def _line(rows: list[Row], known: list[str]) -> Row:
+    """The rows of one measurement; its peers are those ``known`` from the line above, if all are among them."""
+    measured = {row["peer"]: row for row in rows if row.keys() & {*FIGURES}}
+    line: Row = {"peers": known if measured.keys() <= {*known} else [*measured]}
+    for name in dict.fromkeys(name for row in rows for name in row if name not in ("peer", "status", "reason")):
+        first, *others = (row[name] for row in rows if name in row)
+        alike = name not in FIGURES and all(other == first for other in others)
+        line[name] = first if alike else [measured.get(peer, {}).get(name) for peer in line["peers"]]
+    for row in rows:
+        if row["status"] != "ok":
+            line.setdefault(row["status"], {})[row["peer"]] = row["reason"]
+    return line
+
+
+def _lasting(line: Row) -> Row:
+    """What of a line holds for the next one."""
+    return {name: value for name, value in line.items() if name not in (*FIGURES, *EXCUSES)}
 
 
 def append(path: Path, run: Run, rows: Iterable[Row]) -> None:
     """Adds ``rows`` to the file's last run, or begins one where that did not start when ``run`` did.
 
-    A section tells each reason for which a peer is unavailable once.
+    A run tells each reason for which a peer is unavailable once.
 
     Raises:
-        ValueError: the file is there and damaged, or a row is not one; nothing is written then.
+        ValueError: the file is there and damaged; it is left alone.
     """
-    runs, shared = _parsed(path) if path.exists() else ([], {})
+    runs, above = _parsed(path) if path.exists() else ([], {})
     lines: list[Row] = []
     if not runs or runs[-1]["started"] != run["started"]:
-        lines, shared = [{name: value for name, value in run.items() if name != "rows"}], {}
-    told = {_excuse(row) for row in ([] if lines else runs[-1]["rows"]) if row["status"] == "unavailable"}
-    fresh = [_checked(row) for row in rows if row["status"] != "unavailable" or _excuse(row) not in told]
+        runs.append({"rows": []})
+        lines, above = [{name: value for name, value in run.items() if name != "rows"}], {}
+    told = {(row["peer"], row["reason"]) for row in runs[-1]["rows"] if row["status"] == "unavailable"}
+    fresh = [_rounded(row) for row in rows if (row["peer"], row.get("reason")) not in told]
     for _, group in groupby(fresh, lambda row: [row.get(name) for name in PLACE]):
-        line, shared = _measurement([_rounded(row) for row in group], shared)
-        lines.append(line)
-    text = (path.read_text() if runs else "") + "".join(
-        f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, text)
-
-
-def _measurement(rows: list[Row], above: Row) -> tuple[Row, Row]:
-    """Rows of one place as a line under what holds ``above`` it, and what holds below it."""
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("peer", "status", "reason"))
-    measured = {row["peer"]: row for row in rows if row.keys() - {*SHARED, "peer", "status", "reason"}}
-    shared = {name: rows[0][name] for name in PLACE if name in rows[0]}
-    for name in SHARED[len(PLACE) :]:
-        if len(values := {row[name] for row in rows if name in row}) == 1:
-            (shared[name],) = values
-    known = above.get("peers", [])
-    shared["peers"] = known if [peer for peer in known if peer in measured] == [*measured] else [*measured]
-    line = {name: shared.get(name) for name in {**shared, **above} if shared.get(name) != above.get(name)}
-    for name in names:
-        if name not in shared:
-            values = [measured.get(peer, {}).get(name) for peer in shared["peers"]]
-            while values and values[-1] is None:
-                values.pop()
-            line[name] = values
-    for status in EXCUSES:
-        if excused := {row["peer"]: row["reason"] for row in rows if row["status"] == status}:
-            line[status] = excused
-    return line, shared
+        line = _line(list(group), above.get("peers", []))
+        lines.append({name: line.get(name) for name in {**line, **above} if line.get(name) != above.get(name)})
+        above = _lasting(line)
+    text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines)
+    write(path, (path.read_text() if path.exists() else "") + text)
 
 
 def _rounded(row: Row) -> Row:
@@ -236,13 +198,10 @@ def _rounded(row: Row) -> Row:
     return {name: kept(value, 3 if name in ERRORS else 4) for name, value in row.items()}
 
 
-def _excuse(row: Row) -> tuple[str, ...]:
-    return row["section"], row["peer"], row["reason"]
-
-
 def write(path: Path, text: str) -> None:
     """Replaces a file as a whole: whoever is interrupted leaves the old one."""
-    new = path.with_name(f"{path.name}.unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.unfinished")
     new.write_text(text)
     os.replace(new, path)
 
@@ -254,17 +213,14 @@ def last(path: Path, run: Run) -> Run | None:
         ValueError: the file is there and damaged.
     """
     runs = read(path) if path.exists() else []
-    return runs[-1] if runs and _made_on(runs[-1]) == _made_on(run) else None
+    differing = {name for name in {*run, *runs[-1]} if run.get(name) != runs[-1].get(name)} if runs else set()
+    return runs[-1] if runs and differing <= {"started", "rows", "commit"} else None
 
 
-def _made_on(run: Run) -> Run:
-    return {name: value for name, value in run.items() if name not in ("started", "rows")}
-
-
-def file_name(device: str, device_type: str, date: str) -> str:
+def file_name(run: Run) -> str:
     """Of a machine's results of a day."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return f"{device_type}-{slug}-{date}.jsonl"
+    slug = re.sub(r"[^a-z0-9]+", "-", run["device"].lower()).strip("-")
+    return f"{run['device_type']}-{slug}-{run['started'][:10]}.jsonl"
 
 
 def newest(folder: Path = FOLDER) -> dict[str, Run]:
@@ -276,17 +232,18 @@ def newest(folder: Path = FOLDER) -> dict[str, Run]:
     return {run["device_type"]: run for run in sorted(found, key=lambda r: (r["profile"] == "full", r["started"]))}
 
 
-def faults(rows: Iterable[Row], device: str, profile: str) -> list[Row]:
+def faults(run: Run) -> list[Row]:
     """Rows of gpsa_kernels that are wrong, or failed, or on a GPU not there where all depends on them.
 
     All depends on the models and on the headline of the operator.
     """
-    first = ("operator", str(headline(device, profile)))
+    first = ("operator", str(headline(run["device_type"], run["profile"])))
 
     def needed(row: Row) -> bool:
-        return device == "cuda" and (row["section"] == "models" or (row["section"], row["workload"]) == first)
+        there = row["section"] == "models" or (row["section"], row["workload"]) == first
+        return there and run["device_type"] == "cuda"
 
-    ours = [row for row in rows if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
+    ours = [row for row in run["rows"] if row["peer"].startswith("gpsa_kernels") and row["status"] != "ok"]
     return [row for row in ours if row["status"] != "unavailable" or needed(row)]
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TICK = 5.0  # seconds between two calls of ``meanwhile``
 GRACE = 5.0  # seconds to stop in after an interrupt, and to be gone in after a kill
-LARGEST = 15 * 2**20  # bytes of a published file
 
 
 def run(
-    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str], meanwhile: Callable[[], None]
+    command: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str], meanwhile: Callable[[], object]
 ) -> int | None:
     """Adds a command's output to ``log``; returns its exit status, or None where it was ended at its time limit.
 
@@ -62,13 +60,12 @@ def run(
 def end_session(session: int) -> None:
     """Kills every process of a session but the caller; a process group would not do, since ninja makes its own."""
     for _ in range(10):  # a process may start another one while it is being killed
-        found = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
-        alive = [pid for pid in found if _is_alive_in(session, pid)]
-        if not alive:
-            return
+        alive = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_alive_in(session, pid)]
         for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        if not alive:
+            return
         time.sleep(0.05)
 
 
@@ -77,20 +74,7 @@ def _is_alive_in(session: int, pid: int) -> bool:
         state, _, _, found, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return False
-    return state != "Z" and int(found) == session
-
-
-def publish(folder: Path, evidence: Path, names: Sequence[str]) -> None:
-    """Copies files of ``folder``, each replaced as a whole; of one that is too large the beginning and the end."""
-    evidence.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=evidence) as beside:
-        for name in names:
-            content = (folder / name).read_bytes()
-            if len(content) > LARGEST:
-                content = content[: LARGEST // 2] + b"\n[...]\n" + content[-LARGEST // 2 :]
-            new = Path(beside, name)
-            new.write_bytes(content)
-            os.replace(new, evidence / name)
+    return pid != os.getpid() and state != "Z" and int(found) == session
 
 
 def main(command: list[str]) -> int:

@@ -9,7 +9,6 @@ exponentials in either direction.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -23,12 +22,6 @@ OPERATOR_SECTIONS = ("operator", "tokens", "batch", "compiled", "tuned")
 GRIDS = ((8, 8), (14, 14), (24, 24), (28, 28), (32, 32), (64, 64))
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TENSORS = ("out", "q", "k", "v", "pos_weight", "gate")  # whose exactness is told
-
-
-def _parts(pattern: str, name: str) -> tuple[str, ...]:
-    if (found := re.fullmatch(pattern, name)) is None:
-        raise ValueError(f"no workload is called {name!r}")
-    return found.groups()
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,6 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    @classmethod
-    def parse(cls, name: str) -> Case:
-        """The case that is called so; raises ValueError where none is."""
-        *numbers, dtype = _parts(r"B=(\d+) H=(\d+) (\d+)x(\d+) D=(\d+) (\w+)", name)
-        return cls(*map(int, numbers), dtype)
-
     def __str__(self) -> str:
         return f"B={self.batch} H={self.heads} {self.rows}x{self.columns} D={self.head_dim} {self.dtype}"
 
@@ -70,8 +57,8 @@ class Workload:
 
     section: str  # operator, layer, or another of OPERATOR_SECTIONS
     case: Case
+    temperature: str  # "cold": sets of inputs rotate that together exceed the L2 cache; or "warm"
     directions: tuple[str, ...]  # of DIRECTIONS
-    temperatures: tuple[str, ...]  # "cold": sets of inputs rotate that together exceed the L2 cache; or "warm"
     compiled: bool = False  # whether the peers that need torch.compile take part
 
     def __str__(self) -> str:
@@ -88,13 +75,6 @@ class ModelWorkload:
     dtype: str  # float32, or bfloat16 for autocast
     direction: str  # inference or training
     compiled: bool
-    section: str = "models"
-
-    @classmethod
-    def parse(cls, name: str, direction: str) -> ModelWorkload:
-        """The workload that is called so; raises ValueError where none is."""
-        size, image, batch, dtype, compiled = _parts(r"convit_(\w+) (\d+)px B=(\d+) (\w+?)( compiled|)", name)
-        return cls(size, int(image), int(batch), dtype, direction, bool(compiled))
 
     def __str__(self) -> str:
         return f"convit_{self.size} {self.image}px B={self.batch} {self.dtype}{' compiled' if self.compiled else ''}"
@@ -114,16 +94,17 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
     """
     head = headline(device, profile)
     gpu, full, dry = device == "cuda", profile == "full", profile == "dry"
-    cold = ("cold",) if gpu else ("warm",)
+    temperature = "cold" if gpu else "warm"
 
     def vary(**changes: Any) -> Case:
         return replace(head, **changes)
 
     if section == "operator":
-        chosen = [Workload(section, head, DIRECTIONS, ("cold", "warm") if gpu else cold)]
-        others = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
-        others += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
-        return chosen + [Workload(section, case, DIRECTIONS, cold) for case in others if full]
+        cases = [vary(rows=8, columns=8, heads=12, head_dim=32), vary(head_dim=64), vary(rows=16, columns=28)]
+        cases += [vary(dtype=dtype) for dtype in ("float16", "float32", "bfloat16") if dtype != head.dtype]
+        chosen = [(head, temperature), *([(head, "warm")] if gpu else [])]
+        chosen += [(case, temperature) for case in cases if full]
+        return [Workload(section, *one, DIRECTIONS) for one in chosen]
     cases = [head]
     if section == "tokens":
         # at 64 x 64 a round of everybody takes 40 s on a CPU
@@ -139,7 +120,8 @@ def attention_workloads(section: str, device: str, profile: Profile) -> list[Wor
     # a layer takes minutes to compile for a CPU
     compiled = section in ("compiled", "tuned") or (section == "layer" and gpu)
     quick = section == "compiled" and profile == "quick" and not gpu
-    return [Workload(section, case, ("forward",) if quick else ("forward", "both"), cold, compiled) for case in cases]
+    directions = ("forward",) if quick else ("forward", "both")
+    return [Workload(section, case, temperature, directions, compiled) for case in cases]
 
 
 def model_workloads(device: str, profile: Profile) -> list[ModelWorkload]:
@@ -218,30 +200,10 @@ def model_work(workload: ModelWorkload, dim: int) -> Work:
     return Work(bytes=steps * parameters * 4, flops=steps * workload.batch * image)
 
 
-def floor(work: Work, rates: Rates) -> tuple[float, str]:
-    """The seconds below which no implementation comes, and what sets them: "memory" or "matmul"."""
-    memory, matmul = work.bytes / rates.copy_gb_s / 1e9, work.flops / rates.matmul_tflop_s / 1e12
-    return max(memory, matmul), "memory" if memory >= matmul else "matmul"
-
-
-def derived(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the results with what follows from it: its workload's fields; a floor, where rates were measured.
-
-    Raises:
-        ValueError: the workload's name is none.
-    """
-    section = row["section"]
-    if section in ("dispatch", "clocks"):
-        return row
-    case: Any = (
-        Case.parse(row["workload"]) if section != "models" else ModelWorkload.parse(row["workload"], row["direction"])
-    )
-    row = {**vars(case), **row}
-    if "copy_gb_s" in row and "median_us" in row:
-        if section == "models":
-            work = model_work(case, row["dim"])
-        else:
-            work = (layer_work if section == "layer" else attention_work)(case, row["direction"])
-        seconds, bound = floor(work, Rates(row["copy_gb_s"], row["matmul_tflop_s"]))
-        row |= {"floor_us": 1e6 * seconds, "floor_bound": bound, "floor_share": 1e6 * seconds / row["median_us"]}
-    return row
+def floor(work: Work, rates: Rates | None) -> dict[str, Any]:
+    """The microseconds below which no implementation comes, and whether "memory" or "matmul" sets them."""
+    if rates is None:
+        return {}
+    memory, matmul = work.bytes / rates.copy_gb_s / 1e3, work.flops / rates.matmul_tflop_s / 1e6
+    bound = "memory" if memory >= matmul else "matmul"
+    return {**rates._asdict(), "floor_us": max(memory, matmul), "floor_bound": bound}

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--seconds", type=_positive, default=180, help="time limit (%(default)s)")
     demo = commands.add_parser("demo", help="train a small ConViT on handwritten digits, eager and fused, and compare")
     demo.add_argument("--epochs", type=_positive, default=15, help="passes over the training digits (%(default)s)")
-    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the pictures (%(default)s)")
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the picture (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches (%(default)s)")
     options = parser.parse_args(arguments)
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(epochs: int, output: Path, seed: int) -> int:
-    """Trains both, prints the comparison, draws the pictures; returns 0 if both recognise enough digits, else 1."""
+    """Trains both, prints the comparison, draws the picture; returns 0 if both recognise enough digits, else 1."""
     missing = [name for name in ("sklearn", "matplotlib", "tqdm") if find_spec(name) is None]
     if missing:
         print(f"The demo needs {', '.join(missing)}, not installed: pip install 'gpsa-kernels[demo]'", file=sys.stderr)
@@ -69,12 +69,11 @@ def run_demo(epochs: int, output: Path, seed: int) -> int:
         f"learns {len(digits.train):,} handwritten digits\nand is tested on {len(digits.test)} others. "
         f"{epochs} epochs, seed {seed}, {device}.\n"
     )
-    eager, fused = (demo.in_own_process(backend, epochs, seed) for backend in ("eager", demo.fused_backend()))
+    eager, fused = (demo.train(backend, epochs, seed) for backend in ("eager", demo.fused_backend()))
     print(f"\n{demo.summary(eager, fused)}\n")
     made_by = f"python -m gpsa_kernels demo --epochs {epochs} --seed {seed}"
-    for path in demo_plots.draw_all(eager, fused, output, made_by):
-        print(f"  {path}")
-    print(f"\nDone in {time.perf_counter() - started:.0f} s.\n{demo.verdict(eager, fused)}")
+    demo_plots.draw(fused, output / "heads.png", made_by)
+    print(f"  {output / 'heads.png'}\n\nDone in {time.perf_counter() - started:.0f} s.\n{demo.verdict(eager, fused)}")
     for failure in demo.failures([eager, fused]):
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if demo.failures([eager, fused]) else 0

@@ -11,15 +11,8 @@ from gpsa_kernels.formula import relative_offsets
 def non_locality(attention: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """The mean distance, in grid steps, between a query and the keys it attends to (arXiv 2103.10697, section 4).
 
-    Args:
-        attention: (B, H, N, N) or (H, N, N) attention maps, rows summing to one.
-        grid_size: (rows, columns), rows*columns = N.
-
-    Returns:
-        (H,), averaged over queries and over the batch.
-
-    Raises:
-        ValueError: ``attention`` is not made of maps between the grid's tokens.
+    ``attention`` are maps (B, H, N, N) or (H, N, N), rows summing to one, of a grid (rows, columns) with rows * columns
+    = N. The result is (H,), averaged over queries and over the batch. Raises ValueError for maps of another grid.
     """
     rows, columns = grid_size
     if attention.dim() not in (3, 4) or attention.shape[-2:] != (rows * columns, rows * columns):

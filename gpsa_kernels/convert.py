@@ -12,15 +12,14 @@ import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from gpsa_kernels import auto
 from gpsa_kernels.arguments import as_grid, check_backend, check_integer
-from gpsa_kernels.modules import FusedGPSA, SelfAttention, is_plain
+from gpsa_kernels.modules import Attention, FusedGPSA, SelfAttention, is_plain
 
 _log = logging.getLogger("gpsa_kernels")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -38,9 +37,9 @@ def fuse(
 
     A GPSA layer is recognised by its structure, wherever it comes from (timm, the original code, a copy of either):
     ``gating_param`` (H,), linear ``qk`` (C to 2C), ``v`` and ``proj`` (C to C), ``pos_proj`` (3 to H), ``num_heads``.
-    It is switched if it also computes what FusedGPSA computes, which is tried out on a copy of it with random
-    parameters. If not, it is left alone, with a warning that names it and says why. Layers that are fused already stay
-    as they are. The logger "gpsa_kernels" is told, at level INFO, how many layers were fused and what will run them.
+    It is switched if it also computes what FusedGPSA computes, which is tried out on a copy with random parameters; if
+    not, it is left alone, with a warning that names it and says why. Fused layers stay as they are. The logger
+    "gpsa_kernels" is told, at level INFO, how many layers were fused and what will run them.
 
     Args:
         model: any module, a GPSA layer itself included.
@@ -64,22 +63,17 @@ def fuse(
     grid_size = None if grid_size is None else as_grid(grid_size)
     check_integer("outputs", outputs, least=1)
     layers = dict(model.named_modules())
-    if not any(isinstance(layer, FusedGPSA) or _is_gpsa(layer) for layer in layers.values()):
+    if not any(isinstance(layer, FusedGPSA) or _kind_of(layer) is FusedGPSA for layer in layers.values()):
         warnings.warn(f"{type(model).__name__} has no GPSA layer: nothing is fused", stacklevel=2)
         return model
     fused = 0
     for name, layer in layers.items():
-        if isinstance(layer, FusedGPSA | SelfAttention):
-            continue
-        if _is_gpsa(layer):
-            kind, settings = _GPSA, {"backend": backend, "grid_size": grid_size}
-        elif self_attention and _is_self_attention(layer):
-            kind, settings = _SELF_ATTENTION, {"backend": backend}
-        else:
+        kind = None if isinstance(layer, Attention) else _kind_of(layer)
+        if kind is None or (kind is SelfAttention and not self_attention):
             continue
         reason = _obstacle(layer, kind, outputs)
         if reason is None:
-            _switch(layer, kind, settings, outputs)
+            _switch(layer, kind, outputs, backend=backend, grid_size=grid_size)
             fused += 1
         else:
             warnings.warn(f"{name or type(layer).__name__} is left as it is: {reason}", stacklevel=2)
@@ -113,103 +107,40 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {model if isinstance(model, type) else type(model)}")
 
 
-# ---- which layers ---------------------------------------------------------------------------------------------------
-
-
-def _maps(layer: nn.Module, name: str, inputs: int, outputs: int) -> bool:
-    """Whether ``layer`` has a linear submodule of that size: an nn.Linear, or an adapter that wraps one."""
-    child = getattr(layer, name, None)
-    size = getattr(child, "in_features", None), getattr(child, "out_features", None)
-    return isinstance(child, nn.Module) and size == (inputs, outputs)
-
-
 def _dim(layer: nn.Module) -> int:
     return getattr(getattr(layer, "proj", None), "in_features", 0)
 
 
-def _is_gpsa(layer: nn.Module) -> bool:
-    dim, num_heads = _dim(layer), getattr(layer, "num_heads", 0)
+def _kind_of(layer: nn.Module) -> type[Attention] | None:
+    """The fused class for a layer that is built like GPSA, or like plain self-attention."""
+    dim, num_heads = _dim(layer), getattr(layer, "num_heads", None)
+    children = dict(layer.named_children())
+    # of an nn.Linear, or an adapter that wraps one
+    sizes = {name: (getattr(m, "in_features", 0), getattr(m, "out_features", 0)) for name, m in children.items()}
+    gpsa = {"qk": (dim, 2 * dim), "v": (dim, dim), "proj": (dim, dim), "pos_proj": (3, num_heads)}
     gate = getattr(layer, "gating_param", None)  # no parameter where it is pruned or parametrized
-    return (
-        isinstance(gate, Tensor)
-        and gate.shape == (num_heads,)
-        and _maps(layer, "qk", dim, 2 * dim)
-        and _maps(layer, "v", dim, dim)
-        and _maps(layer, "proj", dim, dim)
-        and _maps(layer, "pos_proj", 3, num_heads)
-    )
+    if isinstance(gate, Tensor) and gate.shape == (num_heads,) and gpsa.items() <= sizes.items():
+        return FusedGPSA
+    alone = children.keys() <= {"qkv", "attn_drop", "proj", "proj_drop"} and not [*layer.parameters(recurse=False)]
+    plain = {"qkv": (dim, 3 * dim), "proj": (dim, dim)}
+    return SelfAttention if num_heads is not None and alone and plain.items() <= sizes.items() else None
 
 
-def _is_self_attention(layer: nn.Module) -> bool:
-    dim = _dim(layer)
-    return (
-        hasattr(layer, "num_heads")
-        and _maps(layer, "qkv", dim, 3 * dim)
-        and _maps(layer, "proj", dim, dim)
-        and {name for name, _ in layer.named_children()} <= {"qkv", "attn_drop", "proj", "proj_drop"}
-        and not dict(layer.named_parameters(recurse=False))
-    )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A kind of attention layer.
-
-    Attributes:
-        fused: called with (dim, num_heads, qk_scale=, device=, ...), makes a fused layer.
-        bypassed: submodules that the fused layer reads the settings or weights of, but does not call, and the class
-            whose forward it takes the place of.
-    """
-
-    fused: Callable[..., nn.Module]
-    bypassed: dict[str, type[nn.Module]]
-
-
-_GPSA = _Kind(FusedGPSA, bypassed={"attn_drop": nn.Dropout, "pos_proj": nn.Linear})
-_SELF_ATTENTION = _Kind(SelfAttention, bypassed={"attn_drop": nn.Dropout})
-
-
-# ---- the switch -----------------------------------------------------------------------------------------------------
-
-
-def _template(layer: nn.Module, kind: _Kind, settings: dict[str, Any]) -> nn.Module:
+def _template(layer: nn.Module, kind: Callable[..., Attention], **settings: Any) -> Attention:
     """A fused layer for the sizes and scale of ``layer``, without data."""
-    scale = getattr(layer, "scale", None)
-    return kind.fused(_dim(layer), layer.num_heads, qk_scale=scale, device="meta", **settings)
+    return kind(_dim(layer), layer.num_heads, qk_scale=getattr(layer, "scale", None), device="meta", **settings)
 
 
-class _Padded:
-    """A fused layer in place of one that returns more values than the attention's output."""
-
-    _outputs: int
-
-    def forward(self, *args: Any) -> Any:
-        out = super().forward(*args)  # type: ignore[misc]
-        return out if isinstance(out, fx.Proxy) else (out, *(None,) * (self._outputs - 1))  # a proxy is of the whole
-
-
-class _PaddedGPSA(_Padded, FusedGPSA):
-    pass
-
-
-class _PaddedSelfAttention(_Padded, SelfAttention):
-    pass
-
-
-_PADDED: dict[type[nn.Module], type[nn.Module]] = {FusedGPSA: _PaddedGPSA, SelfAttention: _PaddedSelfAttention}
-
-
-def _switch(layer: nn.Module, kind: _Kind, settings: dict[str, Any], outputs: int) -> None:
+def _switch(layer: nn.Module, kind: type[Attention], outputs: int, **settings: Any) -> None:
+    if kind is SelfAttention:
+        del settings["grid_size"]  # of which it has none
     # The constructor knows which attributes the fused class needs; the layer's own win, but for those asked for.
-    template = _template(layer, kind, settings)
-    fused = type(template)
-    if outputs > 1:
-        fused, vars(template)["_outputs"] = _PADDED[fused], outputs
-    names = vars(template).keys() - vars(nn.Module()).keys()
-    added = {name: vars(template)[name] for name in names if name in settings or name not in vars(layer)}
+    template = vars(_template(layer, kind, **settings)) | ({"_outputs": outputs} if outputs > 1 else {})
+    names = template.keys() - vars(nn.Module()).keys()
+    added = {name: template[name] for name in names if name in settings or name not in vars(layer)}
     replaced = {name: vars(layer)[name] for name in added if name in vars(layer)}
-    vars(layer).update(added, _unfused=(type(layer), fused, tuple(added), replaced))
-    layer.__class__ = fused
+    vars(layer).update(added, _unfused=(type(layer), kind, tuple(added), replaced))
+    layer.__class__ = kind
 
 
 def _switch_back(layer: nn.Module) -> None:
@@ -231,10 +162,7 @@ def _refresh_offsets(layer: nn.Module) -> None:
         vars(layer)["rel_indices"] = table.to(next(layer.parameters()))
 
 
-# ---- the trial ------------------------------------------------------------------------------------------------------
-
-
-def _obstacle(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
+def _obstacle(layer: nn.Module, kind: type[Attention], outputs: int) -> str | None:
     """Why ``layer`` cannot be switched, or None."""
     if "forward" in vars(layer):
         return "its forward method was replaced on the instance"
@@ -242,7 +170,7 @@ def _obstacle(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
         if not is_plain(getattr(layer, name, None), expected):
             return f"the fused layer does the work of {name} itself, which must be a plain nn.{expected.__name__}"
     try:
-        template = _template(layer, kind, {})
+        template = _template(layer, kind)
         own = [name for name, _ in [*layer.named_parameters(recurse=False), *layer.named_children()]]
         known = {**template._parameters, **template._modules}
         unknown = [name for name in own if name.removesuffix("_orig") not in known]  # as prune names a parameter
@@ -254,17 +182,15 @@ def _obstacle(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
 
 
 @torch.no_grad()
-def _difference(layer: nn.Module, kind: _Kind, outputs: int) -> str | None:
+def _difference(layer: nn.Module, kind: type[Attention], outputs: int) -> str | None:
     """How the fused layer's output differs from the layer's, or None; both are run on a copy."""
     dim = _dim(layer)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         trial = _trial_copy(layer, generator)
-        inputs = [
-            torch.randn(1, tokens, dim, generator=generator, device="cpu", dtype=torch.float32) for tokens in (4, 9)
-        ]
-        results = [trial(x) for x in inputs]
-        _switch(trial, kind, {"backend": "eager", "grid_size": None} if kind is _GPSA else {"backend": "eager"}, 1)
+        inputs = [torch.empty(1, tokens, dim, device="cpu", dtype=torch.float32) for tokens in (4, 9)]
+        results = [trial(x.normal_(generator=generator)) for x in inputs]
+        _switch(trial, kind, outputs=1, backend="eager", grid_size=None)
         for x, result in zip(inputs, results, strict=True):
             expected, *rest = result if isinstance(result, tuple) and result else (result,)
             if not isinstance(expected, Tensor) or 1 + len(rest) != outputs:

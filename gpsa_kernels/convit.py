@@ -8,7 +8,9 @@ way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,30 +19,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpsa_kernels.arguments import as_pair, check_integer
-from gpsa_kernels.modules import FusedGPSA, SelfAttention, init_linear
+from gpsa_kernels.modules import Attention, FusedGPSA, SelfAttention, init_linear
 from gpsa_kernels.tensors import accumulation_dtype, known
 
 
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embeddings of one grid interpolated to another, bicubic with antialiasing.
-
-    Args:
-        pos_embed: (1, rows * columns, C) of ``old_grid``.
-        old_grid: (rows, columns).
-        new_grid: (rows, columns).
-
-    Returns:
-        (1, rows * columns, C) of ``new_grid``, in pos_embed's dtype.
-    """
+    """Position embeddings (1, rows * columns, C) of one grid interpolated to another, bicubic with antialiasing."""
     image = pos_embed.unflatten(1, old_grid).permute(0, 3, 1, 2).to(accumulation_dtype(pos_embed.dtype))
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return image.flatten(2).transpose(1, 2).to(pos_embed.dtype)
 
 
 def fit_pos_embed(state_dict: dict[str, Any], key: str, grid_size: tuple[int, int]) -> None:
-    """Resamples the position embedding of another, square, grid to ``grid_size`` (rows, columns), in a state_dict.
+    """Resamples the position embedding of another grid to ``grid_size`` (rows, columns), in a state_dict.
 
-    A length that is no square is left as it is, for torch to report.
+    The other grid is a square; a length that is none is left as it is, for torch to report.
     """
     loaded = state_dict.get(key)
     if loaded is not None and loaded.dim() == 3 and loaded.shape[1] != grid_size[0] * grid_size[1]:
@@ -49,36 +42,8 @@ def fit_pos_embed(state_dict: dict[str, Any], key: str, grid_size: tuple[int, in
             state_dict[key] = resample_pos_embed(loaded, (side, side), grid_size)
 
 
-class PatchEmbedding(nn.Module):
-    """Cuts images into patches and maps each to a token: (B, in_chans, height, width) to (B, C, rows, columns)."""
-
-    def __init__(
-        self,
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        if images.dim() != 4 or images.shape[1] != self.proj.in_channels:
-            expected = f"(batch, {self.proj.in_channels}, height, width)"
-            raise ValueError(f"images must be {expected}, got shape {tuple(images.shape)}")
-        grid_of((images.shape[2], images.shape[3]), self.proj.kernel_size[0])
-        return self.proj(images)
-
-
 def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """(rows, columns) of patches in an image of (height, width).
-
-    Raises:
-        ValueError: the image does not divide into patches.
-    """
+    """(rows, columns) of patches in an image of (height, width). Raises ValueError if it does not divide into them."""
     height, width = image_size
     if min(height, width) < patch_size or height % patch_size or width % patch_size:
         raise ValueError(f"height and width must be multiples of the patch size {patch_size}, got {height} x {width}")
@@ -92,40 +57,29 @@ class DropPath(nn.Dropout):
         return input * super().forward(input.new_ones(input.shape[0], 1, 1)) if self.training else input
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU in between, applied to every token."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
-        self.drop = nn.Dropout(drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        self.apply(init_linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
 class Block(nn.Module):
     """A transformer block, normalising first: attention, then an MLP, each around a residual connection."""
 
-    def __init__(self, attn: FusedGPSA | SelfAttention, mlp: Mlp, drop_path: float, **factory: Any) -> None:
+    def __init__(self, attn: Attention, hidden_dim: int, drop: float, drop_path: float, **factory: Any) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(attn.dim, eps=1e-6, **factory)
         self.attn = attn
         self.norm2 = nn.LayerNorm(attn.dim, eps=1e-6, **factory)
-        self.mlp = mlp
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(attn.dim, hidden_dim, **factory),
+                act=nn.GELU(),
+                drop1=nn.Dropout(drop),
+                fc2=nn.Linear(hidden_dim, attn.dim, **factory),
+                drop2=nn.Dropout(drop),
+            )
+        )
         self.drop_path = DropPath(drop_path)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the MLP: the other layers know how by themselves."""
+        self.mlp.apply(init_linear)
 
     def forward(self, x: Tensor, *grid_size: tuple[int, int]) -> Tensor:
         """(B, N, C) to (B, N, C); GPSA blocks are given the ``grid_size`` (rows, columns) of the tokens."""
@@ -194,46 +148,37 @@ class ConViT(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("patch_size", patch_size, least=1)
-        counts = {"depth": depth, "num_classes": num_classes, "local_up_to_layer": local_up_to_layer}
-        for name, count in counts.items():
+        for name, count in (("depth", depth), ("num_classes", num_classes), ("local_up_to_layer", local_up_to_layer)):
             check_integer(name, count, least=0)
         image_size = image_size if img_size is None else img_size
         image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grid_size = grid_of(as_pair("image_size", image_size, "(height, width)"), patch_size)
         self.num_features = self.embed_dim = embed_dim
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.patch_size = patch_size
-        self.grid_size = grid_of(as_pair("image_size", image_size, "(height, width)"), patch_size)
         self.local_up_to_layer = local_up_to_layer
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, **factory)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        patches = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **factory)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=patches))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory))
         self.pos_embed: nn.Parameter | None = None
         if use_pos_embed:
-            rows, columns = self.grid_size
-            self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, embed_dim, **factory))
+            self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid_size), embed_dim, **factory))
         self.pos_drop = nn.Dropout(drop_rate)
-
-        def block(index: int) -> Block:
-            shared: dict[str, Any] = {
-                "dim": embed_dim,
-                "num_heads": num_heads,
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": drop_rate,
-                "backend": backend,
-                **factory,
-            }
-            attn: FusedGPSA | SelfAttention
+        shared: dict[str, Any] = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": drop_rate}
+        shared |= {"backend": backend, **factory}
+        self.blocks = nn.ModuleList()
+        for index in range(depth):
+            attn: Attention
             if index < local_up_to_layer:
-                attn = FusedGPSA(locality_strength=locality_strength, **shared)
+                attn = FusedGPSA(embed_dim, num_heads, locality_strength=locality_strength, **shared)
             else:
-                attn = SelfAttention(**shared)
-            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate, **factory)
-            return Block(attn, mlp, drop_path_rate * index / max(1, depth - 1), **factory)
-
-        self.blocks = nn.ModuleList(block(index) for index in range(depth))
+                attn = SelfAttention(embed_dim, num_heads, **shared)
+            drop_path = drop_path_rate * index / max(1, depth - 1)
+            self.blocks.append(Block(attn, int(embed_dim * mlp_ratio), drop_rate, drop_path, **factory))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6, **factory)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self._reset_own_parameters()
@@ -246,8 +191,8 @@ class ConViT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for module in reversed(list(self.modules())[1:]):  # what is inside before what knows better
-            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+        for module in reversed([*self.modules()][1:]):  # what is inside before what knows better
+            reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
         self._reset_own_parameters()
@@ -268,8 +213,7 @@ class ConViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, height, width) to normalised tokens (B, 1 + N, C), the class token first.
 
-        Raises:
-            ValueError: ``x`` is no batch of images, or does not divide into patches.
+        Raises TypeError or ValueError where ``x`` is no batch of images, or does not divide into patches.
         """
         return self.norm(self._forward_blocks(x, range(0))[0])
 
@@ -282,27 +226,22 @@ class ConViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """What the blocks hand on, of the patch tokens, and what :meth:`forward_features` returns; as in timm.
+        """What :meth:`forward_features` returns, and what the blocks hand on of the patch tokens; as in timm.
 
         Args:
             x: images (B, in_chans, height, width).
             indices: of the blocks, negative ones from the end; the last n for an int n, all for None.
             norm: whether to normalise the intermediates, too, by the last layer norm.
             stop_early: whether to leave out the blocks after the last one asked for.
-            output_fmt: "NCHW" for (B, C, rows, columns), "NLC" for (B, N, C).
+            output_fmt: "NCHW" for intermediates (B, C, rows, columns), "NLC" for (B, N, C), in the blocks' order.
             intermediates_only: whether to return the intermediates alone.
 
-        Returns:
-            The normalised tokens and the intermediates, in the blocks' order, or the latter alone.
-
-        Raises:
-            ValueError: ``indices`` are not those of blocks, or ``output_fmt`` is unknown; see :meth:`forward_features`.
+        Raises ValueError for ``indices`` of no blocks and for another ``output_fmt``; see :meth:`forward_features`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         x, kept, grid_size = self._forward_blocks(x, self._block_indices(indices), stop_early)
-        count = grid_size[0] * grid_size[1]
-        kept = [(self.norm(tokens) if norm else tokens)[:, -count:] for tokens in kept]
+        kept = [(self.norm(tokens) if norm else tokens)[:, -grid_size[0] * grid_size[1] :] for tokens in kept]
         if output_fmt == "NCHW":
             kept = [tokens.transpose(1, 2).unflatten(2, grid_size).contiguous() for tokens in kept]
         return kept if intermediates_only else (self.norm(x), kept)
@@ -320,34 +259,41 @@ class ConViT(nn.Module):
         self, x: Tensor, wanted: Sequence[int], stop_early: bool = False
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         """The last block's tokens, those of the ``wanted`` blocks, and the grid of the patch tokens."""
-        x = self.patch_embed(x)
-        grid_size = (x.shape[2], x.shape[3])
-        x = self.pos_drop(self._add_pos_embed(x.flatten(2).transpose(1, 2), grid_size))
+        x, grid_size = self._embed(x)
         kept: list[Tensor] = []
         blocks = list(self.blocks)[: max(wanted, default=-1) + 1 if stop_early else None]
         for index, block in enumerate(blocks):
             if index == self.local_up_to_layer:
                 x = self._join_class_token(x)
-            x = self._run(block, x, *(grid_size,) if index < self.local_up_to_layer else ())
+            inputs = (x, grid_size) if index < self.local_up_to_layer else (x,)
+            # where nothing is kept, torch's checkpoint reads the random generators, which a CUDA graph cannot capture
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
             if index in wanted:
                 kept.append(x)
         return x if len(blocks) > self.local_up_to_layer else self._join_class_token(x), kept, grid_size
 
-    def _add_pos_embed(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        if self.pos_embed is None:
-            return x
-        (rows, columns), own = grid_size, self.grid_size
-        same = known(rows == own[0]) and known(columns == own[1])  # resampled to its own grid it stays as it is
-        return x + (self.pos_embed if same else resample_pos_embed(self.pos_embed, self.grid_size, grid_size))
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, N, C) of the patches, with their position embedding, and the grid (rows, columns)."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be (batch, {self.in_chans}, height, width), got shape {tuple(images.shape)}")
+        grid_of((images.shape[2], images.shape[3]), self.patch_size)
+        patches = self.patch_embed(images)
+        rows, columns = grid_size = patches.shape[2], patches.shape[3]
+        tokens = patches.flatten(2).transpose(1, 2)
+        if self.pos_embed is not None:
+            pos_embed: Tensor = self.pos_embed
+            if not (known(rows == self.grid_size[0]) and known(columns == self.grid_size[1])):
+                pos_embed = resample_pos_embed(pos_embed, self.grid_size, grid_size)
+            tokens = tokens + pos_embed
+        return self.pos_drop(tokens), grid_size
 
     def _join_class_token(self, x: Tensor) -> Tensor:
         return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        # where nothing is kept, torch's checkpoint still reads the random generators, which a CUDA graph cannot capture
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + N, C) to the head's (B, num_classes), read off the class token."""
@@ -362,31 +308,10 @@ class ConViT(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def convit_tiny(**kwargs: Any) -> ConViT:
-    """ConViT-Ti (arXiv 2103.10697, table 1): 4 heads of 48, C = 192, 6 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 192, "num_heads": 4, **kwargs})
-
-
-def convit_small(**kwargs: Any) -> ConViT:
-    """ConViT-S (arXiv 2103.10697, table 1): 9 heads of 48, C = 432, 28 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 432, "num_heads": 9, **kwargs})
-
-
-def convit_base(**kwargs: Any) -> ConViT:
-    """ConViT-B (arXiv 2103.10697, table 1): 16 heads of 48, C = 768, 86 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 768, "num_heads": 16, **kwargs})
-
-
-def convit_tiny_plus(**kwargs: Any) -> ConViT:
-    """ConViT-Ti+ (arXiv 2103.10697, table 1): 4 heads of 64, C = 256, 10 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 256, "num_heads": 4, **kwargs})
-
-
-def convit_small_plus(**kwargs: Any) -> ConViT:
-    """ConViT-S+ (arXiv 2103.10697, table 1): 9 heads of 64, C = 576, 48 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 576, "num_heads": 9, **kwargs})
-
-
-def convit_base_plus(**kwargs: Any) -> ConViT:
-    """ConViT-B+ (arXiv 2103.10697, table 1): 16 heads of 64, C = 1024, 152 M parameters; ``kwargs`` go to ConViT."""
-    return ConViT(**{"embed_dim": 1024, "num_heads": 16, **kwargs})
+# arXiv 2103.10697, table 1: heads of 48 channels, those of the "+" models 64
+convit_tiny = partial(ConViT, embed_dim=192, num_heads=4)  # 6 M parameters
+convit_small = partial(ConViT, embed_dim=432, num_heads=9)  # 28 M
+convit_base = partial(ConViT, embed_dim=768, num_heads=16)  # 86 M
+convit_tiny_plus = partial(ConViT, embed_dim=256, num_heads=4)  # 10 M
+convit_small_plus = partial(ConViT, embed_dim=576, num_heads=9)  # 48 M
+convit_base_plus = partial(ConViT, embed_dim=1024, num_heads=16)  # 152 M

@@ -27,15 +27,9 @@ def relative_offsets(
 def attention_map(
     q: Tensor, k: Tensor, pos_weight: Tensor, gate: Tensor, grid_size: tuple[int, int], scale: float
 ) -> Tensor:
-    """The gated mixture of the two softmaxes: (B, H, N, N), rows summing to one, in q's dtype.
+    """The gated mixture of the two softmaxes: (B, H, N, N), rows summing to one, in the dtype of q.
 
-    Args:
-        q: (B, H, N, D) queries.
-        k: (B, H, N, D) keys, of q's dtype.
-        pos_weight: (H, 3) weights of dx, dy, dx^2 + dy^2.
-        gate: (H,) logits.
-        grid_size: (rows, columns), rows*columns = N.
-        scale: factor of the content scores.
+    q and k are (B, H, N, D), pos_weight (H, 3), gate (H,); ``scale`` is a factor of the content scores.
     """
     return gated_map(q, k, position_scores(pos_weight.to(q.dtype), grid_size), gate, scale)
 

@@ -107,12 +107,7 @@ def _traced(backend: Backend, dtype: torch.dtype) -> bool:
 
 
 def select_backend(call: Call, name: str = "auto") -> Backend:
-    """The backend that :func:`gpsa_attention` uses for a call.
-
-    Raises:
-        ValueError: no backend has that name.
-        RuntimeError: the backend asked for by name cannot run the call; the message says why.
-    """
+    """The backend that :func:`gpsa_attention` uses for a call; raises as it does where one asked for by name cannot."""
     if name == "auto":
         return choose(call)
     check_backend(name)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, parallelize_module
 
-from gpsa_kernels.modules import FusedGPSA, SelfAttention, position_weight
+from gpsa_kernels.modules import Attention, FusedGPSA, SelfAttention, position_weight
 
 
 class HeadwiseParallel(ParallelStyle):
@@ -34,32 +33,31 @@ class HeadwiseParallel(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, FusedGPSA | SelfAttention) or type(module) not in _HEADWISE:
-            names = " or ".join(kind.__name__ for kind in _HEADWISE)
-            raise TypeError(f"HeadwiseParallel shards a {names}, got {type(module).__name__}")
+        if not isinstance(module, Attention) or type(module) not in _HEADWISE:
+            raise TypeError(f"HeadwiseParallel shards a FusedGPSA or SelfAttention, got {type(module).__name__}")
         for name in ("qk", "v", "qkv", "proj", "pos_proj"):
             child = getattr(module, name, None)
             if child is not None and type(child) is not nn.Linear:
                 raise TypeError(f"{name} must be an nn.Linear to be sharded over heads, got {type(child).__name__}")
         if device_mesh.ndim != 1:
             raise ValueError(f"device_mesh must have one dimension, got {device_mesh.ndim}: pass mesh['name']")
-        if module.num_heads % device_mesh.size() != 0:
-            ranks = device_mesh.size()
-            raise ValueError(f"num_heads must be a multiple of the {ranks} ranks of the mesh, got {module.num_heads}")
+        heads, ranks = module.num_heads, device_mesh.size()
+        if heads % ranks != 0:
+            raise ValueError(f"num_heads must be a multiple of the {ranks} ranks of the mesh, got {heads}")
 
-        def shard(owner: nn.Module, kind: type[nn.Module], packed: tuple[int, int] | None = None) -> None:
+        def shard(owner: nn.Module, kind: type[nn.Module], packed: int = 0) -> None:
             for name, parameter in owner.named_parameters(recurse=False):
-                t = parameter.detach() if packed is None else _by_head(parameter.detach(), *packed)
+                t = _by_head(parameter.detach(), packed, heads) if packed else parameter.detach()
                 t = distribute_tensor(t, device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
                 owner.register_parameter(name, nn.Parameter(t, parameter.requires_grad))
             owner.__class__ = kind
 
         if isinstance(module, FusedGPSA):
-            shard(module.qk, _PackedLinear, (2, module.num_heads))
+            shard(module.qk, _PackedLinear, packed=2)
             shard(module.v, _ShardedLinear)
             shard(module.pos_proj, nn.Linear)  # which is read, not called
         else:
-            shard(module.qkv, _PackedLinear, (3, module.num_heads))
+            shard(module.get_submodule("qkv"), _PackedLinear, packed=3)
         parallelize_module(module.proj, device_mesh, RowwiseParallel(), src_data_rank=self.src_data_rank)
         shard(module, _HEADWISE[type(module)])  # the gate
         return module
@@ -68,12 +66,6 @@ class HeadwiseParallel(ParallelStyle):
 def _by_head(packed: Tensor, count: int, heads: int) -> Tensor:
     """(count * H * head_dim, ...) as (H, count, head_dim, ...)."""
     return packed.unflatten(0, (count, heads, -1)).transpose(0, 1).contiguous()
-
-
-def _split_by_head(packed: Tensor, count: int, head_dim: int) -> tuple[Tensor, ...]:
-    """What ``_split_heads`` of the layers returns, of a projection that is grouped by head."""
-    batch, tokens, dim = packed.shape
-    return packed.view(batch, tokens, dim // (count * head_dim), count, head_dim).permute(3, 0, 2, 1, 4).unbind()
 
 
 def _own(parameter: Any) -> Tensor:
@@ -94,30 +86,31 @@ class _PackedLinear(_ShardedLinear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, parameter in self._parameters.items():
-            if parameter is not None:
-                t = destination[prefix + name]
-                t = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
-                destination[prefix + name] = t.transpose(0, 1).contiguous().flatten(0, 2)
+        for name, _ in self.named_parameters():
+            t = destination[prefix + name]
+            t = t.redistribute(placements=[Replicate()] * t.device_mesh.ndim)
+            destination[prefix + name] = t.transpose(0, 1).contiguous().flatten(0, 2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        parameters: dict[str, Any] = self._parameters
-        for name, parameter in parameters.items():
+        for name, parameter in self.named_parameters():
             t = state_dict.get(prefix + name)
-            if parameter is None or t is None:
-                continue
             t = t.full_tensor() if isinstance(t, DTensor) else t
-            # what has another shape is left to torch, which reports it
             heads, count, head_dim, *inputs = parameter.shape
-            if t.shape == (heads * count * head_dim, *inputs):
+            # what has another shape is left to torch, which reports it
+            if t is not None and t.shape == (heads * count * head_dim, *inputs):
+                assert isinstance(parameter, DTensor)
                 t, mesh, placements = _by_head(t.detach(), count, heads), parameter.device_mesh, parameter.placements
                 state_dict[prefix + name] = distribute_tensor(t, mesh, placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Headwise(nn.Module):
-    proj: nn.Linear
-    _split_heads = staticmethod(_split_by_head)
+class _Headwise(Attention):
+    def _split_heads(self, packed: Tensor, count: int) -> tuple[Tensor, ...]:
+        """As in the layers, of a projection that is grouped by head."""
+        batch, tokens, channels = packed.shape
+        head_dim = self.dim // self.num_heads
+        heads = packed.view(batch, tokens, channels // (count * head_dim), count, head_dim)
+        return heads.permute(3, 0, 2, 1, 4).unbind()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(x, DTensor):
@@ -136,7 +129,6 @@ class _HeadwiseGPSA(_Headwise, FusedGPSA):
         weight, bias = self.pos_proj.weight, self.pos_proj.bias
         return position_weight(_own(weight), None if bias is None else _own(bias)), _own(self.gating_param)
 
-    @torch.no_grad()
     def local_init(self, locality_strength: float | None = None) -> None:
         self.reset_parameters()
 
@@ -145,7 +137,4 @@ class _HeadwiseSelfAttention(_Headwise, SelfAttention):
     pass
 
 
-_HEADWISE: dict[type[nn.Module], type[nn.Module]] = {
-    FusedGPSA: _HeadwiseGPSA,
-    SelfAttention: _HeadwiseSelfAttention,
-}
+_HEADWISE: dict[type[Attention], type[Attention]] = {FusedGPSA: _HeadwiseGPSA, SelfAttention: _HeadwiseSelfAttention}

@@ -7,9 +7,8 @@ On a full grid of R rows and C columns the positional softmax is separable:
     Ax[x, x'] = softmax over x' of w0*(x' - x) + w2*(x' - x)^2      (C x C, per head)
     Ay[y, y'] = softmax over y' of w1*(y' - y) + w2*(y' - y)^2      (R x R, per head)
 
-because the exponential of the sum factors and so does its normaliser. Multiplying V by the N x N
-positional map is therefore two short contractions along the grid axes: N*(R+C)*D multiply-adds
-instead of N^2*D, and no N x N matrix.
+because the exponential of the sum factors and so does its normaliser. Here dx and dy are key minus query. Multiplying
+V by the N x N map is therefore two short contractions along the grid axes: N*(R+C)*D multiply-adds instead of N^2*D.
 """
 
 from __future__ import annotations
@@ -27,15 +26,7 @@ def _axis_offsets(size: int, like: Tensor) -> Tensor:
 
 
 def axis_factors(pos_weight: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The two factors of the positional softmax.
-
-    Args:
-        pos_weight: (H, 3) weights of dx, dy and dx^2 + dy^2, key minus query.
-        grid_size: (rows, columns) of the token grid.
-
-    Returns:
-        ``ax`` (H, C, C) and ``ay`` (H, R, R), float32 (float64 for float64 weights); every row sums to 1.
-    """
+    """Ax (H, C, C) and Ay (H, R, R) of weights (H, 3), float32 (float64 for float64 weights); every row sums to 1."""
     rows, columns = grid_size
     weight = pos_weight.to(accumulation_dtype(pos_weight.dtype))
     wx, wy, wd = weight.view(-1, 3, 1, 1).unbind(1)
@@ -48,7 +39,7 @@ def axis_factors(pos_weight: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor
 
 
 def axis_factors_backward(ax: Tensor, ay: Tensor, grad_ax: Tensor, grad_ay: Tensor) -> Tensor:
-    """The gradient of :func:`axis_factors`: (H, 3), from the gradients of the two factors."""
+    """The gradient of :func:`axis_factors`, (H, 3)."""
     dx, dy = _axis_offsets(ax.size(-1), ax), _axis_offsets(ay.size(-1), ay)
     grad_x = ax * (grad_ax - (ax * grad_ax).sum(-1, keepdim=True)) * dx
     grad_y = ay * (grad_ay - (ay * grad_ay).sum(-1, keepdim=True)) * dy
@@ -58,16 +49,6 @@ def axis_factors_backward(ax: Tensor, ay: Tensor, grad_ax: Tensor, grad_ay: Tens
 
 
 def separable_product(ax: Tensor, ay: Tensor, v: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """The positional map times V, without the map.
-
-    Args:
-        ax: (H, C, C) factor along the grid's columns.
-        ay: (H, R, R) factor along the grid's rows.
-        v: (B, H, N, D), N = R*C, in the factors' dtype.
-        grid_size: (R, C).
-
-    Returns:
-        (B, H, N, D), contiguous.
-    """
+    """The positional map times v (B, H, N, D) of the factors' dtype, without the map: (B, H, N, D), contiguous."""
     mixed = torch.matmul(ay, v.unflatten(2, grid_size).flatten(3))
     return torch.matmul(ax.unsqueeze(1), mixed.unflatten(3, (grid_size[1], -1))).flatten(2, 3)

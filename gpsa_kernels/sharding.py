@@ -31,12 +31,7 @@ def on_shards(run: Callable[[Call], Tensor], call: Call) -> Tensor:
 
     Along each dimension of the mesh the batch is sharded where q, k or v comes so, the heads where anything does and
     they divide; else everything is gathered. With the batch sharded each rank's gradients of ``pos_weight`` and
-    ``gate`` are partial sums.
-
-    Raises:
-        TypeError: some of the tensors are no DTensors.
-        ValueError: they are on different meshes.
-        RuntimeError: there is dropout.
+    ``gate`` are partial sums. Raises where some of the tensors are no DTensors or on another mesh, and with dropout.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -44,11 +39,10 @@ def on_shards(run: Callable[[Call], Tensor], call: Call) -> Tensor:
     for name, t in tensors.items():
         if not isinstance(t, DTensor):
             raise TypeError(f"{name} must be a DTensor, as another is, got {type(t).__name__}")
-    meshes = {name: t.device_mesh for name, t in tensors.items()}
-    mesh = meshes["q"]
-    for name, other in meshes.items():
-        if other != mesh:
-            raise ValueError(f"{name} must be on q's mesh {mesh}, got {other}")
+    mesh = tensors["q"].device_mesh
+    for name, t in tensors.items():
+        if t.device_mesh != mesh:
+            raise ValueError(f"{name} must be on q's mesh {mesh}, got {t.device_mesh}")
     if call.has_dropout:
         raise RuntimeError(f"dropout_p must be 0 for DTensors, whose shards cannot share a mask, got {call.dropout_p}")
 

@@ -26,13 +26,10 @@ def as_output(t: Tensor) -> Tensor:
 
 
 def parameter_gradients(sums: Tensor, pos_weight: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of ``pos_weight`` and ``gate``, in one memory, from what each block of a kernel has summed.
+    """The gradients of ``pos_weight`` (H, 3) and ``gate`` (H,), in one memory, from what a kernel's blocks have summed.
 
-    Args:
-        sums: (B * slots, 4 * H), float32 or float64: of g <dO, (dR/dw) V> for the three weights of each head, then of
-            g (1 - g) <dO, O_pos - O_content> for each head.
-        pos_weight: (H, 3).
-        gate: (H,) logits.
+    ``sums``: (B * slots, 4 * H), of g <dO, (dR/dw) V> for the three weights of each head, then of
+    g (1 - g) <dO, O_pos - O_content> for each head.
     """
     total = sums.sum(0).to(torch.promote_types(pos_weight.dtype, gate.dtype))
     of_weights, of_gates = total.split_with_sizes((pos_weight.numel(), gate.numel()))

@@ -159,6 +159,7 @@ def test_what_is_taken_as_python_numbers(arguments):
 
 
 REGISTERED = TENSORS | {"seed": None, "rows": 2, "columns": 3, "scale": 0.3, "dropout_p": 0.0, "backend": "sdpa"}
+SEED = torch.zeros(1, dtype=torch.int64)
 SAVED = {"content": TENSORS["q"], "logsumexp": TENSORS["q"][..., 0], "grad_out": TENSORS["q"]}
 
 
@@ -177,6 +178,12 @@ SAVED = {"content": TENSORS["q"], "logsumexp": TENSORS["q"][..., 0], "grad_out":
         ({"grad_out": torch.randn(2, 3, 5, 8)}, "grad_out must have shape (2, 3, 6, 8), got (2, 3, 5, 8)"),
         ({"content": torch.randn(1, 3, 6, 8)}, "content must have shape (2, 3, 6, 8), got (1, 3, 6, 8)"),
         ({"logsumexp": torch.randn(2, 3, 0)}, "logsumexp must have shape (2, 3, 6), got (2, 3, 0)"),
+        ({"dropout_p": 0.5, "seed": SEED}, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
+        *(
+            ({"backend": backend, **one}, f"seed must be a tensor if and only if dropout_p > 0, got {given}")
+            for backend in ("sdpa", "triton", "cuda")
+            for one, given in (({"dropout_p": 0.5}, "None for 0.5"), ({"seed": SEED}, "a tensor for 0.0"))
+        ),
     ],
 )
 def test_the_registered_operators_check_their_arguments(arguments, message, device):
@@ -186,8 +193,8 @@ def test_the_registered_operators_check_their_arguments(arguments, message, devi
     forward, backward = torch.ops.gpsa.attention_forward, torch.ops.gpsa.attention_backward
     with torch.inference_mode():
         if not arguments.keys() & SAVED.keys():
-            with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=re.escape(message)):
                 forward(**moved(REGISTERED | arguments))
-        with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match=re.escape(message)):
             backward(**moved(REGISTERED | SAVED | arguments))
         assert len(backward(**moved(REGISTERED | SAVED))) == 5

@@ -1,53 +1,38 @@
-"""fuse and unfuse, on timm's model, on a layer written like the original's, and on lookalikes."""
+"""fuse and unfuse, on timm's model, on a layer like the original's, on lookalikes and on what was changed."""
 
+import contextlib
 import copy
-import math
 import pickle
 
 import pytest
+import timm
 import torch
-from models import assert_rounded, assert_trains_like, gradients, randomized, timm_convit
-from reference import offsets
+from models import assert_trains_like, gradients, randomized, timm_convit
+from timm.models import create_feature_extractor
 from timm.models.convit import GPSA as TimmGPSA
 from timm.models.convit import MHSA as TimmMHSA
 from timm.models.vision_transformer import Attention as TimmAttention
-from torch import nn
+from torch import fx, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
 
 from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, fuse, unfuse
 
 SMALL = {"depth": 3, "local_up_to_layer": 2}
 
 
-class OriginalGPSA(nn.Module):
-    """The formula, with the submodules and the lazily made plain attribute ``rel_indices`` of the original code."""
+class OriginalGPSA(TimmGPSA):
+    """timm's, with the plain attribute ``rel_indices`` that the original code makes in the first call."""
 
-    def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.pos_proj = nn.Linear(3, num_heads)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.gating_param = nn.Parameter(torch.ones(num_heads))
-
-    def offsets(self, tokens):
-        return offsets((math.isqrt(tokens),) * 2).to(self.gating_param)[None]
-
-    def attention(self, x):
-        if not hasattr(self, "rel_indices") or self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.offsets(x.shape[1])
-        q, k = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self.qk(x).chunk(2, dim=-1))
-        content = (self.scale * q @ k.mT).softmax(-1)
-        position = self.pos_proj(self.rel_indices).permute(0, 3, 1, 2).softmax(-1)
-        g = self.gating_param.sigmoid().view(1, -1, 1, 1)
-        return self.attn_drop((1 - g) * content + g * position)
+    def __init__(self, dim, num_heads, qkv_bias=False, qk_scale=None, **rates):
+        super().__init__(dim, num_heads, qkv_bias, **rates)
+        self.scale = qk_scale or self.scale
+        del self.rel_indices
 
     def forward(self, x):
-        v = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        return self.proj_drop(self.proj((self.attention(x) @ v).transpose(1, 2).flatten(2)))
+        if not hasattr(self, "rel_indices"):
+            self.rel_indices = self.get_rel_indices(x.shape[1])
+        return super().forward(x)
 
 
 def changed(**methods):
@@ -60,7 +45,16 @@ def changed(**methods):
     return change
 
 
-OTHER_DIRECTION = changed(offsets=lambda self, n: OriginalGPSA.offsets(self, n) * torch.tensor([-1, 1, 1]))
+class Halved(nn.Module):
+    def forward(self, parameter):
+        return 0.5 * parameter
+
+
+def halved(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "gating_param", Halved())
+
+
+OTHER_DIRECTION = changed(get_rel_indices=lambda self, n: TimmGPSA.get_rel_indices(self, n) * torch.tensor([-1, 1, 1]))
 
 
 def tokens(count: int = 9) -> torch.Tensor:
@@ -78,73 +72,42 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual - expected).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize(
-    ("size", "sizes"), [("tiny", {}), ("small", SMALL), ("base", SMALL), ("tiny", {"qkv_bias": True, **SMALL})]
-)
-def test_fused_timm_model_equals_itself(size, sizes):
-    model = timm_convit(size, **sizes)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+def test_a_fused_timm_model_computes_the_same_and_holds_the_same():
+    model, x = timm_convit(qkv_bias=True), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     expected, state = (model(x), gradients(model, x)), list(model.state_dict())
+    held = [*model.named_parameters(), *model.named_modules()]
     assert fuse(model) is model
-    local = sizes.get("local_up_to_layer", 10)
-    assert [type(b.attn) for b in model.blocks] == [FusedGPSA] * local + [SelfAttention] * (len(model.blocks) - local)
+    assert [type(block.attn) for block in model.blocks] == [FusedGPSA] * 10 + [SelfAttention] * 2
     assert list(model.state_dict()) == state
     assert_trains_like(model, x, *expected)
-
-
-def test_adam_takes_the_same_steps():
-    """The optimizer is made before fuse, and goes on."""
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    expected = timm_convit(image_size=32, **SMALL)
-    actual = copy.deepcopy(expected)
-    for model in (expected, actual):
-        # Adam divides by |gradient| + eps: an eps of the gradients' size keeps it from blowing up their rounding
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1.0)
-        for step in range(4):
-            if model is actual and step == 1:
-                fuse(model)
-            gradients(model, x)
-            optimizer.step()
-    for name, parameter in actual.named_parameters():
-        assert_rounded(parameter, expected.get_parameter(name), actual, name)
-
-
-def test_parameters_and_submodules_are_the_same_objects():
-    model = timm_convit(image_size=32, **SMALL)
-    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-    for switch in (fuse, unfuse):
-        switch(model)
-        assert all(p is parameters[name] for name, p in model.named_parameters())
-        assert all(m is modules[name] for name, m in model.named_modules())
-
-
-def test_self_attention_can_be_left():
-    model = fuse(timm_convit(image_size=32, **SMALL), self_attention=False)
-    assert [type(b.attn) for b in model.blocks] == [FusedGPSA, FusedGPSA, TimmMHSA]
+    for switched in (model, unfuse(model)):
+        now = [*switched.named_parameters(), *switched.named_modules()]
+        assert [(name, id(kept)) for name, kept in now] == [(name, id(kept)) for name, kept in held]
 
 
 def test_settings_reach_every_layer():
     model = fuse(timm_convit(image_size=32, **SMALL), backend="eager", grid_size=(1, 4))
     assert {(b.attn.backend, b.attn.grid_size) for b in model.blocks[:2]} == {("eager", (1, 4))}
     assert model.blocks[2].attn.backend == "eager"
+    model = fuse(timm_convit(image_size=32, **SMALL), self_attention=False)
+    assert [type(b.attn) for b in model.blocks] == [FusedGPSA, FusedGPSA, TimmMHSA]
 
 
 def traits(model: nn.Module) -> list[tuple]:
     return [(type(m), m.training, vars(m).keys()) for m in model.modules()]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model,
-        lambda model: model.half(),
-        lambda model: model.to(torch.float64),
-        copy.deepcopy,
-        lambda model: pickle.loads(pickle.dumps(model)),
-        lambda model: copy.deepcopy(model).half(),
-    ],
-    ids=["as is", "half", "float64", "deepcopy", "pickle", "deepcopy, half"],
-)
+CHANGES = {
+    "as is": lambda model: model,
+    "half": lambda model: model.half(),
+    "float64": lambda model: model.double(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "deepcopy, half": lambda model: copy.deepcopy(model).half(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("train", [False, True])
 def test_unfuse_restores_the_layers(change, train):
     plain = timm_convit(image_size=48, **SMALL).float().train(train)
@@ -152,12 +115,12 @@ def test_unfuse_restores_the_layers(change, train):
     plain(x)  # has cached offsets for 9 tokens, in float32
     expected, model = change(copy.deepcopy(plain)), change(fuse(copy.deepcopy(plain)))
     assert isinstance(model.blocks[0].attn, FusedGPSA)
-    model(x.to(model.norm.weight.dtype))
+    x = x.to(model.norm.weight.dtype)
+    model(x)
     assert traits(unfuse(model)) == traits(expected)
-    assert torch.equal(model(x.to(model.norm.weight.dtype)), expected(x.to(model.norm.weight.dtype)))
-    assert {n: (t.dtype, t.shape) for n, t in model.named_buffers()} == {
-        n: (t.dtype, t.shape) for n, t in expected.named_buffers()
-    }
+    assert torch.equal(model(x), expected(x))
+    buffers = [{name: (t.dtype, t.shape) for name, t in m.named_buffers()} for m in (model, expected)]
+    assert buffers[0] == buffers[1]
 
 
 @pytest.mark.parametrize("kind", [OriginalGPSA, TimmGPSA])
@@ -189,19 +152,13 @@ def test_settings_win_over_attributes_of_their_names_which_unfuse_gives_back():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("build", "unfused"),
-    [
-        (lambda: fuse(timm_convit(image_size=32, **SMALL), backend="eager"), [TimmGPSA, TimmGPSA, TimmMHSA]),
-        (lambda: ConViT(embed_dim=24, num_heads=3, image_size=32, **SMALL), [FusedGPSA, FusedGPSA, SelfAttention]),
-    ],
-    ids=["timm's", "own"],
-)
-def test_a_second_call_changes_nothing(build, unfused):
-    model = build()
-    before = [(m, dict(vars(m))) for m in model.modules()]
-    assert [(m, dict(vars(m))) for m in fuse(model).modules()] == before
-    assert [type(b.attn) for b in unfuse(unfuse(model)).blocks] == unfused
+def test_a_second_call_changes_nothing():
+    timms = fuse(timm_convit(image_size=32, **SMALL), backend="eager"), [TimmGPSA, TimmGPSA, TimmMHSA]
+    own = ConViT(embed_dim=24, num_heads=3, image_size=32, **SMALL), [FusedGPSA, FusedGPSA, SelfAttention]
+    for model, unfused in (timms, own):
+        before = [(m, dict(vars(m))) for m in model.modules()]
+        assert [(m, dict(vars(m))) for m in fuse(model).modules()] == before
+        assert [type(b.attn) for b in unfuse(unfuse(model)).blocks] == unfused
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"qkv_bias": True, "qk_scale": 0.3}])
@@ -227,12 +184,16 @@ REPLACED = "its forward method was replaced on the instance"
     ("change", "reason"),
     [
         (OTHER_DIRECTION, DIFFERS),
-        (changed(attention=lambda self, x: 1.001 * OriginalGPSA.attention(self, x)), DIFFERS),
-        (changed(offsets=lambda self, _: OriginalGPSA.offsets(self, 16)), "a trial raised RuntimeError: The size of"),
+        (changed(get_attention=lambda self, x: 1.001 * TimmGPSA.get_attention(self, x)), DIFFERS),
+        (
+            changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)),
+            "a trial raised RuntimeError: The",
+        ),
         (changed(forward=lambda self, x, mask: x), "a trial raised TypeError: .* missing 1 .* argument: 'mask'"),
         (changed(forward=lambda self, x: x[:, :2]), r"its output has shape \(1, 2, 24\) instead of \(1, 4, 24\)"),
         (lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1))), "the fused layer does not know its gain"),
-        (lambda layer: setattr(layer, "forward", layer.attention), REPLACED),
+        (halved, "the fused layer does not know its parametrizations"),
+        (lambda layer: setattr(layer, "forward", layer.get_attention), REPLACED),
         # a hook or an adapter on a submodule that is never called would be silently without effect
         (lambda layer: layer.attn_drop.register_forward_hook(print), f"{BYPASSED} attn_drop itself"),
         (lambda layer: layer.pos_proj.register_forward_hook(print), f"{BYPASSED} pos_proj itself"),
@@ -276,6 +237,10 @@ def test_hooks_and_adapters_keep_working():
             self.down = nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
             self.up = nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
 
+        @property
+        def weight(self):  # which timm's layer looks at
+            return self.base.weight
+
         def forward(self, x):
             return self.base(x) + self.up(self.down(x))
 
@@ -289,16 +254,6 @@ def test_hooks_and_adapters_keep_working():
     assert called == before  # the trial runs without them
     assert_close(model(tokens()), expected)
     assert sorted(called) == sorted(2 * before)
-
-
-def test_shared_layer_is_switched_once():
-    shared = layer()
-    model = nn.Sequential(shared, nn.Sequential(shared))
-    expected = model(tokens())
-    fuse(model)
-    assert model[0] is model[1][0] is shared
-    assert_close(model(tokens()), expected)
-    assert type(unfuse(model)[1][0]) is OriginalGPSA
 
 
 @pytest.mark.parametrize("kind", [OriginalGPSA, TimmGPSA])
@@ -340,3 +295,189 @@ def test_values_of_the_parameters_do_not_matter(fill, same):
 def test_trial_accepts_layers_of_every_size_and_dtype(kind, dim, heads, dtype):
     model = fuse(nn.Sequential(TimmGPSA(dim, heads), kind(dim, heads)).to(dtype))
     assert not isinstance(model[1], kind)
+
+
+# ---- layers that something else has changed, before or after, or that return more than one value ---------------------
+
+
+@pytest.fixture
+def _one_rank():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (halved, "ParametrizedFusedGPSA"),
+        (lambda m: fully_shard(m, mesh=torch.distributed.init_device_mesh("cpu", (1,))), "FSDPFusedGPSA"),
+    ],
+    ids=["parametrize", "fully_shard"],
+)
+def test_unfuse_leaves_a_layer_whose_class_was_changed(change, name):
+    model = nn.Sequential(fuse(layer()), fuse(layer(TimmGPSA)))
+    change(model[0])
+    expected = model(tokens())
+    with pytest.warns(UserWarning, match=f"^0 stays fused: since fuse its class has changed from FusedGPSA to {name}"):
+        unfuse(model)
+    assert [type(m).__name__ for m in model] == [name, "GPSA"]
+    torch.testing.assert_close(model(tokens()), expected)
+
+
+def test_pruned_parameters_are_fused():
+    model = layer(TimmGPSA, qkv_bias=True).half()  # the trial's copy has another dtype
+    prune.custom_from_mask(model, "gating_param", torch.tensor([1, 0, 1]))
+    for name in ("qk", "proj"):
+        prune.l1_unstructured(getattr(model, name), "weight", 0.5)
+    fuse(model).double()
+    assert type(model) is FusedGPSA
+    with torch.no_grad():
+        model.gating_param_orig += 1
+    out = model(tokens())
+    out.sum().backward()
+    assert (model.gating_param_orig.grad == 0).tolist() == [False, True, False]
+    torch.testing.assert_close(unfuse(model)(tokens()), out)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES_AFTER_FUSE = {
+    "forward hook": lambda m: m.attn_drop.register_forward_hook(lambda _, x, out: out.square()),
+    "backward hook": lambda m: m.attn_drop.register_full_backward_hook(lambda _, grads, __: (2 * grads[0],)),
+    "backward pre-hook": lambda m: m.attn_drop.register_full_backward_pre_hook(lambda _, grads: (2 * grads[0],)),
+    "another module": lambda m: setattr(m, "attn_drop", nn.Hardtanh(0.1, 0.5)),
+    "forward pre-hook": lambda m: m.pos_proj.register_forward_pre_hook(lambda _, x: (2 * x[0],)),
+    "prune": lambda m: prune.l1_unstructured(m.pos_proj, "weight", 0.5),
+    "another class": lambda m: setattr(m.pos_proj, "__class__", Doubled),
+    "another forward": lambda m: setattr(m.pos_proj, "forward", lambda x: x.cos()),
+    "not linear": lambda m: setattr(m, "pos_proj", nn.Sequential(m.pos_proj, nn.Tanh())),
+}
+
+
+def results(model: nn.Module) -> dict[str, torch.Tensor]:
+    with torch.no_grad():  # an optimizer's step
+        for parameter in model.parameters():
+            parameter *= 1.1
+    x = tokens().requires_grad_()
+    out = model(x)
+    out.sin().sum().backward()
+    return {"out": out, "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("change", CHANGES_AFTER_FUSE.values(), ids=CHANGES_AFTER_FUSE)
+def test_changes_after_fuse_are_honoured(change):
+    """In output and gradients, as in the unfused layers; by a backend asked for by name they are refused."""
+    original = randomized(nn.Sequential(TimmGPSA(24, 3), TimmMHSA(24, 3)))
+    fused = fuse(copy.deepcopy(original))
+    unchanged = results(copy.deepcopy(fused))
+    changed = []
+    for attention in (*original, *fused):
+        with contextlib.suppress(AttributeError):  # MHSA has no pos_proj
+            change(attention)
+            changed.append(attention)
+    expected, actual = results(original), results(fused)
+    assert any((expected[name] - unchanged[name]).abs().max() > 1e-3 for name in ("out", "x"))
+    torch.testing.assert_close(actual, expected)
+    for attention in changed[len(changed) // 2 :]:
+        attention.backend = "sdpa"
+        with pytest.raises(RuntimeError, match=r"backend 'sdpa' does the work of (attn_drop|pos_proj) itself"):
+            attention(tokens())
+
+
+def test_quantized_linears_are_called():
+    """int8 costs a fused model no more than twice what it costs timm's, one draw of rounding as much as the other."""
+    model = timm_convit(image_size=32, depth=3, local_up_to_layer=2).float().eval()
+    x = torch.randn(4, 3, 32, 32)
+    expected = model(x)
+    quantize = torch.ao.quantization.quantize_dynamic
+    quantized, fused = quantize(copy.deepcopy(model), {nn.Linear}), quantize(fuse(copy.deepcopy(model)), {nn.Linear})
+    error, allowed = ((q(x) - expected).abs().max() for q in (fused, quantized))
+    assert 0 < error <= 2 * allowed
+
+
+class DyToxGPSA(TimmGPSA):
+    """Hands out the attention map and v, too, which DyTox's blocks pass on and its model drops."""
+
+    def forward(self, x):
+        return super().forward(x), self.get_attention(x), self.v(x)
+
+
+class DyTox(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sabs = nn.ModuleList([DyToxGPSA(24, 3, attn_drop=0.1), DyToxGPSA(24, 3)])
+
+    def forward(self, x):
+        for attention in self.sabs:
+            out, _, _ = attention(x)
+            x = x + out
+        return x
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_layers_that_return_more_than_one_value(copied):
+    model = randomized(DyTox()).eval()
+    expected = results(copy.deepcopy(model))
+    with pytest.warns(UserWarning, match=r"returns a tuple, not a tensor \(outputs=3 takes the first"):
+        fuse(model)
+    with pytest.warns(UserWarning, match="returns a tuple, not 2 values"):
+        fuse(model, outputs=2)
+    with pytest.warns(UserWarning, match="its forward returns a Tensor, not 3 values"):
+        assert type(fuse(TimmGPSA(24, 3), outputs=3)) is TimmGPSA
+    assert type(model.sabs[0]) is DyToxGPSA
+    fused = copied(fuse(model, outputs=3))
+    assert isinstance(fused.sabs[0], FusedGPSA)
+    assert fused.sabs[0](tokens())[1:] == (None, None)
+    actual = results(fused)
+    for index in (0, 1):  # the bias cancels in the softmax: timm's gradient is rounding
+        expected[f"sabs.{index}.pos_proj.bias"] = actual[f"sabs.{index}.pos_proj.bias"]
+    torch.testing.assert_close(actual, expected)
+    names = [{name: vars(m).keys() for name, m in model.named_modules()} for model in (unfuse(fused), DyTox())]
+    assert names[0] == names[1]
+    assert type(fused.sabs[0]) is DyToxGPSA
+
+
+# ---- torch.fx, for which a fused layer is a leaf --------------------------------------------------------------------
+
+
+def called_modules(graph: fx.Graph) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, grid_size):
+        return x + self.layers[1](self.layers[0](x, grid_size))
+
+
+def test_symbolic_trace():
+    model = Residual(FusedGPSA(24, 3), SelfAttention(24, 3)).double()
+    traced = fx.symbolic_trace(model)
+    assert called_modules(traced.graph) == ["layers.0", "layers.1"]
+    assert torch.equal(traced(tokens(), (1, 9)), model(tokens(), (1, 9)))
+    assert not torch.equal(traced(tokens(), (1, 9)), traced(tokens(), (3, 3)))
+
+
+def test_symbolic_trace_of_layers_that_return_more_than_one_value():
+    model = fuse(DyTox().double().eval(), outputs=3)
+    traced = fx.symbolic_trace(model)
+    assert called_modules(traced.graph) == ["sabs.0", "sabs.1"]
+    assert torch.equal(traced(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_whole_of_a_fused_model_is_traced_and_differentiated(train):
+    model, x = fuse(timm_convit(image_size=32, **SMALL)).train(train), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    node = timm.models.get_graph_node_names(model)[not train][-1]
+    extractor = create_feature_extractor(model, [node]).train(train)
+    outcomes = [(f(x), gradients(model, x, f)) for f in (model, lambda x: extractor(x)[node])]
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)

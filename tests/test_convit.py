@@ -4,7 +4,6 @@ import copy
 import re
 
 import pytest
-import timm
 import torch
 from models import assert_rounded, assert_trains_like, gradients, randomized, timm_convit
 from timm.layers import resample_abs_pos_embed
@@ -35,31 +34,20 @@ def like(theirs: nn.Module, **kwargs) -> ConViT:
     return ours
 
 
-@pytest.mark.parametrize("qkv_bias", [False, True])
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_checkpoints_pass_both_ways(size, qkv_bias):
-    theirs = timm.create_model(f"convit_{size}", img_size=64, device="meta", qkv_bias=qkv_bias)
-    ours = like(theirs, qkv_bias=qkv_bias)
-    expected, actual = theirs.state_dict(), ours.state_dict()
-    assert [(k, t.shape) for k, t in actual.items()] == [(k, t.shape) for k, t in expected.items()]
-    theirs.load_state_dict(actual, strict=True, assign=True)
-
-
 @pytest.mark.parametrize(
     ("size", "sizes"),
     [
-        ("tiny", {}),
-        ("small", SHALLOW),
-        ("base", SHALLOW),
-        ("tiny", {"qkv_bias": True, **SHALLOW}),
-        ("tiny", {"use_pos_embed": False, **SHALLOW}),
-        ("tiny", {"depth": 2, "local_up_to_layer": 0}),
-        ("tiny", {"depth": 2, "local_up_to_layer": 1}),
+        *(("tiny", {}), ("small", SHALLOW), ("base", SHALLOW)),
+        *(("tiny", {**SHALLOW, **other}) for other in ({"qkv_bias": True}, {"use_pos_embed": False})),
+        *(("tiny", {"depth": 2, "local_up_to_layer": local}) for local in (0, 1)),
     ],
 )
 def test_every_output_and_gradient_equals_timms(size, sizes):
+    """And parameters pass both ways, in the same order."""
     theirs = timm_convit(size, **sizes)
     ours, x = like(theirs, **sizes), images(2, 64)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict(), strict=True)
     assert_rounded(ours.forward_features(x), theirs.forward_features(x), ours)
     assert_trains_like(ours, x, theirs(x), gradients(theirs, x))
 
@@ -67,16 +55,12 @@ def test_every_output_and_gradient_equals_timms(size, sizes):
 @pytest.mark.parametrize(
     ("name", "dim", "heads", "millions"),  # arXiv 2103.10697, table 1
     [
-        ("convit_tiny", 192, 4, 6),
-        ("convit_small", 432, 9, 27),
-        ("convit_base", 768, 16, 86),
-        ("convit_tiny_plus", 256, 4, 10),
-        ("convit_small_plus", 576, 9, 48),
-        ("convit_base_plus", 1024, 16, 152),
+        *(("tiny", 192, 4, 6), ("small", 432, 9, 27), ("base", 768, 16, 86)),
+        *(("tiny_plus", 256, 4, 10), ("small_plus", 576, 9, 48), ("base_plus", 1024, 16, 152)),
     ],
 )
 def test_sizes_of_the_paper(name, dim, heads, millions):
-    model = getattr(gpsa_kernels, name)(device="meta")
+    model = getattr(gpsa_kernels, f"convit_{name}")(device="meta")
     assert model.num_features == dim
     assert [type(block.attn) for block in model.blocks] == [FusedGPSA] * 10 + [SelfAttention] * 2
     assert {block.attn.num_heads for block in model.blocks} == {heads}
@@ -91,15 +75,9 @@ def test_class_token_alone_when_every_layer_is_local():
     assert torch.equal(tokens[:, 0], model.norm(model.cls_token)[0].expand(2, -1))
 
 
-def test_starts_as_a_convolution():
-    model = ConViT(embed_dim=24, num_heads=4, depth=2, local_up_to_layer=1, locality_strength=2.0, image_size=32)
-    assert torch.equal(model.blocks[0].attn.pos_proj.weight[:, 2], torch.full((4,), -2.0))
-    assert model.head.bias.abs().max() == 0
-
-
 def test_arguments_reach_their_place():
     sizes = {"image_size": (32, 16), "in_chans": 1, "num_classes": 0, "mlp_ratio": 2.0, "qkv_bias": True}
-    rates = {"drop_rate": 0.1, "attn_drop_rate": 0.2, "drop_path_rate": 0.3}
+    rates = {"drop_rate": 0.1, "attn_drop_rate": 0.2, "drop_path_rate": 0.3, "locality_strength": 2.0}
     model = ConViT(**{**SIZES, **sizes, **rates}, backend="eager", dtype=torch.float64)
     first, _, last = model.blocks
     assert model.grid_size == (4, 2)
@@ -107,13 +85,18 @@ def test_arguments_reach_their_place():
     assert first.mlp.fc1.out_features == 48
     assert first.attn.qk.bias is not None
     assert last.attn.qkv.bias is not None
-    assert model.pos_drop.p == first.mlp.drop.p == first.attn.proj_drop.p == last.attn.proj_drop.p == 0.1
+    drops = (model.pos_drop, first.mlp.drop1, first.mlp.drop2, first.attn.proj_drop, last.attn.proj_drop)
+    assert {drop.p for drop in drops} == {0.1}
     assert first.attn.attn_drop.p == last.attn.attn_drop.p == 0.2
     assert [block.drop_path.p for block in model.blocks] == [0.0, 0.15, 0.3]
     assert {block.attn.backend for block in model.blocks} == {"eager"}
+    assert first.attn.pos_proj.weight[0, 2] == -2.0
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model.eval()(torch.zeros(2, 1, 32, 16, dtype=torch.float64)).shape == (2, 24)
     assert small(img_size=(32, 16)).grid_size == (4, 2)
+    new = ConViT(**SIZES)
+    assert not new.head.bias.any()
+    assert not new.blocks[0].mlp.fc1.bias.any()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (1, 1)])
@@ -135,21 +118,18 @@ def test_position_embedding_of_another_grid(height, width):
     made_for_it.load_state_dict(state)
     x = images(2, height, width).float()
     assert_rounded(model(x), made_for_it(x), model)
-
-
-def test_position_embedding_learns_through_resampling():
-    model = small()
-    model(images(1, 48)).sum().backward()
+    model(x).sum().backward()
     assert model.pos_embed.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential])
-def test_checkpoint_of_another_size_is_resampled(wrap):
-    other, model = small(image_size=48), small()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_checkpoint_of_another_size_is_resampled(wrap, dtype):
+    other, model = small(image_size=48).to(dtype), small().to(dtype)
     state = wrap(other).state_dict()
     before = copy.deepcopy(state)
     wrap(model).load_state_dict(state)
-    x = images(2, 32)
+    x = images(2, 32).to(dtype)
     assert_rounded(model(x), other(x), model)
     torch.testing.assert_close(state, before, rtol=0, atol=0)
 
@@ -161,11 +141,13 @@ def test_checkpoint_of_the_same_size_is_copied():
     assert torch.equal(model.pos_embed, other.pos_embed)
 
 
-def test_half_precision_checkpoint_is_resampled():
-    model = small().half()
-    model.load_state_dict(small(image_size=48).half().state_dict())
-    assert model.pos_embed.dtype == torch.float16
-    assert model.pos_embed.isfinite().all()
+@pytest.mark.parametrize("loaded", [{"pos_embed": torch.zeros(1, 17, 24)}, {"pos_embed": torch.zeros(1, 9, 25)}, {}])
+def test_position_embeddings_that_cannot_be_resampled(loaded):
+    state = small().state_dict()
+    del state["pos_embed"]
+    message = "size mismatch for pos_embed" if loaded else r'Missing key\(s\) in state_dict: "pos_embed"'
+    with pytest.raises(RuntimeError, match=message):
+        small().load_state_dict(state | loaded)
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -212,10 +194,7 @@ def test_timms_optimizers_see_the_same_groups_as_in_timms_model(layer_decay):
     assert groups(like(theirs, **SHALLOW)) == groups(theirs)
 
 
-INDICES = [None, 2, (0, -1), [1]]
-
-
-@pytest.mark.parametrize("indices", INDICES, ids=map(str, INDICES))
+@pytest.mark.parametrize("indices", [None, 2, (0, -1), [1]], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"norm": True, "output_fmt": "NLC"}, {"stop_early": True}])
 def test_intermediates_are_timms(indices, kwargs):
     theirs, x = timm_convit(**SHALLOW), images(2, 64)
@@ -258,18 +237,3 @@ def test_exported_for_images_of_any_size(dtype):
 def test_exported_for_images_of_its_size_nothing_is_resampled():
     graph = export(small(), (images(2, 32),)).graph
     assert not [node for node in graph.nodes if "bicubic" in str(node.target)]
-
-
-@pytest.mark.parametrize(
-    ("loaded", "message"),
-    [
-        ({"pos_embed": torch.zeros(1, 17, 24)}, "size mismatch for pos_embed"),
-        ({"pos_embed": torch.zeros(1, 9, 25)}, "size mismatch for pos_embed"),
-        ({}, 'Missing key(s) in state_dict: "pos_embed"'),
-    ],
-)
-def test_position_embeddings_that_cannot_be_resampled(loaded, message):
-    state = small().state_dict()
-    del state["pos_embed"]
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        small().load_state_dict(state | loaded)

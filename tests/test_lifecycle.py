@@ -1,19 +1,21 @@
-"""What happens to modules in a training job: copied, saved, moved, replicated, wrapped, compiled, exported."""
+"""What happens to modules in a training job: copied, saved, moved, replicated, wrapped, compiled, empty."""
 
 import copy
 import io
 import pickle
+from functools import partial
 
 import onnxruntime
 import pytest
 import torch
 from models import assert_rounded, assert_same_gradients, gradients, randomized
+from timm.models.convit import GPSA
 from timm.models.convit import ConVit as TimmConViT
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from gpsa_kernels import ConViT, FusedGPSA, fuse, unfuse
+from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, convit_tiny, fuse, gpsa_attention, unfuse
 
 SIZES = {"num_heads": 3, "depth": 3, "local_up_to_layer": 2, "patch_size": 8, "num_classes": 5}
 
@@ -146,12 +148,6 @@ def test_compile_without_graph_breaks_or_recompilation(build):
             assert_runs_like(compiled, model, images(batch).float())
 
 
-@both
-def test_export_of_a_model(build):
-    model, x = build().eval(), images()
-    assert_rounded(torch.export.export(model, (x,)).module()(x), model(x), model)
-
-
 def test_torchscript():
     """torch.jit.script compiles timm's model, not a fused one, and the same model again after unfuse."""
     model, x = timm_model().eval(), images()
@@ -174,3 +170,61 @@ def test_the_old_onnx_export_names_the_backend_that_it_takes(build):
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_rounded(torch.from_numpy(out), model(x), model)
+
+
+# ---- without elements, without data --------------------------------------------------------------------------------
+
+backends = pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
+
+
+@backends
+@both
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_without_data(build, backend, device):
+    """On the CPU an empty batch."""
+    batch, model = 2 if device == "meta" else 0, build().to(device)
+    for block in model.blocks:
+        block.attn.backend = backend
+    out = model(images(batch).to(device))
+    assert (out.shape, out.device.type) == ((batch, 5), device)
+    out.sum().backward()
+    for parameter in model.parameters():
+        assert parameter.grad.shape == parameter.shape
+        assert device == "meta" or not parameter.grad.any()
+
+
+@backends
+@pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
+def test_attention_maps_of_an_empty_batch(kind, backend):
+    assert kind(12, 3, backend=backend).get_attention(torch.randn(0, 9, 12)).shape == (0, 3, 9, 9)
+
+
+@pytest.mark.parametrize(("backend", "dropout_p"), [("auto", 0.1), ("eager", 0.0), ("eager", 0.1), ("sdpa", 0.0)])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_operator_without_data(backend, device, dropout_p):
+    batch = 2 if device == "meta" else 0
+    with torch.device(device):
+        q, k, v = torch.randn(3, batch, 2, 12, 8, requires_grad=True).unbind()
+        parameters = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+        out = gpsa_attention(q, k, v, *parameters, (3, 4), backend=backend, dropout_p=dropout_p)
+        grads = torch.autograd.grad(out.sum(), (q, *parameters))
+    assert [t.shape for t in (out, *grads)] == [q.shape, q.shape, (2, 3), (2,)]
+
+
+SMALL = partial(convit_tiny, image_size=32, depth=3, local_up_to_layer=2)
+
+
+@pytest.mark.parametrize("build", [SMALL, partial(FusedGPSA, 24, 4), partial(SelfAttention, 24, 4)])
+def test_reset_parameters_gives_what_the_constructor_gives(build):
+    module = build(device="meta").to_empty(device="cpu")  # NaN throughout
+    module.reset_parameters()
+    for (name, actual), expected in zip(module.named_parameters(), build().parameters(), strict=True):
+        torch.testing.assert_close(actual.mean(), expected.mean(), rtol=0, atol=0.006, msg=name)
+        torch.testing.assert_close(actual.std(), expected.std(), rtol=0.2, atol=0, msg=name)
+
+
+def test_reset_parameters_of_a_fused_layer():
+    layer = fuse(GPSA(24, 4, locality_strength=0.5, device="meta")).to_empty(device="cpu")
+    layer.reset_parameters()
+    assert torch.equal(layer.pos_proj.weight, FusedGPSA(24, 4, locality_strength=0.5).pos_proj.weight)
+    assert layer(torch.randn(2, 9, 24)).isfinite().all()

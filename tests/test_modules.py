@@ -15,25 +15,22 @@ backends = pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
 kinds = pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
 
 
-def spelled_out(layer, x, grid_size=None):
-    """The layer as the paper writes it, from its parameters."""
-    q, k = layer.qk(x).unflatten(2, (2, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    v = layer.v(x).unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
-    grid_size = grid_size or (math.isqrt(x.size(1)),) * 2
-    out = literal(q, k, v, layer.pos_proj.weight, layer.gating_param, grid_size, layer.scale)
-    return layer.proj(out.transpose(1, 2).flatten(2))
-
-
 @backends
-@pytest.mark.parametrize(("tokens", "grid_size"), [(9, None), (12, (3, 4)), (12, (4, 3)), (1, None)])
-def test_the_layer_is_the_formula(backend, tokens, grid_size):
+@pytest.mark.parametrize("grid_size", [None, (4, 4), (2, 8)])  # the layer's own
+def test_the_layer_is_the_formula(backend, grid_size):
+    """As the paper writes it, from the layer's parameters, on grids that change between calls."""
     settings = {"attn_drop": 0.5, "proj_drop": 0.5, "grid_size": grid_size, "backend": backend}
     layer = FusedGPSA(12, 3, qkv_bias=True, dtype=torch.float64, **settings).eval()
-    x = torch.randn(2, tokens, 12, dtype=torch.float64)
-    outs = layer(x), spelled_out(layer, x, grid_size)
-    torch.testing.assert_close(*outs)
     weights = [p for name, p in layer.named_parameters() if name != "pos_proj.bias"]
-    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), weights, retain_graph=True) for out in outs))
+    for of_call in (None, (3, 4), (4, 3), (1, 1), None):
+        rows, columns = of_call or grid_size or (4, 4)
+        x = torch.randn(2, rows * columns, 12, dtype=torch.float64)
+        q, k = layer.qk(x).unflatten(2, (2, 3, 4)).permute(2, 0, 3, 1, 4)
+        v = layer.v(x).unflatten(2, (3, 4)).transpose(1, 2)
+        expected = literal(q, k, v, layer.pos_proj.weight, layer.gating_param, (rows, columns), layer.scale)
+        outs = layer(x, of_call), layer.proj(expected.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), weights) for out in outs))
 
 
 def test_constructor_arguments():
@@ -65,17 +62,8 @@ def test_local_init():
 def test_a_local_head_looks_where_it_was_told_to():
     layer = FusedGPSA(9, 9, locality_strength=30.0, grid_size=(5, 6))
     nn.init.constant_(layer.gating_param, 50.0)
-    looked_at = layer.get_attention(torch.randn(1, 30, 9))[0, :, 2 * 6 + 3].argmax(
-        -1
-    )  # by the query in row 2, column 3
-    assert looked_at.tolist() == [row * 6 + column for column in (2, 3, 4) for row in (1, 2, 3)]
-
-
-def test_the_size_may_change_between_calls():
-    layer = FusedGPSA(8, 2)
-    for tokens, grid_size in ((16, None), (9, None), (6, (2, 3)), (6, (3, 2)), (4, None)):
-        x = torch.randn(1, tokens, 8)
-        torch.testing.assert_close(layer(x, grid_size), spelled_out(layer, x, grid_size))
+    of_query = layer.get_attention(torch.randn(1, 30, 9))[0, :, 2 * 6 + 3]  # in row 2, column 3
+    assert of_query.argmax(-1).tolist() == [row * 6 + column for column in (2, 3, 4) for row in (1, 2, 3)]
 
 
 @kinds
@@ -90,37 +78,22 @@ def test_the_submodule_decides_whether_it_drops(kind, name, training):
 
 
 def test_queries_and_keys_are_views():
-    layer, packed = FusedGPSA(8, 2), torch.randn(2, 9, 16)
-    layer.qk = nn.Identity()
-    assert {t.untyped_storage().data_ptr() for t in layer._queries_and_keys(packed)} == {packed.data_ptr()}
-
-
-def test_get_attention():
-    layer = FusedGPSA(8, 2, dtype=torch.float64).eval()
-    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
-    attention = layer.get_attention(x)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, 9, dtype=torch.float64))
-    v = layer.v(x).view(2, 9, 2, 4).transpose(1, 2)
-    torch.testing.assert_close(layer.proj((attention @ v).transpose(1, 2).reshape(2, 9, 8)), layer(x))
-    attention.square().sum().backward()
-    assert x.grad.any()
-    assert layer.pos_proj.weight.grad.any()
+    packed = torch.randn(2, 9, 16)
+    assert {t.untyped_storage().data_ptr() for t in FusedGPSA(8, 2)._split_heads(packed, 2)} == {packed.data_ptr()}
 
 
 def test_get_attention_computes_in_float32_under_autocast():
-    layer = FusedGPSA(8, 2).eval()
-    x = torch.randn(2, 9, 8)
+    layer, x = FusedGPSA(8, 2).eval(), torch.randn(2, 9, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention = layer.get_attention(x)
-        q, k = (t.float() for t in layer._queries_and_keys(x))
+        q, k = layer._split_heads(layer.qk(x).float(), 2)
     expected = attention_map(q, k, layer.pos_proj.weight, layer.gating_param, (3, 3), layer.scale)
     assert torch.equal(attention, expected.bfloat16())
 
 
 @pytest.mark.parametrize(("tokens", "grid_size", "columns"), [(9, None, 3), (16, (2, 8), 8)])
 def test_get_attention_map(tokens, grid_size, columns):
-    layer = FusedGPSA(8, 2).eval()
-    x = torch.randn(2, tokens, 8)
+    layer, x = FusedGPSA(8, 2).eval(), torch.randn(2, tokens, 8)
     distance, attention = layer.get_attention_map(x, return_map=True, grid_size=grid_size)
     assert torch.equal(attention, layer.get_attention(x, grid_size).mean(0))
     assert torch.equal(layer.get_attention_map(x, grid_size=grid_size), distance)
@@ -149,10 +122,9 @@ def test_non_locality_of_known_maps():
 
 
 def test_gates():
-    model = nn.Sequential(FusedGPSA(8, 2), nn.Sequential(FusedGPSA(8, 4)))
-    assert {name: tuple(g.shape) for name, g in gates(model).items()} == {"0": (2,), "1.0": (4,)}
-    assert torch.equal(gates(model)["0"], torch.sigmoid(torch.ones(2)))
-    assert not any(g.requires_grad for g in gates(model).values())
+    of_model = gates(nn.Sequential(FusedGPSA(8, 2), nn.Sequential(FusedGPSA(8, 4))))
+    torch.testing.assert_close(of_model, {"0": torch.ones(2).sigmoid(), "1.0": torch.ones(4).sigmoid()})
+    assert not any(g.requires_grad for g in of_model.values())
 
 
 @backends

@@ -1,19 +1,16 @@
 """The numbers of gpsa_attention beside those that tests/kernels has of all backends: the oracles', and sdpa's own."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from reference import NAMES, assert_as_exact_as_eager, inputs, literal, loops, with_gradients
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpsa_kernels
 from gpsa_kernels import gpsa_attention
 from gpsa_kernels.backends import Backend, Call, eager, sdpa
 from gpsa_kernels.backends.base import Forward
 
-ALL_KERNELS = ("sdpa", "triton", "cuda")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,37 +139,6 @@ def test_no_nan_is_lost(backend, dtype, tokens):
             assert b[a.isnan()].isnan().all(), name
 
 
-def dropped_map(dropout_p, seed):
-    """The attention map itself, which is the output where V is the identity."""
-    q, k, _, pos_weight, gate = (t.detach() for t in inputs(4, 2, (4, 6), 24))
-    torch.manual_seed(seed)
-    return gpsa_attention(q, k, torch.eye(24).to(q).expand_as(q), pos_weight, gate, (4, 6), dropout_p=dropout_p)
-
-
-def test_dropout_masks_both_branches_at_once():
-    full, dropped = dropped_map(0.0, 3), dropped_map(0.25, 3)
-    kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], full[kept] / 0.75)
-    assert not dropped_map(1.0, 3).any()
-    # 4 standard deviations of the mean of that many draws
-    assert abs(kept.double().mean().item() - 0.75) < 4 * (0.25 * 0.75 / kept.numel()) ** 0.5
-
-
-def test_dropout_follows_the_seed():
-    first, again, other = (dropped_map(0.5, seed) for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("dropout_p", [0.3, 1.0])
-def test_dropout_gradient_uses_the_forward_mask(dropout_p):
-    def fixed_mask(*tensors):
-        torch.manual_seed(5)
-        return gpsa_attention(*tensors, (2, 3), dropout_p=dropout_p)
-
-    assert torch.autograd.gradcheck(fixed_mask, inputs(1, 2, (2, 3), 4))
-
-
 def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     seeds = []
 
@@ -186,23 +152,3 @@ def test_the_seed_of_the_mask_has_64_random_bits(monkeypatch):
     for _ in range(64):
         gpsa_attention(*tensors, (1, 1), dropout_p=0.5, backend="recorder")
     assert all({seed >> bit & 1 for seed in seeds} == {0, 1} for bit in range(64))
-
-
-@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
-@pytest.mark.parametrize(
-    ("backend", "seeded", "dropout_p", "error", "message"),
-    [
-        *((name, False, 0.5, ValueError, "if and only if dropout_p > 0, got None for 0.5") for name in ALL_KERNELS),
-        *((name, True, 0.0, ValueError, "if and only if dropout_p > 0, got a tensor for 0.0") for name in ALL_KERNELS),
-        ("sdpa", True, 0.5, RuntimeError, "backend 'sdpa' cannot run this call: attention dropout needs one mask"),
-    ],
-)
-def test_the_operators_refuse_dropout_that_would_drop_nothing(backend, seeded, dropout_p, error, message, mode):
-    with mode():
-        q, k, v, out = torch.randn(4, 1, 2, 6, 8).unbind()
-        seed = torch.zeros(1, dtype=torch.int64) if seeded else None
-        call = (q, k, v, torch.randn(2, 3), torch.randn(2), seed, 2, 3, 0.5, dropout_p)
-        with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_forward(*call, backend)
-        with pytest.raises(error, match=message):
-            torch.ops.gpsa.attention_backward(out, *call, out, torch.randn(1, 2, 6), backend)

@@ -36,11 +36,7 @@ class Build(NamedTuple):
 
 
 def build() -> Build | None:
-    """How the library of this installation was built, or None where there is none.
-
-    Raises:
-        OSError, ValueError, TypeError: the file that says so cannot be read.
-    """
+    """How the library was built, None where there is none. Raises what comes of a file that cannot be read."""
     path = FOLDER / "build.json"
     return Build(**json.loads(path.read_text())) if path.exists() else None
 
@@ -131,19 +127,15 @@ def _saves_content(rows: int, columns: int, head_dim: int, bfloat16: bool, dropo
     return torch.ops.gpsa_cuda.saves_content(rows, columns, head_dim, bfloat16, dropout_p, device)
 
 
-def _device_index(q: Tensor) -> int:
-    if q.device.index is not None:
-        return q.device.index
-    return torch.cuda.current_device() if torch.cuda.is_available() else -1
-
-
 def saves_content(call: Call) -> bool:
     q = call.q
     if q.size(2) > _WHOLE_IMAGE_TOKENS:  # the library says so, too; not asked, it leaves the sizes symbolic
         return True
-    shape = int(call.rows), int(call.columns), int(q.size(3))
+    shape, device = (int(call.rows), int(call.columns), int(q.size(3))), q.device.index
+    if device is None:
+        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     with _disable_current_modes():  # which are for operators on tensors
-        return _saves_content(*shape, q.dtype == torch.bfloat16, call.dropout_p, _device_index(q))
+        return _saves_content(*shape, q.dtype == torch.bfloat16, call.dropout_p, device)
 
 
 def forward(call: Call, save: bool) -> Forward:

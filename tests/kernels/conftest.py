@@ -122,7 +122,6 @@ _ANY_HEAD_DIM = {
         (7, 3, (3, 5), 8), (2, 9, (14, 14), 48),
     ],
     "inference_shapes": [(1, 2, (3, 5), 16), (1, 2, (5, 13), 5)],
-    "dropout_shapes": [],
 }
 # fmt: on
 _ALL = {name: list(dict.fromkeys(chain(*(one[name] for one in (_TRITON, _WHOLE_IMAGE, _TILED))))) for name in _TRITON}
@@ -131,7 +130,7 @@ _SMOKE = {(1, 1, (14, 14), 48), (1, 1, (17, 16), 24), (1, 1, (1, 130), 16), (2, 
 
 _HALVES = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = {"triton": (torch.float32, *_HALVES), "cuda": _HALVES}
-_PLAIN = ("eager", "sdpa")
+_PLAIN = {"eager": [(2, 2, (5, 13), 72), (1, 1, (1, 1), 8)], "sdpa": []}  # and the shapes that they run with dropout
 _EMULATED = {"emulated-whole-image": _WHOLE_IMAGE, "emulated-tiled": _TILED}
 
 
@@ -145,7 +144,11 @@ def _targets() -> list[Target]:
 
 TARGETS = _targets()
 _EVERY = (torch.float64, torch.float32, *_HALVES)
-PLAIN = [Target(name, "cpu", _EVERY, **_ANY_HEAD_DIM) for name in _PLAIN if TARGETS[0].backend in _EMULATED]
+PLAIN = [
+    Target(name, "cpu", _EVERY, **_ANY_HEAD_DIM, dropout_shapes=shapes)
+    for name, shapes in _PLAIN.items()
+    if TARGETS[0].backend in _EMULATED
+]
 _VARIED = {name[:-1]: name for name in ("dtypes", *_TRITON)}
 
 
@@ -153,7 +156,8 @@ def pytest_generate_tests(metafunc):
     """Every target, with each of its dtypes, grids or shapes where a test asks for one."""
     names = [name for name in _VARIED if name in metafunc.fixturenames]
     cases = []
-    for target in TARGETS + (PLAIN if metafunc.module.__name__ == "test_kernel_numerics" else []):
+    plain = {"test_kernel_numerics": PLAIN, "test_kernel_dropout": [t for t in PLAIN if t.dropout_shapes]}
+    for target in TARGETS + plain.get(metafunc.module.__name__, []):
         for values in product(*(getattr(target, _VARIED[name]) for name in names)):
             label = "-".join([target.backend, *(str(value).removeprefix("torch.") for value in values)])
             marks = [pytest.mark.smoke] if _SMOKE.intersection(values) else []

@@ -90,6 +90,8 @@ def test_a_seed_gives_the_same_bits_and_another_one_others(target, tensors):
 def test_everything_dropped(target, tensors):
     for name, t in zip(NAMES, target.run(tensors, torch.randn_like(tensors[0]), GRID, dropout_p=1.0), strict=True):
         assert t.eq(0).all(), name
+    if target.backend == "eager":
+        return
     seed = torch.zeros(1, dtype=torch.int64, device=target.device)
     _, content, _ = torch.ops.gpsa.attention_forward(*tensors, seed, *GRID, 1.0, 1.0, target.backend, True)
     assert content.eq(0).all()

@@ -1,7 +1,7 @@
 """The attention kernels: forward and dQ over tiles of queries, dK and dV over tiles of keys.
 
-Each output element is summed by one program in a fixed order, so there are no atomics and every run gives the same
-bits. Of the backward kernels the queries' runs first and leaves delta = rowsum(dO * O_content) for the keys'.
+Each element is summed by one program in a fixed order: no atomics, and every run gives the same bits. The kernel of dQ
+runs first and leaves delta = rowsum(dO * O_content) for that of dK and dV.
 """
 
 # mypy: ignore-errors
@@ -18,6 +18,7 @@ from gpsa_kernels.backends.triton.tiles import (
     blend_rows,
     dropout_factors,
     early_share,
+    factors_of,
     gate_shares,
     load_rows,
     output_base,
@@ -28,7 +29,6 @@ from gpsa_kernels.backends.triton.tiles import (
     row_products,
     scale_rows,
     store_rows,
-    tables_of,
     zeros_like_rows,
 )
 
@@ -39,8 +39,7 @@ def attention_forward(
     k,
     v,
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     out,  # (B, N, H, D), written
     content,  # (B, N, H, D), written; None where there is no backward pass
@@ -64,9 +63,8 @@ def attention_forward(
     """out = (1 - g) softmax(scale Q K^T) V + g R V for a tile of query rows of one pair."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    first_keys = tl.arange(0, KEY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
-    ax, ay = tables_of(ax, ay, head, tokens // columns, columns)
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
+    ax, ay = factors_of(tables, head, tokens // columns, columns)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)
     v = base_of(v, v_strides, batch, head)
@@ -78,7 +76,7 @@ def attention_forward(
     content_sum = zeros_like_rows(q_tile, SUM)
     position_sum = zeros_like_rows(q_tile, SUM)
     for start in range(0, tokens, KEY_TILE):
-        key = start + first_keys
+        key = start + tl.arange(0, KEY_TILE)
         k_tile = load_rows(k, key, k_strides.token, tokens, HEAD_DIM, PARTS)
         v_tile = load_rows(v, key, v_strides.token, tokens, HEAD_DIM, PARTS)
 
@@ -125,10 +123,7 @@ def attention_backward_query(
     content,  # (B, N, H, D)
     logsumexp,  # (B, H, N)
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
-    moments_x,  # (H, 2, C), means of dx and dx^2 under Ax
-    moments_y,  # (H, 2, R), the same for y
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     grad_q,  # (B, N, H, D), written
     delta,  # (B, H, N), written
@@ -154,8 +149,7 @@ def attention_backward_query(
     """dQ and delta of a tile of query rows of one pair, and their slot of the parameters' sums."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, QUERY_TILE), heads)
     query = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    first_keys = tl.arange(0, KEY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)
@@ -171,9 +165,9 @@ def attention_backward_query(
 
     if POSITION == "dense":
         rows = tokens // columns
-        ax, ay = tables_of(ax, ay, head, rows, columns)
-        moments_x += head * 2 * columns + query % columns
-        moments_y += head * 2 * rows + query // columns
+        ax, ay = factors_of(tables, head, rows, columns)
+        moments_x = tables.moments_x + (head * 2 * columns + query % columns)
+        moments_y = tables.moments_y + (head * 2 * rows + query // columns)
         mean_dx = tl.load(moments_x, mask=query < tokens, other=0.0)
         mean_dy = tl.load(moments_y, mask=query < tokens, other=0.0)
         mean_square = tl.load(moments_x + columns, mask=query < tokens, other=0.0)
@@ -185,7 +179,7 @@ def attention_backward_query(
 
     grad_q_sum = zeros_like_rows(q_tile, SUM)
     for start in range(0, tokens, KEY_TILE):
-        key = start + first_keys
+        key = start + tl.arange(0, KEY_TILE)
         k_tile = load_rows(k, key, k_strides.token, tokens, HEAD_DIM, PARTS)
         v_tile = load_rows(v, key, v_strides.token, tokens, HEAD_DIM, PARTS)
 
@@ -228,8 +222,7 @@ def attention_backward_key(
     logsumexp,  # (B, H, N), like delta
     delta,
     gate,  # (H,)
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
+    tables,  # launch.Tables
     seed,  # (1,), None without dropout
     grad_k,  # (B, N, H, D), written, like grad_v
     grad_v,
@@ -253,9 +246,8 @@ def attention_backward_key(
     """dK and dV of a tile of keys of one pair."""
     pair, batch, head, tile = place_of_program(tl.cdiv(tokens, KEY_TILE), heads)
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
-    first_queries = tl.arange(0, QUERY_TILE)
-    SUM: tl.constexpr = ax.dtype.element_ty
-    ax, ay = tables_of(ax, ay, head, tokens // columns, columns)
+    SUM: tl.constexpr = tables.ax.dtype.element_ty
+    ax, ay = factors_of(tables, head, tokens // columns, columns)
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     q = base_of(q, q_strides, batch, head)
     k = base_of(k, k_strides, batch, head)
@@ -267,7 +259,7 @@ def attention_backward_key(
     grad_k_sum = zeros_like_rows(k_tile, SUM)
     grad_v_sum = zeros_like_rows(v_tile, SUM)
     for start in range(0, tokens, QUERY_TILE):
-        query = start + first_queries
+        query = start + tl.arange(0, QUERY_TILE)
         q_tile = load_rows(q, query, q_strides.token, tokens, HEAD_DIM, PARTS)
         g_tile = load_rows(grad_out, query, grad_out_strides.token, tokens, HEAD_DIM, PARTS)
         # queries that do not exist get weight exp(-inf) = 0

@@ -15,17 +15,11 @@ from torch import Tensor
 
 from gpsa_kernels.backends.base import Call, Forward, Gradients, Saved
 from gpsa_kernels.backends.triton import attention, positional
-from gpsa_kernels.backends.triton.rules import (
-    attention_launch,
-    head_parts,
-    padded,
-    position_form,
-    positional_launch,
-)
+from gpsa_kernels.backends.triton.rules import attention_launch, head_parts, padded, position_form, positional_launch
 from gpsa_kernels.tensors import accumulation_dtype, empty_output, parameter_gradients
 
 _TABLE_ELEMENTS = 4096  # of one program of the table kernel
-_MOST_REGISTERS = 255  # of a thread; float32 kernels ask for them, or the compiler would spill to take a few less
+_MOST_REGISTERS = 255  # of a thread; named where the compiler would rather spill than take a few more
 
 Arguments = dict[str, Any]  # by name; a kernel takes those that it names
 
@@ -36,6 +30,15 @@ class Strides(NamedTuple):
     batch: int
     head: int
     token: int
+
+
+class Tables(NamedTuple):
+    """The two factors of the positional softmax, and the means of the offset and of its square under their rows."""
+
+    ax: Tensor  # (H, C, C)
+    ay: Tensor  # (H, R, R)
+    moments_x: Tensor  # (H, 2, C)
+    moments_y: Tensor  # (H, 2, R)
 
 
 class KernelCall(NamedTuple):
@@ -53,13 +56,12 @@ def _strided(**tensors: Tensor) -> Arguments:
 
 
 def _arguments(call: Call) -> Arguments:
-    """What follows from the call alone: its fields, and memory for the tables and the means under their rows."""
+    """What follows from the call alone: its fields, and memory for the tables."""
     q, heads, rows, columns = call.q, call.q.size(1), call.rows, call.columns
-    shapes = {"ax": (columns, columns), "ay": (rows, rows), "moments_x": (2, columns), "moments_y": (2, rows)}
-    dtype = accumulation_dtype(q.dtype)
+    dtype, shapes = accumulation_dtype(q.dtype), ((columns, columns), (rows, rows), (2, columns), (2, rows))
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        **{name: q.new_empty((heads, *shape), dtype=dtype) for name, shape in shapes.items()},
+        "tables": Tables(*(q.new_empty((heads, *shape), dtype=dtype) for shape in shapes)),
         **_strided(q=q, k=call.k, v=call.v),
         "pos_weight": call.pos_weight.contiguous(),
         "gate": call.gate.contiguous(),
@@ -72,7 +74,7 @@ def _arguments(call: Call) -> Arguments:
         "dropout_p": call.dropout_p,
         "keep_scale": 0.0 if call.dropout_p == 1 else 1 / (1 - call.dropout_p),
         "HEAD_DIM": q.size(3),
-        "POSITION": position_form(call.grid_size, call.has_dropout, q.element_size()),
+        "POSITION": position_form(call),
         "PRECISION": "tf32" if tf32 else "ieee",
     }
 
@@ -92,7 +94,7 @@ def _axis_tables(given: Arguments) -> KernelCall:
 def _attention(kernel: str, call: Call, given: Arguments, capability: int) -> KernelCall:
     """An attention kernel: a program for each tile of queries, in backward_key of keys."""
     q = call.q
-    launch = attention_launch(kernel, q.size(3), q.element_size(), given["POSITION"], capability)
+    launch = attention_launch(kernel, call, capability)
     tile = launch.key_tile if kernel == "backward_key" else launch.query_tile
     programs = q.size(0) * q.size(1) * triton.cdiv(q.size(2), tile)
     parts = head_parts(q.size(3), kernel)
@@ -105,7 +107,7 @@ def _attention(kernel: str, call: Call, given: Arguments, capability: int) -> Ke
 
 def _separable(kernel: Any, call: Call, given: Arguments) -> KernelCall:
     """A kernel of the separable product: a program for each slab."""
-    q, launch = call.q, positional_launch(call.columns, call.q.element_size())
+    q, launch = call.q, positional_launch(call)
     tiles = {
         "CHANNELS": launch.channels,
         "ROW_TILE": launch.row_tile,
@@ -118,7 +120,7 @@ def _separable(kernel: Any, call: Call, given: Arguments) -> KernelCall:
 
 def _slabs(call: Call) -> int:
     """Of one pair."""
-    launch = positional_launch(call.columns, call.q.element_size())
+    launch = positional_launch(call)
     return triton.cdiv(call.rows, launch.row_tile) * triton.cdiv(call.q.size(3), launch.channels)
 
 
@@ -143,8 +145,7 @@ def plan_backward(
         grad_out = grad_out.contiguous()  # an expanded gradient, out.sum() for one
     given = _arguments(call) | saved._asdict() | dict(zip(("grad_q", "grad_k", "grad_v"), grads, strict=True))
     form = given["POSITION"]
-    launch = attention_launch("backward_query", q.size(3), q.element_size(), form, capability)
-    query_slots = triton.cdiv(q.size(2), launch.query_tile)
+    query_slots = triton.cdiv(q.size(2), attention_launch("backward_query", call, capability).query_tile)
     slots = query_slots + (0 if form == "dense" else _slabs(call))
     sums = q.new_empty((q.size(0) * q.size(1), slots, 4), dtype=saved.logsumexp.dtype)
     given |= {

@@ -15,10 +15,10 @@ from gpsa_kernels.backends.triton.tiles import (
     LOG2_E,
     base_of,
     early_share,
+    factors_of,
     gate_shares,
     output_base,
     place_of_program,
-    tables_of,
 )
 
 
@@ -42,10 +42,7 @@ def _axis_table(weight, weight_square, table, moments, size, tile, TILE: tl.cons
 @triton.jit(do_not_specialize=["rows", "columns"])
 def axis_tables(
     pos_weight,  # (H, 3)
-    ax,  # (H, C, C), written
-    ay,  # (H, R, R), written
-    moments_x,  # (H, 2, C), written: means of the offset and of its square
-    moments_y,  # (H, 2, R), written
+    tables,  # launch.Tables, written
     rows,
     columns,
     TILE: tl.constexpr,
@@ -57,10 +54,10 @@ def axis_tables(
     tile = tl.program_id(0) % (x_tiles + y_tiles)
     weight = pos_weight + head * 3
     if tile < x_tiles:
-        table, moments = ax + head * columns * columns, moments_x + head * 2 * columns
+        table, moments = tables.ax + head * columns * columns, tables.moments_x + head * 2 * columns
         _axis_table(weight, weight + 2, table, moments, columns, tile, TILE, LENGTH)
     else:
-        table, moments = ay + head * rows * rows, moments_y + head * 2 * rows
+        table, moments = tables.ay + head * rows * rows, tables.moments_y + head * 2 * rows
         _axis_table(weight + 1, weight + 2, table, moments, rows, tile - x_tiles, TILE, LENGTH)
 
 
@@ -132,8 +129,7 @@ def _along_rows(
 @triton.jit(do_not_specialize=["heads", "tokens", "columns"])
 def separable_product(
     x,  # (B, H, N, D), in any layout
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
+    tables,  # launch.Tables
     gate,  # (H,), of the transpose alone
     out,  # (B, N, H, D), written
     x_strides,  # launch.Strides
@@ -152,7 +148,7 @@ def separable_product(
     slabs = tl.cdiv(HEAD_DIM, CHANNELS)
     pair, batch, head, program = place_of_program(slabs * tl.cdiv(rows, ROW_TILE), heads)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    ax, ay = tables_of(ax, ay, head, rows, columns)
+    ax, ay = factors_of(tables, head, rows, columns)
     x = base_of(x, x_strides, batch, head)
 
     along_rows = (x, x_strides.token, ay, None, first_row, slab, rows, columns)
@@ -181,10 +177,7 @@ def separable_product(
 def separable_gradient(
     grad_out,  # (B, H, N, D), like v in any layout
     v,
-    ax,  # (H, C, C)
-    ay,  # (H, R, R)
-    moments_x,  # (H, 2, C)
-    moments_y,  # (H, 2, R)
+    tables,  # launch.Tables
     gate,  # (H,)
     sums,  # (B * H, slots, 4), one slot from first_slot on written by each program
     grad_out_strides,
@@ -206,14 +199,14 @@ def separable_gradient(
     d/dw <dO, (Ay x Ax) V> is the same product with one table differentiated, so that all of it is sums of entrywise
     products: of dO with what was mixed along x, of Ax^T dO with what was mixed along y.
     """
-    SUM: tl.constexpr = ay.dtype.element_ty
+    SUM: tl.constexpr = tables.ay.dtype.element_ty
     rows = tokens // columns
     slabs = tl.cdiv(HEAD_DIM, CHANNELS)
     pair, batch, head, program = place_of_program(slabs * tl.cdiv(rows, ROW_TILE), heads)
     slab, first_row = program % slabs, program // slabs * ROW_TILE
-    ax, ay = tables_of(ax, ay, head, rows, columns)
-    moments_x += head * 2 * columns
-    moments_y += head * 2 * rows
+    ax, ay = factors_of(tables, head, rows, columns)
+    moments_x = tables.moments_x + head * 2 * columns
+    moments_y = tables.moments_y + head * 2 * rows
     grad_out = base_of(grad_out, grad_out_strides, batch, head)
     v = base_of(v, v_strides, batch, head)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpsa_kernels.backends.base import Call
 from gpsa_kernels.backends.triton.table import ATTENTION, POSITIONAL, Launch, PositionalLaunch
 
 # the most columns that a slab of the positional kernels has a launch for
@@ -16,8 +17,7 @@ def padded(size: int) -> int:
 def head_parts(head_dim: int, kernel: str) -> tuple[int, ...]:
     """The one or two widths, powers of two, in which a tile holds ``head_dim`` channels: 48 is (32, 16).
 
-    64 and more are two halves where the weights' rows are queries: two products that share them make the compiler keep
-    them in registers. In "backward_key" that costs registers instead.
+    64 and more are two halves where that saves registers: where the weights' rows are queries.
     """
     whole = padded(head_dim)
     rest = padded(head_dim - whole // 2)
@@ -25,22 +25,18 @@ def head_parts(head_dim: int, kernel: str) -> tuple[int, ...]:
     return (whole // 2, rest) if split else (whole,)
 
 
-def _width(element_size: int) -> str:
-    return "half" if element_size == 2 else "float32"
+def _width(call: Call) -> str:
+    return "half" if call.q.element_size() == 2 else "float32"
 
 
-def position_form(grid_size: tuple[int, int], has_dropout: bool, element_size: int) -> str:
-    """How the positional branch is computed.
+def position_form(call: Call) -> str:
+    """How the positional branch is computed: in "rows", "slabs" or "dense", which docs/triton.md tells apart.
 
-    "rows": inside the attention kernels, two grid rows at a time: whole images of at most 256 tokens.
-    "slabs": as the separable product, by a kernel of its own: every larger grid.
-    "dense": formed entry by entry beside the content's map: dropout, whose mask breaks the product, and very long grids
-    (a slab holds all columns; squared offsets along the rows must fit 16 bits).
+    Dense are very long grids, too: a slab holds all columns, and squared offsets along the rows must fit 16 bits.
     """
-    rows, columns = grid_size
-    if has_dropout or columns > _LONGEST_SLAB[_width(element_size)] or rows > 256:
+    if call.has_dropout or call.columns > _LONGEST_SLAB[_width(call)] or call.rows > 256:
         return "dense"
-    return "rows" if columns <= 16 and rows * columns <= 256 else "slabs"
+    return "rows" if call.columns <= 16 and call.rows * call.columns <= 256 else "slabs"
 
 
 def launch_class(element_size: int, form: str, capability: int) -> str:
@@ -56,11 +52,12 @@ def launch_class(element_size: int, form: str, capability: int) -> str:
     return {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
 
 
-def attention_launch(kernel: str, head_dim: int, element_size: int, form: str, capability: int) -> Launch:
+def attention_launch(kernel: str, call: Call, capability: int) -> Launch:
     """The launch of "forward", "backward_query" or "backward_key"; ``capability`` is 80 for sm_80."""
-    return ATTENTION[launch_class(element_size, form, capability), kernel, max(32, padded(head_dim))]
+    row = launch_class(call.q.element_size(), position_form(call), capability)
+    return ATTENTION[row, kernel, max(32, padded(call.q.size(3)))]
 
 
-def positional_launch(columns: int, element_size: int) -> PositionalLaunch:
-    """The launch of the separable product and its gradient on a grid of ``columns`` columns."""
-    return POSITIONAL[_width(element_size), padded(columns)]
+def positional_launch(call: Call) -> PositionalLaunch:
+    """The launch of the separable product and its gradient."""
+    return POSITIONAL[_width(call), padded(call.columns)]

@@ -38,9 +38,9 @@ def output_base(pointer, pair, heads, tokens, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def tables_of(ax, ay, head, rows, columns):
-    """The tables (C, C) and (R, R) of a head."""
-    return ax + head * columns * columns, ay + head * rows * rows
+def factors_of(tables, head, rows, columns):
+    """Ax (C, C) and Ay (R, R) of a head."""
+    return tables.ax + head * columns * columns, tables.ay + head * rows * rows
 
 
 @triton.jit
