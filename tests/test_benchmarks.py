@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
+import reference
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,9 +42,6 @@ def row(peer: str, us: float, direction: str = "forward", section: str = "operat
 
 def rehearse(path, *arguments: str) -> int:
     return suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments])
-
-
-# ---- floors and workloads -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,21 +85,10 @@ def test_the_full_profile_has_every_shape_that_matters():
     assert found == set(product(("tiny", "small", "base"), (224, 384), ("inference", "training"), (False, True)))
 
 
-# ---- proofs ---------------------------------------------------------------------------------------------------------
-
-TINY_WORKLOAD = Workload("operator", TINY, "warm", DIRECTIONS)
-
-
 def measured(workload: Workload, *directions: str) -> dict[tuple[str, str], dict]:
     run = measure.Run(dataclasses.replace(workload, temperature="warm"), "cpu")
     rows = [row for direction in directions for row in run.rows(direction, timing.EFFORTS["dry"], lambda _: RATES)]
     return {(row["peer"], row["direction"]): row for row in rows}
-
-
-def plant(monkeypatch, *planted: peers.Peer, kept: int) -> None:
-    """Peers beside the first few of the operator."""
-    subject = dataclasses.replace(peers.OPERATOR, peers=(*planted, *peers.OPERATOR.peers[:kept]))
-    monkeypatch.setattr(measure, "OPERATOR", subject)
 
 
 @pytest.mark.parametrize("section", ["operator", "layer"])
@@ -137,11 +124,7 @@ def test_there_is_no_floor_in_16_bits_on_a_cpu(monkeypatch):
 
 def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
     def planted(name, change):
-        def make(case, tensors):
-            right = peers.eager(case, tensors)
-            return lambda q, k, v, w, gate: change(right, q, k, v, w, gate)
-
-        return peers.Peer(name, make)
+        return peers.Peer(name, lambda case, tensors: functools.partial(change, peers.eager(case, tensors)))
 
     doubled = planted("doubled", lambda right, *tensors: 2 * right(*tensors))
     gradient = planted("gradient", lambda right, *rest: right(*rest[:-1], 2 * rest[-1] - rest[-1].detach()))
@@ -151,8 +134,9 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
         calls = iter([peers.eager(case, tensors)] * 4)  # the proof, the memory, and warming up
         return lambda *tensors: next(calls, lambda *_: 1 / 0)(*tensors)
 
-    plant(monkeypatch, doubled, gradient, raises, peers.Peer("late", late), kept=2)
-    rows = measured(TINY_WORKLOAD, "forward", "both")
+    planted = doubled, gradient, raises, peers.Peer("late", late), *peers.OPERATOR.peers[:2]
+    monkeypatch.setattr(measure, "OPERATOR", dataclasses.replace(peers.OPERATOR, peers=planted))
+    rows = measured(Workload("operator", TINY, "warm", DIRECTIONS), "forward", "both")
     status = {peer: (rows[peer, "forward"]["status"], rows[peer, "both"]["status"]) for peer, _ in rows}
     right = {"timm": ("ok", "ok"), "eager, position once": ("ok", "ok"), "gradient": ("ok", "wrong")}
     failing = {"raises": ("failed", "failed"), "late": ("failed", "failed")}
@@ -166,8 +150,6 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
 
 
 def test_the_truth_is_the_reference(monkeypatch):
-    import reference
-
     monkeypatch.setattr(peers, "_LARGEST_MAP", 1)  # an image at a time
     tensors = reference.inputs(2, 3, (4, 5), 8)
     grad_out = torch.randn_like(tensors[0])
@@ -237,13 +219,10 @@ def test_compiled_peers_are_measured(monkeypatch, section, count):
     here = tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in here)
     monkeypatch.setattr(measure, "subject", lambda _: dataclasses.replace(subject, peers=here))
     monkeypatch.setattr(torch, "compile", lambda function, mode="", **more: compiler(function, **more))
-    monkeypatch.setattr(measure, "Worker", Worker)
+    monkeypatch.setattr(measure, "Worker", functools.partial(pretended_worker, False))
     (workload,) = workloads.attention_workloads(section, "cuda", "dry")
     found = Counter(row["status"] for row in measured(workload, "forward", "both").values())
     assert found == Counter(ok=count, unavailable=section == "tuned")  # a cached map has no backward pass
-
-
-# ---- peers that fail ------------------------------------------------------------------------------------------------
 
 
 # the backward pass of a peer poisons the process: nothing on the GPU works any more
@@ -282,36 +261,26 @@ def test_a_peer_that_takes_the_context_with_it_is_left_out_by_a_new_process(tmp_
     assert first == second
 
 
-class Worker(contextlib.nullcontext):
+def pretended_worker(wrong: bool, function, peer: str, workload: ModelWorkload, *_):
     """Stands in for a process: timm's compiled model dies, its fused one is wrong if it is asked to be."""
+    logits = torch.full((3,), 2.0 if wrong and peer == "gpsa_kernels sdpa" else 1.0).numpy()
 
-    wrong = False
-
-    def __init__(self, function, peer: str, *arguments: object) -> None:
-        super().__init__(self)
-        self.dies = peer == models.REFERENCE and arguments[0].compiled
-        self.logits = torch.full((3,), 2.0 if self.wrong and peer == "gpsa_kernels sdpa" else 1.0).numpy()
-
-    def receive(self, seconds: float) -> dict[str, object]:
-        if self.dies:
+    def receive(seconds: float) -> dict[str, object]:
+        if peer == models.REFERENCE and workload.compiled:
             raise apart.Gone("the process died with exit code -6")
-        return {"dim": 192, "proof": [self.logits], "truth": [self.logits]}
+        return {"dim": 192, "proof": [logits], "truth": [logits]}
 
-    def ask(self, seconds: float) -> float:
-        return 1e-3
+    return contextlib.nullcontext(SimpleNamespace(receive=receive, ask=lambda seconds: 1e-3))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_models_are_proved_and_a_compiled_reference_that_dies_keeps_no_other_from_it(monkeypatch, wrong):
-    monkeypatch.setattr(models, "Worker", Worker)
-    monkeypatch.setattr(
-        peers, "select_backend", lambda call: BACKENDS["eager" if torch.is_grad_enabled() else "triton"]
-    )
-    monkeypatch.setattr(Worker, "wrong", wrong)
+    monkeypatch.setattr(models, "Worker", functools.partial(pretended_worker, wrong))
+    monkeypatch.setattr(peers, "select_backend", lambda call: BACKENDS["eager" if torch.is_grad_enabled() else "cuda"])
     workload = dataclasses.replace(TINY_MODEL, compiled=True)
     rows = models.workload_rows(workload, "cpu", timing.EFFORTS["dry"], lambda _: RATES)
     found = {row["peer"]: row for row in rows}
-    assert (found["timm"]["reason"], found["timm"]["auto"]) == ("the process died with exit code -6", "triton")
+    assert (found["timm"]["reason"], found["timm"]["auto"]) == ("the process died with exit code -6", "cuda")
     assert found["DeiT, SDPA"]["status"] == "ok"
     assert found["DeiT, SDPA"]["floor_us"] == pytest.approx(1e-3 * workloads.model_work(workload, 192).flops)
     sdpa = found["gpsa_kernels sdpa"]
@@ -342,9 +311,6 @@ def test_accuracy_rows():
         assert len(row["max_error"]) == len(row["rms_error"]) == 6
         assert all(0 < rms <= most for rms, most in zip(row["rms_error"], row["max_error"], strict=True))
         assert 1e-3 < row["max_error"][0] < 0.05  # a 16-bit result holds eight bits
-
-
-# ---- clocks ---------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_call_every_peer_once_within_a_budget_but_not_under_the_least():
@@ -427,9 +393,6 @@ def test_the_gpus_path_on_cpu_tensors(monkeypatch, tmp_path):
     ]
     assert {r["memory_mb"] for r in ours if r["direction"] != "backward"} == {0.15}
     assert "driver" in report.header(run)
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_by_direction_and_on_another_driver_a_new_one_begins_beside_it(tmp_path, monkeypatch):
@@ -526,15 +489,18 @@ def test_a_run_is_named_by_its_machine_and_day():
     assert name == "cuda-nvidia-h100-80gb-hbm3-2026-01-02.jsonl"
 
 
-# ---- tables and pictures, beside those that the README shows --------------------------------------------------------
-
 SLOW = {"floor_us": 50, "floor_bound": "memory"}
-ROWS = [
-    row("timm", 400.0),
-    row("gpsa_kernels sdpa", 100.0, memory_mb=2.0, deviation=4e-7, **SLOW),
-    *(row(peer, us, section="batch") for peer, us in (("timm", 240), ("gpsa_kernels sdpa", 120), ("SDPA + map", 60))),
-]
-SHOWN = {**RUN, "rows": ROWS}
+SHOWN = {
+    **RUN,
+    "rows": [
+        row("timm", 400.0),
+        row("gpsa_kernels sdpa", 100.0, memory_mb=2.0, deviation=4e-7, **SLOW),
+        *(
+            row(peer, us, section="batch")
+            for peer, us in (("timm", 240), ("gpsa_kernels sdpa", 120), ("SDPA + map", 60))
+        ),
+    ],
+}
 
 
 def test_tables_show_the_median_of_the_headlines_measurements_what_is_faster_and_every_row():
