@@ -40,8 +40,10 @@ def row(peer: str, us: float, direction: str = "forward", section: str = "operat
     return {**place, "peer": peer, "status": "ok", **times, **more}
 
 
-def rehearse(path, *arguments: str) -> int:
-    return suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments])
+def rehearse(path, *arguments: str, status: int = 0) -> list[dict]:
+    """The rows of the file's last run, after the suite's dry profile has run."""
+    assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments]) == status
+    return results.read(path)[-1]["rows"]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +136,8 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
         calls = iter([peers.eager(case, tensors)] * 4)  # the proof, the memory, and warming up
         return lambda *tensors: next(calls, lambda *_: 1 / 0)(*tensors)
 
-    planted = doubled, gradient, raises, peers.Peer("late", late), *peers.OPERATOR.peers[:2]
-    monkeypatch.setattr(measure, "OPERATOR", dataclasses.replace(peers.OPERATOR, peers=planted))
+    chosen = doubled, gradient, raises, peers.Peer("late", late), *peers.OPERATOR.peers[:2]
+    monkeypatch.setattr(measure, "OPERATOR", dataclasses.replace(peers.OPERATOR, peers=chosen))
     rows = measured(Workload("operator", TINY, "warm", DIRECTIONS), "forward", "both")
     status = {peer: (rows[peer, "forward"]["status"], rows[peer, "both"]["status"]) for peer, _ in rows}
     right = {"timm": ("ok", "ok"), "eager, position once": ("ok", "ok"), "gradient": ("ok", "wrong")}
@@ -167,8 +169,7 @@ def test_no_kernel_refuses_a_model_on_a_gpu(monkeypatch, name):
     with torch._subclasses.FakeTensorMode():
         for workload in workloads.model_workloads("cuda", "full"):
             peers.check_backend(name, *models.attention(workload, "cuda"))
-        refused = pytest.raises(peers.Unavailable, match="float32") if name == "cuda" else contextlib.nullcontext()
-        with refused:
+        with pytest.raises(peers.Unavailable, match="float32") if name == "cuda" else contextlib.nullcontext():
             peers.check_backend(name, *models.attention(TINY_MODEL, "cuda"))
 
 
@@ -368,22 +369,19 @@ def test_the_gpus_path_on_cpu_tensors(monkeypatch, tmp_path):
     pretended["get_device_properties"] = lambda _: SimpleNamespace(L2_cache_size=10_000)
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("OPERATOR", "LAYER"):
-        subject = getattr(measure, name)
-        inputs = subject.inputs
-        on_cpu = dataclasses.replace(subject, inputs=lambda case, _, seed, inputs=inputs: inputs(case, "cpu", seed))
-        monkeypatch.setattr(measure, name, on_cpu)
+    monkeypatch.setattr(measure, "input_sets", lambda workload, _, sets=measure.input_sets: sets(workload, "cpu"))
     monkeypatch.setattr(timing, "measure_rates", lambda *_, **__: RATES)
     monkeypatch.setattr(timing.CudaClock, "__init__", lambda clock, calls: vars(clock).update(timer="", call=calls[0]))
     monkeypatch.setattr(timing.CudaClock, "__call__", lambda clock: timing.wall_clock(clock.call, "cpu")())
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     path = tmp_path / "cuda.jsonl"
     arguments = ["--device", "cuda", "--sections", "operator", "layer"]
-    assert rehearse(path, *arguments) == 1  # triton says that it is there, and refuses the headline's CPU tensors
-    gone = dataclasses.replace(BACKENDS["triton"], unavailable=lambda: "it is not installed")
-    monkeypatch.setitem(BACKENDS, "triton", gone)
+    rehearse(path, *arguments, status=1)  # kernels say that they are there, and refuse the headline's CPU tensors
+    for name in ("triton", "cuda"):
+        gone = dataclasses.replace(BACKENDS[name], unavailable=lambda: "it is not installed")
+        monkeypatch.setitem(BACKENDS, name, gone)
     path.unlink()
-    assert rehearse(path, *arguments) == 0
+    rehearse(path, *arguments)
     (run,) = results.read(path)
     assert (run["device"], run["device_type"]) == ("Pretended GPU", "cuda")
     ours = [r for r in run["rows"] if r["peer"] == "gpsa_kernels sdpa"]
@@ -409,14 +407,50 @@ def test_a_run_goes_on_by_direction_and_on_another_driver_a_new_one_begins_besid
     for second, driver in enumerate(("580.1", "580.1", "580.2")):
         run = {**header, "started": f"2026-01-02T03:04:0{second}+00:00", "driver": driver}
         monkeypatch.setattr(results, "describe", lambda *_, run=run: run)
-        ending = contextlib.nullcontext() if second else pytest.raises(KeyboardInterrupt)
-        with ending:
-            assert rehearse(path, "--resume", "--sections", "operator") == 0
+        with contextlib.nullcontext() if second else pytest.raises(KeyboardInterrupt):
+            rehearse(path, "--resume", "--sections", "operator")
     assert asked == [*DIRECTIONS, "both", *DIRECTIONS]
     first, second = results.read(path)
     assert [(run["driver"], run["started"][17:19]) for run in (first, second)] == [("580.1", "00"), ("580.2", "02")]
     for run in (first, second):
         assert list(dict.fromkeys(row["direction"] for row in run["rows"])) == list(DIRECTIONS)
+
+
+def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
+    rows = rehearse(tmp_path / "results.jsonl", "--sections", "operator", "accuracy", "--without", "sdpa")
+    found = {(r["section"], r["status"], r["reason"]) for r in rows if r["peer"] == "gpsa_kernels sdpa"}
+    assert found == {("operator", "unavailable", "it was left out (--without)")}  # which a run tells once
+
+
+def test_workloads_are_chosen_by_their_names(tmp_path):
+    for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
+        rows = rehearse(tmp_path / "r.jsonl", "--resume", "--sections", "tokens", "--workloads", chosen)
+        assert {r["workload"].split()[2] for r in rows} == known
+
+
+def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 1980, 2619, [N/A], 112.50\n")
+    smi.chmod(0o755)
+    assert results.clocks("cpu", "accuracy", "before") == []
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(results, "clocks", lambda _, *moment, clocks=results.clocks: clocks("cuda", *moment))
+    first, *_, last = rehearse(tmp_path / "results.jsonl", "--sections", "accuracy")
+    found = {"section": "clocks", "workload": "accuracy", "status": "ok", "sm_mhz": 1980, "memory_mhz": 2619}
+    assert (first, last) == tuple({**found, "watts": 112.5, "peer": moment} for moment in ("before", "after"))
+
+
+def test_a_run_names_its_sources(tmp_path):
+    kernel = tmp_path / "csrc" / "kernel.cu"
+    kernel.parent.mkdir()
+    kernel.write_text("a")
+    assert results.describe("cpu", "dry")["sources"] == results.sources()
+    first = results.sources(tmp_path)
+    (tmp_path / "csrc" / "kernel.o").write_text("built")
+    assert results.sources(tmp_path) == first
+    kernel.write_text("b")
+    assert results.sources(tmp_path) != first
 
 
 def test_committed_are_the_newest_runs_of_each_machine_alone():

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +17,10 @@ import pytest
 from benchmarks import __main__ as suite
 from benchmarks import exercise, gpu_report, peers, results, supervisor
 from benchmarks.apart import Gone
-from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps
+from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, PYTHON, ROOT, Step, steps
 from benchmarks.workloads import OPERATOR_SECTIONS, attention_workloads, headline, model_workloads
-from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels import gpsa_attention
 
-ROOT = Path(__file__).parent.parent
-PYTHON = sys.executable
 MACHINE = {"device": "Pretended GPU", "device_type": "cuda", "profile": "full", "torch": "2.11.0", "timm": "1.0.31"}
 RUN = {"started": "2026-01-02T03:04:05+00:00", **MACHINE}
 INTERRUPTED = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what I have')"
@@ -40,12 +37,6 @@ def row(status: str, peer: str = "gpsa_kernels triton") -> dict:
     return {**place, "peer": peer, "status": status, "reason": "so"}
 
 
-def rehearse(path: Path, *arguments: str) -> list[dict]:
-    """The rows of the file's last run, after the suite's dry profile has run."""
-    assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments]) == 0
-    return results.read(path)[-1]["rows"]
-
-
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Runs gpu_report with planted steps on a pretended GPU; its exit status, and from the evidence state and log."""
@@ -54,11 +45,11 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.1)
     monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": RUN, "capability": "9.0"})
 
-    def run(*planted: Step, output: Path = tmp_path / "out", options: tuple[str, ...] = ()):
+    def run(*planted: Step, options: tuple[str, ...] = ()):
         monkeypatch.setattr(gpu_report, "steps", lambda *_: list(planted))
         monkeypatch.setattr(gpu_report, "MINUTES", sum(one.seconds for one in planted) / 60)
         evidence = tmp_path / "evidence"
-        code = gpu_report.main(["--output", str(output), "--evidence", str(evidence), *options])
+        code = gpu_report.main(["--output", str(tmp_path / "out"), "--evidence", str(evidence), *options])
         assert {path.name for path in evidence.glob("[!.]*")} == {*gpu_report.FILES}  # or .*.unfinished
         results.read(evidence / "results.jsonl")
         return code, json.loads((evidence / "state.json").read_text())["steps"], (evidence / "log.txt").read_text()
@@ -202,16 +193,14 @@ def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, wrong):
 def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
     results.append(tmp_path / "out" / "results.jsonl", RUN, [row("wrong")])
     assert report(step("a", "print('ran')"))[0] == 1
-    other = {**RUN, "device": "Another GPU"}
-    monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": other, "capability": "9.0"})
+    monkeypatch.setattr(gpu_report, "ask", lambda *_: {"run": RUN | {"device": "Another GPU"}, "capability": "9.0"})
     code, _, log = report(step("a", "print('ran')"))
     assert (code, log.count("\nran\n")) == (0, 2)
     assert "state.json was renamed to state.json.1: ValueError: it is of another machine or version" in log
 
 
 def test_the_limits_make_nine_minutes_and_what_a_step_leaves_goes_to_the_next(report, monkeypatch):
-    chosen = steps(False, Path("r.json"), "9.0", ())
-    assert sum(one.seconds for one in chosen) <= 60 * gpu_report.MINUTES == 540
+    assert sum(one.seconds for one in steps(False, Path(), "9.0", ())) <= 60 * gpu_report.MINUTES == 540
     given = []
     monkeypatch.setattr(gpu_report, "perform", lambda step, seconds, _: given.append(seconds) or ("done", "", ""))
     report(step("a", "", seconds=30), step("b", "", seconds=20), step("c", "", seconds=10))
@@ -292,43 +281,6 @@ def test_the_tests_of_an_unfit_backend_alone_are_left_out():
     assert {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line} == {tests.command[-1]}
 
 
-def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
-    rows = rehearse(tmp_path / "results.jsonl", "--sections", "operator", "accuracy", "--without", "sdpa")
-    found = {(r["section"], r["status"], r["reason"]) for r in rows if r["peer"] == "gpsa_kernels sdpa"}
-    assert found == {("operator", "unavailable", "it was left out (--without)")}  # which a run tells once
-
-
-def test_workloads_are_chosen_by_their_names(tmp_path):
-    for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
-        rows = rehearse(tmp_path / "r.jsonl", "--resume", "--sections", "tokens", "--workloads", chosen)
-        assert {r["workload"].split()[2] for r in rows} == known
-
-
-def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 1980, 2619, [N/A], 112.50\n")
-    smi.chmod(0o755)
-    assert results.clocks("cpu", "accuracy", "before") == []
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(results, "clocks", lambda _, *moment, clocks=results.clocks: clocks("cuda", *moment))
-    first, *_, last = rehearse(tmp_path / "results.jsonl", "--sections", "accuracy")
-    found = {"section": "clocks", "workload": "accuracy", "status": "ok", "sm_mhz": 1980, "memory_mhz": 2619}
-    assert (first, last) == tuple({**found, "watts": 112.5, "peer": moment} for moment in ("before", "after"))
-
-
-def test_a_run_names_its_sources(tmp_path, monkeypatch):
-    kernel = tmp_path / "csrc" / "kernel.cu"
-    kernel.parent.mkdir()
-    kernel.write_text("a")
-    assert results.describe("cpu", "dry")["sources"] == results.sources()
-    first = results.sources(tmp_path)
-    (tmp_path / "csrc" / "kernel.o").write_text("built")
-    assert results.sources(tmp_path) == first
-    kernel.write_text("b")
-    assert results.sources(tmp_path) != first
-
-
 def test_what_dies_hangs_or_raises_alone_is_unfit_and_what_is_wrong_is_not(monkeypatch, capsys):
     def worker(function, name, *_):
         def receive(seconds):
@@ -360,12 +312,11 @@ def test_exercise_tells_right_from_wrong_and_from_failed(monkeypatch, capsys, fu
 
 
 def test_failures_are_told_when_they_happen(tmp_path):
-    (tmp_path / "test_a.py").write_text(
-        "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
-    )
+    tests = "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
+    (tmp_path / "test_a.py").write_text(tests)
     command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.conftest", "-c", os.devnull, "test_a.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 9
     assert "assert 1 == 2" in done.stdout
 

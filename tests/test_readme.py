@@ -5,16 +5,15 @@ import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 
 from benchmarks import report, results
+from benchmarks.results import ROOT
 from gpsa_kernels import BACKENDS, gpsa_attention
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(?s)```python\n(.*?)```", README)
 
