@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._functorch.config
-from tiers import pytest_collection_modifyitems, pytest_deselected, pytest_terminal_summary  # noqa: F401
+from tiers import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 
 torch._functorch.config.enable_autograd_cache = False  # it keeps an operator's backward pass when our code changes
 

@@ -63,24 +63,12 @@ def forget():
     auto._verdicts.clear()
 
 
-@pytest.fixture
-def answers(monkeypatch):
-    """Has a fake worker answer."""
-
-    def give(**answers):
-        fake = WORKER.format(answers={"machine": {"machine": GPU}, **answers})
-        monkeypatch.setattr(check, "WORKER", [sys.executable, "-SEc", fake])
-        if "hang" in answers.values():
-            monkeypatch.setattr(check, "LIMIT", 1.0)
-
-    return give
-
-
-@pytest.fixture
-def no_folder(monkeypatch, tmp_path):
-    """A cache folder that cannot be made."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GPSA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+def have_answered(monkeypatch, **answers):
+    """By a fake worker."""
+    fake = WORKER.format(answers={"machine": {"machine": GPU}, **answers})
+    monkeypatch.setattr(check, "WORKER", [sys.executable, "-SEc", fake])
+    if "hang" in answers.values():
+        monkeypatch.setattr(check, "LIMIT", 1.0)
 
 
 def call(tokens=196, dtype=torch.float32, grad=False, dropout_p=0.0, head_dim=48):
@@ -137,10 +125,8 @@ def test_what_cannot_run_the_call_gives_way():
     ],
     ids=str,
 )
-def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(
-    answers, caplog, monkeypatch, given, expected, wrong
-):
-    answers(**{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
+def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(caplog, monkeypatch, given, expected, wrong):
+    have_answered(monkeypatch, **{"slow": 20.0, "sdpa": 30.0, "eager": 40.0, **given})
     assert chosen() == expected
     assert [message.split()[1] for message in caplog.messages] == ["checking", *wrong]
     monkeypatch.setattr(check, "one_kind", None)
@@ -163,11 +149,11 @@ def test_the_first_call_of_a_kind_is_checked_and_the_second_is_looked_up(
     ],
 )
 def test_what_cannot_be_checked_is_told_once_and_tried_by_the_next_process(
-    request, answers, caplog, tmp_path, given, reason
+    monkeypatch, caplog, tmp_path, given, reason
 ):
-    answers(**given)
+    have_answered(monkeypatch, **given)
     if "folder" in given:
-        request.getfixturevalue("no_folder")
+        monkeypatch.setenv("GPSA_CACHE_DIR", "/dev/null/folder")
     assert [chosen(dtype=dtype) for dtype in (torch.float32, torch.float32, torch.bfloat16)] == ["sdpa"] * 3
     assert [reason in message for message in caplog.messages if "sdpa serves" in message] == [True]
     assert not list(tmp_path.glob("*.json"))
@@ -219,8 +205,8 @@ def test_the_environment_can_forbid_and_trust(monkeypatch, setting, expected):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["checked while it is traced", "known"])
-def test_a_compiled_call_is_one_graph_for_any_batch(answers, first):
-    answers(quick=1.0) if first else verdict.write(known(quick=1.0, sdpa=2.0))
+def test_a_compiled_call_is_one_graph_for_any_batch(monkeypatch, first):
+    have_answered(monkeypatch, quick=1.0) if first else verdict.write(known(quick=1.0, sdpa=2.0))
     torch._dynamo.reset()
     graphs = []
 
@@ -248,9 +234,6 @@ def test_a_call_is_exported_for_any_batch_and_any_grid():
     assert "'quick'" in exported.graph_module.code
 
 
-# ---- what is proven and timed ---------------------------------------------------------------------------------------
-
-
 def prove(dropout=False):
     return worker.answer(torch.device("cpu"), "prove", "quick", "float32", dropout, (1, 2, 5, 7, 16))
 
@@ -260,14 +243,9 @@ def break_quick(monkeypatch, **functions):
 
 
 @pytest.mark.parametrize(
-    ("scale", "without_gradients", "what"),
-    [
-        (1.001, 1.001, "out of 5x7 tokens, head_dim 16: error"),
-        (1.0, 1.001, "out of 5x7 tokens, head_dim 16: error"),
-        (math.nan, math.nan, "error nan"),
-    ],
+    ("scale", "without_gradients", "error"), [(1.001, 1.001, ""), (1.0, 1.001, ""), (math.nan, math.nan, "nan")]
 )
-def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch, scale, without_gradients, what):
+def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch, scale, without_gradients, error):
     assert prove()["error"] > 0
     assert "one mask" in prove(dropout=True)["unsupported"]
     right = BACKENDS["quick"]
@@ -277,7 +255,7 @@ def test_a_backend_is_proven_by_the_rule_of_exactness(monkeypatch, scale, withou
         return found._replace(out=found.out * (scale if save else without_gradients))
 
     break_quick(monkeypatch, forward=forward)
-    assert what in prove()["wrong"]
+    assert f"out of 5x7 tokens, head_dim 16: error {error}" in prove()["wrong"]
 
 
 def test_two_runs_may_not_differ(monkeypatch):
@@ -318,8 +296,8 @@ def test_the_cpu_is_checked_for_real(monkeypatch):
     assert all(0 < answer["error"] < 1e-4 for answer in proofs.values())
 
 
-def test_the_command_prints_what_auto_takes(monkeypatch, capsys, answers):
-    answers(machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash")
+def test_the_command_prints_what_auto_takes(monkeypatch, capsys):
+    have_answered(monkeypatch, machine={"machine": {}}, slow={"wrong": "out: error 1"}, sdpa=7e3, quick="crash")
     monkeypatch.setattr(auto, "_on_cpu", ON_CPU)
     assert main(["check", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -331,8 +309,8 @@ def test_the_command_prints_what_auto_takes(monkeypatch, capsys, answers):
     assert table["14x14 D=48 dropout"][3:] == ["7.00", "0.01*", "-", "-", "0.01"] * 2
 
 
-def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys, answers):
-    answers(quick=5.0, slow=7.0, sdpa=8.0)
+def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys):
+    have_answered(monkeypatch, quick=5.0, slow=7.0, sdpa=8.0)
     for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "a GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     verdict.write(replace(known(slow=1.0), proofs={"an earlier": ""}))
@@ -345,8 +323,8 @@ def test_auto_takes_what_the_command_has_found_out(monkeypatch, capsys, answers)
 
 
 @pytest.mark.parametrize(("limit", "wrong"), [(0.4, ["it did not end within 0 s"]), (9.0, [])])
-def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, answers, limit, wrong):
-    answers(sdpa="hang")
+def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypatch, limit, wrong):
+    have_answered(monkeypatch, sdpa="hang")
     monkeypatch.setattr(check, "LIMIT", limit)
     monkeypatch.setattr(check, "names", lambda: ["sdpa"])
     found = Verdict(GPU)
@@ -355,7 +333,6 @@ def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypat
     assert len(found.times) == len(wrong)
 
 
-@pytest.mark.usefixtures("no_folder")
 @pytest.mark.parametrize(
     ("gpus", "name", "message"),
     [
@@ -368,14 +345,12 @@ def test_what_does_not_end_is_wrong_but_at_the_end_of_the_time_unknown(monkeypat
     ],
 )
 def test_bad_use_of_the_command_ends_in_a_sentence(monkeypatch, capsys, gpus, name, message):
+    monkeypatch.setenv("GPSA_CACHE_DIR", "/dev/null/folder")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index])
     assert main(["check", *(["--device", name] if name else [])]) == 2
     assert re.fullmatch(f"gpsa_kernels check: .*({message}).*\n", capsys.readouterr().err)
-
-
-# ---- on the CPU, and what is told ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("head_dim", "most"), [(16, 21), (32, 42), (48, 64), (64, 64)])

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
+import reference
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,11 +40,10 @@ def row(peer: str, us: float, direction: str = "forward", section: str = "operat
     return {**place, "peer": peer, "status": "ok", **times, **more}
 
 
-def rehearse(path, *arguments: str) -> int:
-    return suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments])
-
-
-# ---- floors and workloads -------------------------------------------------------------------------------------------
+def rehearse(path, *arguments: str, status: int = 0) -> list[dict]:
+    """The rows of the file's last run, after the suite's dry profile has run."""
+    assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments]) == status
+    return results.read(path)[-1]["rows"]
 
 
 @pytest.mark.parametrize(
@@ -87,21 +87,10 @@ def test_the_full_profile_has_every_shape_that_matters():
     assert found == set(product(("tiny", "small", "base"), (224, 384), ("inference", "training"), (False, True)))
 
 
-# ---- proofs ---------------------------------------------------------------------------------------------------------
-
-TINY_WORKLOAD = Workload("operator", TINY, "warm", DIRECTIONS)
-
-
 def measured(workload: Workload, *directions: str) -> dict[tuple[str, str], dict]:
     run = measure.Run(dataclasses.replace(workload, temperature="warm"), "cpu")
     rows = [row for direction in directions for row in run.rows(direction, timing.EFFORTS["dry"], lambda _: RATES)]
     return {(row["peer"], row["direction"]): row for row in rows}
-
-
-def plant(monkeypatch, *planted: peers.Peer, kept: int) -> None:
-    """Peers beside the first few of the operator."""
-    subject = dataclasses.replace(peers.OPERATOR, peers=(*planted, *peers.OPERATOR.peers[:kept]))
-    monkeypatch.setattr(measure, "OPERATOR", subject)
 
 
 @pytest.mark.parametrize("section", ["operator", "layer"])
@@ -137,11 +126,7 @@ def test_there_is_no_floor_in_16_bits_on_a_cpu(monkeypatch):
 
 def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
     def planted(name, change):
-        def make(case, tensors):
-            right = peers.eager(case, tensors)
-            return lambda q, k, v, w, gate: change(right, q, k, v, w, gate)
-
-        return peers.Peer(name, make)
+        return peers.Peer(name, lambda case, tensors: functools.partial(change, peers.eager(case, tensors)))
 
     doubled = planted("doubled", lambda right, *tensors: 2 * right(*tensors))
     gradient = planted("gradient", lambda right, *rest: right(*rest[:-1], 2 * rest[-1] - rest[-1].detach()))
@@ -151,8 +136,9 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
         calls = iter([peers.eager(case, tensors)] * 4)  # the proof, the memory, and warming up
         return lambda *tensors: next(calls, lambda *_: 1 / 0)(*tensors)
 
-    plant(monkeypatch, doubled, gradient, raises, peers.Peer("late", late), kept=2)
-    rows = measured(TINY_WORKLOAD, "forward", "both")
+    chosen = doubled, gradient, raises, peers.Peer("late", late), *peers.OPERATOR.peers[:2]
+    monkeypatch.setattr(measure, "OPERATOR", dataclasses.replace(peers.OPERATOR, peers=chosen))
+    rows = measured(Workload("operator", TINY, "warm", DIRECTIONS), "forward", "both")
     status = {peer: (rows[peer, "forward"]["status"], rows[peer, "both"]["status"]) for peer, _ in rows}
     right = {"timm": ("ok", "ok"), "eager, position once": ("ok", "ok"), "gradient": ("ok", "wrong")}
     failing = {"raises": ("failed", "failed"), "late": ("failed", "failed")}
@@ -166,8 +152,6 @@ def test_a_wrong_peer_is_shown_as_wrong(monkeypatch, tmp_path):
 
 
 def test_the_truth_is_the_reference(monkeypatch):
-    import reference
-
     monkeypatch.setattr(peers, "_LARGEST_MAP", 1)  # an image at a time
     tensors = reference.inputs(2, 3, (4, 5), 8)
     grad_out = torch.randn_like(tensors[0])
@@ -185,8 +169,7 @@ def test_no_kernel_refuses_a_model_on_a_gpu(monkeypatch, name):
     with torch._subclasses.FakeTensorMode():
         for workload in workloads.model_workloads("cuda", "full"):
             peers.check_backend(name, *models.attention(workload, "cuda"))
-        refused = pytest.raises(peers.Unavailable, match="float32") if name == "cuda" else contextlib.nullcontext()
-        with refused:
+        with pytest.raises(peers.Unavailable, match="float32") if name == "cuda" else contextlib.nullcontext():
             peers.check_backend(name, *models.attention(TINY_MODEL, "cuda"))
 
 
@@ -237,13 +220,10 @@ def test_compiled_peers_are_measured(monkeypatch, section, count):
     here = tuple(dataclasses.replace(peer, devices=("cpu",)) for peer in here)
     monkeypatch.setattr(measure, "subject", lambda _: dataclasses.replace(subject, peers=here))
     monkeypatch.setattr(torch, "compile", lambda function, mode="", **more: compiler(function, **more))
-    monkeypatch.setattr(measure, "Worker", Worker)
+    monkeypatch.setattr(measure, "Worker", functools.partial(pretended_worker, False))
     (workload,) = workloads.attention_workloads(section, "cuda", "dry")
     found = Counter(row["status"] for row in measured(workload, "forward", "both").values())
     assert found == Counter(ok=count, unavailable=section == "tuned")  # a cached map has no backward pass
-
-
-# ---- peers that fail ------------------------------------------------------------------------------------------------
 
 
 # the backward pass of a peer poisons the process: nothing on the GPU works any more
@@ -282,36 +262,26 @@ def test_a_peer_that_takes_the_context_with_it_is_left_out_by_a_new_process(tmp_
     assert first == second
 
 
-class Worker(contextlib.nullcontext):
+def pretended_worker(wrong: bool, function, peer: str, workload: ModelWorkload, *_):
     """Stands in for a process: timm's compiled model dies, its fused one is wrong if it is asked to be."""
+    logits = torch.full((3,), 2.0 if wrong and peer == "gpsa_kernels sdpa" else 1.0).numpy()
 
-    wrong = False
-
-    def __init__(self, function, peer: str, *arguments: object) -> None:
-        super().__init__(self)
-        self.dies = peer == models.REFERENCE and arguments[0].compiled
-        self.logits = torch.full((3,), 2.0 if self.wrong and peer == "gpsa_kernels sdpa" else 1.0).numpy()
-
-    def receive(self, seconds: float) -> dict[str, object]:
-        if self.dies:
+    def receive(seconds: float) -> dict[str, object]:
+        if peer == models.REFERENCE and workload.compiled:
             raise apart.Gone("the process died with exit code -6")
-        return {"dim": 192, "proof": [self.logits], "truth": [self.logits]}
+        return {"dim": 192, "proof": [logits], "truth": [logits]}
 
-    def ask(self, seconds: float) -> float:
-        return 1e-3
+    return contextlib.nullcontext(SimpleNamespace(receive=receive, ask=lambda seconds: 1e-3))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_models_are_proved_and_a_compiled_reference_that_dies_keeps_no_other_from_it(monkeypatch, wrong):
-    monkeypatch.setattr(models, "Worker", Worker)
-    monkeypatch.setattr(
-        peers, "select_backend", lambda call: BACKENDS["eager" if torch.is_grad_enabled() else "triton"]
-    )
-    monkeypatch.setattr(Worker, "wrong", wrong)
+    monkeypatch.setattr(models, "Worker", functools.partial(pretended_worker, wrong))
+    monkeypatch.setattr(peers, "select_backend", lambda call: BACKENDS["eager" if torch.is_grad_enabled() else "cuda"])
     workload = dataclasses.replace(TINY_MODEL, compiled=True)
     rows = models.workload_rows(workload, "cpu", timing.EFFORTS["dry"], lambda _: RATES)
     found = {row["peer"]: row for row in rows}
-    assert (found["timm"]["reason"], found["timm"]["auto"]) == ("the process died with exit code -6", "triton")
+    assert (found["timm"]["reason"], found["timm"]["auto"]) == ("the process died with exit code -6", "cuda")
     assert found["DeiT, SDPA"]["status"] == "ok"
     assert found["DeiT, SDPA"]["floor_us"] == pytest.approx(1e-3 * workloads.model_work(workload, 192).flops)
     sdpa = found["gpsa_kernels sdpa"]
@@ -342,9 +312,6 @@ def test_accuracy_rows():
         assert len(row["max_error"]) == len(row["rms_error"]) == 6
         assert all(0 < rms <= most for rms, most in zip(row["rms_error"], row["max_error"], strict=True))
         assert 1e-3 < row["max_error"][0] < 0.05  # a 16-bit result holds eight bits
-
-
-# ---- clocks ---------------------------------------------------------------------------------------------------------
 
 
 def test_rounds_call_every_peer_once_within_a_budget_but_not_under_the_least():
@@ -402,22 +369,19 @@ def test_the_gpus_path_on_cpu_tensors(monkeypatch, tmp_path):
     pretended["get_device_properties"] = lambda _: SimpleNamespace(L2_cache_size=10_000)
     for name, value in pretended.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("OPERATOR", "LAYER"):
-        subject = getattr(measure, name)
-        inputs = subject.inputs
-        on_cpu = dataclasses.replace(subject, inputs=lambda case, _, seed, inputs=inputs: inputs(case, "cpu", seed))
-        monkeypatch.setattr(measure, name, on_cpu)
+    monkeypatch.setattr(measure, "input_sets", lambda workload, _, sets=measure.input_sets: sets(workload, "cpu"))
     monkeypatch.setattr(timing, "measure_rates", lambda *_, **__: RATES)
     monkeypatch.setattr(timing.CudaClock, "__init__", lambda clock, calls: vars(clock).update(timer="", call=calls[0]))
     monkeypatch.setattr(timing.CudaClock, "__call__", lambda clock: timing.wall_clock(clock.call, "cpu")())
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     path = tmp_path / "cuda.jsonl"
     arguments = ["--device", "cuda", "--sections", "operator", "layer"]
-    assert rehearse(path, *arguments) == 1  # triton says that it is there, and refuses the headline's CPU tensors
-    gone = dataclasses.replace(BACKENDS["triton"], unavailable=lambda: "it is not installed")
-    monkeypatch.setitem(BACKENDS, "triton", gone)
+    rehearse(path, *arguments, status=1)  # kernels say that they are there, and refuse the headline's CPU tensors
+    for name in ("triton", "cuda"):
+        gone = dataclasses.replace(BACKENDS[name], unavailable=lambda: "it is not installed")
+        monkeypatch.setitem(BACKENDS, name, gone)
     path.unlink()
-    assert rehearse(path, *arguments) == 0
+    rehearse(path, *arguments)
     (run,) = results.read(path)
     assert (run["device"], run["device_type"]) == ("Pretended GPU", "cuda")
     ours = [r for r in run["rows"] if r["peer"] == "gpsa_kernels sdpa"]
@@ -427,9 +391,6 @@ def test_the_gpus_path_on_cpu_tensors(monkeypatch, tmp_path):
     ]
     assert {r["memory_mb"] for r in ours if r["direction"] != "backward"} == {0.15}
     assert "driver" in report.header(run)
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_by_direction_and_on_another_driver_a_new_one_begins_beside_it(tmp_path, monkeypatch):
@@ -446,14 +407,50 @@ def test_a_run_goes_on_by_direction_and_on_another_driver_a_new_one_begins_besid
     for second, driver in enumerate(("580.1", "580.1", "580.2")):
         run = {**header, "started": f"2026-01-02T03:04:0{second}+00:00", "driver": driver}
         monkeypatch.setattr(results, "describe", lambda *_, run=run: run)
-        ending = contextlib.nullcontext() if second else pytest.raises(KeyboardInterrupt)
-        with ending:
-            assert rehearse(path, "--resume", "--sections", "operator") == 0
+        with contextlib.nullcontext() if second else pytest.raises(KeyboardInterrupt):
+            rehearse(path, "--resume", "--sections", "operator")
     assert asked == [*DIRECTIONS, "both", *DIRECTIONS]
     first, second = results.read(path)
     assert [(run["driver"], run["started"][17:19]) for run in (first, second)] == [("580.1", "00"), ("580.2", "02")]
     for run in (first, second):
         assert list(dict.fromkeys(row["direction"] for row in run["rows"])) == list(DIRECTIONS)
+
+
+def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
+    rows = rehearse(tmp_path / "results.jsonl", "--sections", "operator", "accuracy", "--without", "sdpa")
+    found = {(r["section"], r["status"], r["reason"]) for r in rows if r["peer"] == "gpsa_kernels sdpa"}
+    assert found == {("operator", "unavailable", "it was left out (--without)")}  # which a run tells once
+
+
+def test_workloads_are_chosen_by_their_names(tmp_path):
+    for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
+        rows = rehearse(tmp_path / "r.jsonl", "--resume", "--sections", "tokens", "--workloads", chosen)
+        assert {r["workload"].split()[2] for r in rows} == known
+
+
+def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 1980, 2619, [N/A], 112.50\n")
+    smi.chmod(0o755)
+    assert results.clocks("cpu", "accuracy", "before") == []
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(results, "clocks", lambda _, *moment, clocks=results.clocks: clocks("cuda", *moment))
+    first, *_, last = rehearse(tmp_path / "results.jsonl", "--sections", "accuracy")
+    found = {"section": "clocks", "workload": "accuracy", "status": "ok", "sm_mhz": 1980, "memory_mhz": 2619}
+    assert (first, last) == tuple({**found, "watts": 112.5, "peer": moment} for moment in ("before", "after"))
+
+
+def test_a_run_names_its_sources(tmp_path):
+    kernel = tmp_path / "csrc" / "kernel.cu"
+    kernel.parent.mkdir()
+    kernel.write_text("a")
+    assert results.describe("cpu", "dry")["sources"] == results.sources()
+    first = results.sources(tmp_path)
+    (tmp_path / "csrc" / "kernel.o").write_text("built")
+    assert results.sources(tmp_path) == first
+    kernel.write_text("b")
+    assert results.sources(tmp_path) != first
 
 
 def test_committed_are_the_newest_runs_of_each_machine_alone():
@@ -526,15 +523,18 @@ def test_a_run_is_named_by_its_machine_and_day():
     assert name == "cuda-nvidia-h100-80gb-hbm3-2026-01-02.jsonl"
 
 
-# ---- tables and pictures, beside those that the README shows --------------------------------------------------------
-
 SLOW = {"floor_us": 50, "floor_bound": "memory"}
-ROWS = [
-    row("timm", 400.0),
-    row("gpsa_kernels sdpa", 100.0, memory_mb=2.0, deviation=4e-7, **SLOW),
-    *(row(peer, us, section="batch") for peer, us in (("timm", 240), ("gpsa_kernels sdpa", 120), ("SDPA + map", 60))),
-]
-SHOWN = {**RUN, "rows": ROWS}
+SHOWN = {
+    **RUN,
+    "rows": [
+        row("timm", 400.0),
+        row("gpsa_kernels sdpa", 100.0, memory_mb=2.0, deviation=4e-7, **SLOW),
+        *(
+            row(peer, us, section="batch")
+            for peer, us in (("timm", 240), ("gpsa_kernels sdpa", 120), ("SDPA + map", 60))
+        ),
+    ],
+}
 
 
 def test_tables_show_the_median_of_the_headlines_measurements_what_is_faster_and_every_row():

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from reference import assert_as_exact_as_eager, inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from gpsa_kernels import BACKENDS, FusedGPSA, gpsa_attention
 from gpsa_kernels.backends.base import Forward
@@ -70,19 +70,6 @@ def test_operator_is_differentiable_and_casts_by_itself(backend):
     assert low.dtype == torch.bfloat16
 
 
-# ---- who sees the operator -----------------------------------------------------------------------------------------
-
-
-class DispatchMode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
-class FunctionMode(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 class Subclass(torch.Tensor):
     """Sees every operator on it, as DTensor does."""
 
@@ -99,8 +86,8 @@ class Subclass(torch.Tensor):
     [
         (nullcontext, torch.Tensor, 0),
         (partial(torch.autocast, "cpu", torch.bfloat16), torch.Tensor, 0),
-        (DispatchMode, torch.Tensor, 2),
-        (FunctionMode, torch.Tensor, 1),  # autograd's engine is below it
+        (BaseTorchDispatchMode, torch.Tensor, 2),
+        (BaseTorchFunctionMode, torch.Tensor, 1),  # autograd's engine is below it
         (nullcontext, Subclass, 2),
     ],
 )
@@ -137,9 +124,6 @@ def test_kernels_are_given_no_lazy_negative(monkeypatch):
     gpsa_attention(torch._neg_view(q), *rest, (3, 4), backend="sdpa")
     assert not given[0].is_neg()
     assert torch.equal(given[0], -q)
-
-
-# ---- torch.compile and torch.export --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

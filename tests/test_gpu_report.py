@@ -7,24 +7,22 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import __main__ as suite
 from benchmarks import exercise, gpu_report, peers, results, supervisor
 from benchmarks.apart import Gone
-from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, Step, steps
+from benchmarks.gpu_report import KERNEL_NAMES, KERNELS, PYTHON, ROOT, Step, steps
 from benchmarks.workloads import OPERATOR_SECTIONS, attention_workloads, headline, model_workloads
-from gpsa_kernels import BACKENDS, gpsa_attention
+from gpsa_kernels import gpsa_attention
 
-ROOT = Path(__file__).parent.parent
-PYTHON = sys.executable
 MACHINE = {"device": "Pretended GPU", "device_type": "cuda", "profile": "full", "torch": "2.11.0", "timm": "1.0.31"}
 RUN = {"started": "2026-01-02T03:04:05+00:00", **MACHINE}
-FILES = {"results.jsonl", "state.json", "report.txt", "log.txt"}
 INTERRUPTED = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what I have')"
 HANGS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
 
@@ -39,12 +37,6 @@ def row(status: str, peer: str = "gpsa_kernels triton") -> dict:
     return {**place, "peer": peer, "status": status, "reason": "so"}
 
 
-def rehearse(path: Path, *arguments: str) -> list[dict]:
-    """The rows of the file's last run, after the suite's dry profile has run."""
-    assert suite.main(["--profile", "dry", "--device", "cpu", "--output", str(path), *arguments]) == 0
-    return results.read(path)[-1]["rows"]
-
-
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """Runs gpu_report with planted steps on a pretended GPU; its exit status, and from the evidence state and log."""
@@ -53,12 +45,12 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.1)
     monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": RUN, "capability": "9.0"})
 
-    def run(*planted: Step, output: Path = tmp_path / "out", options: tuple[str, ...] = ()):
+    def run(*planted: Step, options: tuple[str, ...] = ()):
         monkeypatch.setattr(gpu_report, "steps", lambda *_: list(planted))
         monkeypatch.setattr(gpu_report, "MINUTES", sum(one.seconds for one in planted) / 60)
         evidence = tmp_path / "evidence"
-        code = gpu_report.main(["--output", str(output), "--evidence", str(evidence), *options])
-        assert {path.name for path in evidence.glob("[!.]*")} == FILES  # a killed one leaves what it was writing
+        code = gpu_report.main(["--output", str(tmp_path / "out"), "--evidence", str(evidence), *options])
+        assert {path.name for path in evidence.glob("[!.]*")} == {*gpu_report.FILES}  # or .*.unfinished
         results.read(evidence / "results.jsonl")
         return code, json.loads((evidence / "state.json").read_text())["steps"], (evidence / "log.txt").read_text()
 
@@ -70,9 +62,6 @@ def wait_until(holds, seconds: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-# ---- steps that go wrong --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,20 +110,13 @@ def test_nothing_of_a_step_is_left_behind(report, tmp_path, hangs):
     wait_until(lambda: all_ended(pids), 2)
 
 
-class Uninterruptible(subprocess.Popen):
-    """What the kernel does not let go, for the driver hangs."""
-
-    def wait(self, timeout=None):
+def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
+    def wait(process, timeout=None):  # the kernel does not let it go, for the driver hangs
         assert timeout is not None, "for ever"
         raise subprocess.TimeoutExpired("a", timeout)
 
-
-def test_a_process_that_cannot_be_killed_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", Uninterruptible)
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
     assert supervisor.run(["sleep", "60"], 0.01, tmp_path / "log", dict(os.environ), lambda: None) is None
-
-
-# ---- evidence -------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_report_leaves_what_it_found_and_nothing_running_and_goes_on(report, tmp_path):
@@ -157,7 +139,7 @@ gpu_report.main(["--output", sys.argv[1], "--evidence", sys.argv[2]])
     process.kill()
     process.wait(10)
     wait_until(lambda: all_ended(pids))
-    assert {path.name for path in evidence.glob("[!.]*")} == FILES
+    assert {path.name for path in evidence.glob("[!.]*")} == {*gpu_report.FILES}
     state = json.loads((evidence / "state.json").read_text())["steps"]
     assert (state["a"]["status"], state["b"]["status"]) == ("done", "interrupted")
     assert "interrupted" in (evidence / "report.txt").read_text()
@@ -179,8 +161,7 @@ def test_a_damaged_state_is_set_aside(report, tmp_path, text):
 
 @pytest.mark.parametrize("option", ["--output", "--evidence"])
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path, capsys, option):
-    (tmp_path / "file").write_text("")
-    assert gpu_report.main(["--output", str(tmp_path / "out"), option, str(tmp_path / "file" / "folder")]) == 1
+    assert gpu_report.main(["--output", str(tmp_path / "out"), option, "/dev/null/folder"]) == 1
     assert f"{option}: the folder cannot be written" in capsys.readouterr().err
 
 
@@ -201,9 +182,6 @@ def test_evidence_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert (evidence / "log.txt").read_text() == "begin\n[...]\nxxend"
 
 
-# ---- repeats --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("wrong", [row("wrong"), row("failed"), row("unavailable"), row("failed", "timm")])
 def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, wrong):
     code = int(wrong["peer"] != "timm")  # a model of ours must not go unmeasured
@@ -215,19 +193,14 @@ def test_a_repeat_with_wrong_rows_stays_wrong(report, tmp_path, wrong):
 def test_on_another_gpu_all_begins_again(report, tmp_path, monkeypatch):
     results.append(tmp_path / "out" / "results.jsonl", RUN, [row("wrong")])
     assert report(step("a", "print('ran')"))[0] == 1
-    other = {**RUN, "device": "Another GPU"}
-    monkeypatch.setattr(gpu_report, "ask", lambda report, dry: {"run": other, "capability": "9.0"})
+    monkeypatch.setattr(gpu_report, "ask", lambda *_: {"run": RUN | {"device": "Another GPU"}, "capability": "9.0"})
     code, _, log = report(step("a", "print('ran')"))
     assert (code, log.count("\nran\n")) == (0, 2)
     assert "state.json was renamed to state.json.1: ValueError: it is of another machine or version" in log
 
 
-# ---- the list of steps ----------------------------------------------------------------------------------------------
-
-
 def test_the_limits_make_nine_minutes_and_what_a_step_leaves_goes_to_the_next(report, monkeypatch):
-    chosen = steps(False, Path("r.json"), "9.0", ())
-    assert sum(one.seconds for one in chosen) <= 60 * gpu_report.MINUTES == 540
+    assert sum(one.seconds for one in steps(False, Path(), "9.0", ())) <= 60 * gpu_report.MINUTES == 540
     given = []
     monkeypatch.setattr(gpu_report, "perform", lambda step, seconds, _: given.append(seconds) or ("done", "", ""))
     report(step("a", "", seconds=30), step("b", "", seconds=20), step("c", "", seconds=10))
@@ -292,12 +265,10 @@ def test_what_exercise_found_unfit_is_left_out_of_all_that_follows(tmp_path, mon
     assert [one.name for one in before] == ["build", "exercise"]
     assert not any("--without" in one.command for one in before)
     for one in after:
-        words = list(one.command)
-        if one.name == "check":  # which finds that out by itself
-            continue
-        assert dict(one.environment)["GPSA_CHECK"] == "0"
-        expected = ["-k", "not cuda- and not cuda]"] if "pytest" in words else ["--without", "cuda"]
-        assert expected in [words[i : i + 2] for i in range(len(words))]
+        if one.name != "check":  # which finds that out by itself
+            assert dict(one.environment)["GPSA_CHECK"] == "0"
+            expected = ("-k", "not cuda- and not cuda]") if "pytest" in one.command else ("--without", "cuda")
+            assert expected in pairwise(one.command)
     sanitized = next(one for one in steps(False, Path("r.json"), "9.0", ["cuda"]) if one.name == "memcheck")
     assert sanitized.command[-2:] == ("--backends", "triton")
 
@@ -310,62 +281,16 @@ def test_the_tests_of_an_unfit_backend_alone_are_left_out():
     assert {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line} == {tests.command[-1]}
 
 
-def test_a_backend_that_is_left_out_is_not_called(tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKENDS, "sdpa", BACKENDS["sdpa"])  # given back afterwards
-    rows = rehearse(tmp_path / "results.jsonl", "--sections", "operator", "accuracy", "--without", "sdpa")
-    found = {(r["section"], r["status"], r["reason"]) for r in rows if r["peer"] == "gpsa_kernels sdpa"}
-    assert found == {("operator", "unavailable", "it was left out (--without)")}  # which a run tells once
-
-
-def test_workloads_are_chosen_by_their_names(tmp_path):
-    for chosen, known in (("4x4", {"4x4"}), ("", {"4x4", "5x5"})):
-        rows = rehearse(tmp_path / "r.jsonl", "--resume", "--sections", "tokens", "--workloads", chosen)
-        assert {r["workload"].split()[2] for r in rows} == known
-
-
-def test_clocks_are_recorded_around_every_section(tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 1980, 2619, [N/A], 112.50\n")
-    smi.chmod(0o755)
-    assert results.clocks("cpu", "accuracy", "before") == []
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(results, "clocks", lambda _, *moment, clocks=results.clocks: clocks("cuda", *moment))
-    first, *_, last = rehearse(tmp_path / "results.jsonl", "--sections", "accuracy")
-    found = {"section": "clocks", "workload": "accuracy", "status": "ok", "sm_mhz": 1980, "memory_mhz": 2619}
-    assert (first, last) == tuple({**found, "watts": 112.5, "peer": moment} for moment in ("before", "after"))
-
-
-def test_a_run_names_its_sources(tmp_path, monkeypatch):
-    for folder in ("gpsa_kernels", "csrc"):
-        (tmp_path / folder).mkdir()
-    kernel = tmp_path / "csrc" / "kernel.cu"
-    kernel.write_text("a")
-    assert results.describe("cpu", "dry")["sources"] == results.sources()
-    first = results.sources(tmp_path)
-    (tmp_path / "csrc" / "kernel.o").write_text("built")
-    assert results.sources(tmp_path) == first
-    kernel.write_text("b")
-    assert results.sources(tmp_path) != first
-
-
-# ---- the exercise ---------------------------------------------------------------------------------------------------
-
-
-class Behaviour(contextlib.nullcontext):
-    """In place of a process of a backend."""
-
-    def __init__(self, function, name: str, *_: object) -> None:
-        super().__init__(self)
-        self.name = name
-
-    def receive(self, seconds: float) -> int:
-        if self.name == "cuda":
-            raise Gone("no answer within 1 s")
-        return {"sdpa": exercise.WRONG, "eager": exercise.FAILED}.get(self.name, exercise.RIGHT)
-
-
 def test_what_dies_hangs_or_raises_alone_is_unfit_and_what_is_wrong_is_not(monkeypatch, capsys):
-    monkeypatch.setattr(exercise, "Worker", Behaviour)
+    def worker(function, name, *_):
+        def receive(seconds):
+            if name == "cuda":
+                raise Gone("no answer within 1 s")
+            return {"sdpa": exercise.WRONG, "eager": exercise.FAILED}.get(name, exercise.RIGHT)
+
+        return contextlib.nullcontext(SimpleNamespace(receive=receive))
+
+    monkeypatch.setattr(exercise, "Worker", worker)
     assert exercise.main(["--device", "cpu", "--seconds", "1"]) == exercise.FAILED
     told = [f"cuda {direction}: no answer within 1 s" for direction in ("forward", "both")]
     assert capsys.readouterr().out.splitlines() == [*told, "unfit: cuda eager"]
@@ -387,17 +312,13 @@ def test_exercise_tells_right_from_wrong_and_from_failed(monkeypatch, capsys, fu
 
 
 def test_failures_are_told_when_they_happen(tmp_path):
-    (tmp_path / "test_a.py").write_text(
-        "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
-    )
+    tests = "import os\ndef test_wrong():\n    assert 1 == 2\ndef test_fatal():\n    os._exit(9)\n"
+    (tmp_path / "test_a.py").write_text(tests)
     command = [PYTHON, "-m", "pytest", "-q", "--tb=short", "-p", "benchmarks.conftest", "-c", os.devnull, "test_a.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 9
     assert "assert 1 == 2" in done.stdout
-
-
-# ---- all of it ------------------------------------------------------------------------------------------------------
 
 
 def test_rehearsal(tmp_path, capsys):

@@ -38,15 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.proof)
 
 
-_deselected: Counter[str] = Counter()
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    _deselected.update(item.nodeid.partition("::")[0] for item in items)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _deselected:
-        left = ", ".join(f"{count} of {file}" for file, count in _deselected.most_common())
+    deselected = Counter(item.nodeid.partition("::")[0] for item in terminalreporter.stats.get("deselected", ()))
+    if deselected:
+        left = ", ".join(f"{count} of {file}" for file, count in deselected.most_common())
         terminalreporter.write_line(f"deselected (make proof runs everything): {left}")
