@@ -28,7 +28,8 @@ CSRC, EMULATOR = ROOT / "csrc", ROOT / "tests" / "cuda" / "emulator"
 KEPT = ROOT / "build" / "emulator"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra")
 ONE_KERNEL = ("-DGPSA_ONE_KERNEL", "-O1")  # of each kind: 48 channels, float16, up to 64 tokens of a whole image
-SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZED = (*ONE_KERNEL, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED += ("-fno-omit-frame-pointer",)
 # what register.cpp knows of CUDA devices
 ON_THE_HOST = {
     "(gpsa_cuda,": "(gpsa_emulated,",
@@ -40,19 +41,12 @@ ON_THE_HOST = {
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def _run(command: Sequence[str | Path]) -> bytes:
-    done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr.decode()}")
-    return done.stdout
-
-
 def _made(command: Sequence[str | Path], key: bytes, suffix: str) -> Path:
     """What a command compiles or links: kept under a hash of all that it depends on, so that nothing stale is used."""
     target = KEPT / (hashlib.sha256(key).hexdigest()[:16] + suffix)
     if not target.exists():
         unfinished = KEPT / f"{os.getpid()}.{target.name}"
-        _run([*command, "-o", unfinished])
+        subprocess.run([*command, "-o", unfinished], check=True)
         unfinished.replace(target)
     return target
 
@@ -63,7 +57,7 @@ def built(sources: Sequence[Path], flags: Sequence[str], includes: Sequence[Path
     command = [*COMPILER, *flags, *(f"-I{path}" for path in includes)]
 
     def compiled(source: Path) -> Path:
-        text = _run([*command, "-x", "c++", "-E", "-P", source])
+        text = subprocess.check_output([*command, "-x", "c++", "-E", "-P", source])
         return _made([*command, "-x", "c++", "-c", source], " ".join([*COMPILER, *flags]).encode() + text, ".o")
 
     with ThreadPoolExecutor(2) as pool:

@@ -125,13 +125,8 @@ def test_devices_that_the_library_has_no_code_for(folder, monkeypatch, capabilit
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = cuda._code_for(0)
-    if runs:
-        assert reason is None
-    else:
-        assert reason.endswith(f"the device has compute capability {capability[0]}.{capability[1]}")
-
-
-# ---- fake tensors --------------------------------------------------------------------------------------------------
+    assert (reason is None) == runs
+    assert runs or reason.endswith("the device has compute capability {}.{}".format(*capability))
 
 
 @pytest.fixture

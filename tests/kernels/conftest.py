@@ -53,9 +53,10 @@ class Target(NamedTuple):
         return tensors, torch.randn(tensors[0].shape).to(self.device, dtype)
 
     def run(self, tensors, grad_out, grid_size, **kwargs):
-        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept; to merge out's heads is a view."""
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = gpsa_attention(*leaves, grid_size, backend=self.backend, **kwargs)
+        assert out.transpose(1, 2).is_contiguous()
         return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
     def check(self, tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):
