@@ -1,7 +1,5 @@
 """Builds csrc/ for the host and runs its kernels on CPU tensors, every access checked (see csrc/README.md)."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

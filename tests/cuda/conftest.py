@@ -4,8 +4,6 @@ Compiled without a GPU, for the default architectures or, every day, for one. Th
 what changed is compiled again.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The dropout mask that all CUDA kernels draw: Philox, its rate, and that nothing but its coordinates decides."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The library as users get it: built by pip into a wheel, installed into an empty folder, loaded there."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """backends/cuda.py without a GPU: why it cannot run, what fake tensors become, and what it asks the library."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """setup.py: what it finds, what it says, and what it builds where something is missing."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Which kernels launch_forward and launch_backward choose for a device, and with how many blocks and bytes."""
 
-from __future__ import annotations
-
 import emulation
 import pytest
 import torch

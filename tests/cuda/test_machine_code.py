@@ -3,8 +3,6 @@
 ``make extension; python -m tools.machine_code cuda --write`` writes the budget anew.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """The checker is checked: each bug planted in a copy of the sources must be caught, the untouched copy must pass."""
 
-from __future__ import annotations
-
 import re
 from functools import cache, partial
 

@@ -1,7 +1,5 @@
 """Every primitive of csrc/primitives.h against its documented meaning, written down here once more in tensors."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """csrc/register.cpp on CPU tensors, beside what tests/kernels shows of it: what it copies, casts and refuses."""
 
-from __future__ import annotations
-
 import ctypes
 import re
 

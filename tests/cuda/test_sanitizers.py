@@ -1,7 +1,5 @@
 """The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-from __future__ import annotations
-
 import re
 
 import emulation

@@ -5,8 +5,6 @@ and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the va
 process either interprets or compiles. Of what is said about numbers the backends in plain PyTorch are targets, too.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import chain, product
 from typing import NamedTuple

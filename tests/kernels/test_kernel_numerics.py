@@ -1,7 +1,5 @@
 """The kernels against the formula: awkward shapes, extreme values, any strides, nothing outside the tensors."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
