@@ -36,8 +36,6 @@ ON_THE_HOST = {
     "TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));": "",
 }
 
-# ---- building --------------------------------------------------------------------------------------------------------
-
 
 def _made(command: Sequence[str | Path], key: bytes, suffix: str) -> Path:
     """What a command compiles or links: kept under a hash of all that it depends on, so that nothing stale is used."""
@@ -97,7 +95,7 @@ def _loose(text: str | None) -> str:
     return r"\s+".join(map(re.escape, re.split(r"\s+", text or "")))
 
 
-# ---- what the libraries take and give, as gpsa.h and tests/cuda/emulator say it --------------------------------------
+# What the libraries take and give, as gpsa.h and tests/cuda/emulator say it.
 
 
 class Problem(ctypes.Structure):
@@ -174,9 +172,6 @@ def operators() -> ctypes.CDLL:
     library = str(built(sources, flags, includes, link))
     torch.ops.load_library(library)
     return ctypes.CDLL(library)
-
-
-# ---- calling ---------------------------------------------------------------------------------------------------------
 
 
 def _set(library: ctypes.CDLL, device: Device, **settings: int) -> None:

@@ -12,8 +12,7 @@ from gpsa_kernels.check.exactness import deviations, kept_by_dropout
 
 WRONG = "a wrong result"
 
-# of the kernels, in a file: (name, [-what goes-]{+what comes+}, what the message must match, if the result is not just
-# wrong)
+# by kernels and file: (name, [-what goes-]{+what comes+}, what the message must match if the result is not just wrong)
 # fmt: off
 BUGS = {
     ("whole-image forward", "whole_image_position.cuh"): [
