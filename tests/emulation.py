@@ -1,7 +1,5 @@
 """Builds csrc/ for the host and runs its kernels on CPU tensors, every access checked (see csrc/README.md)."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
@@ -28,7 +26,8 @@ CSRC, EMULATOR = ROOT / "csrc", ROOT / "tests" / "cuda" / "emulator"
 KEPT = ROOT / "build" / "emulator"
 COMPILER = (os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra")
 ONE_KERNEL = ("-DGPSA_ONE_KERNEL", "-O1")  # of each kind: 48 channels, float16, up to 64 tokens of a whole image
-SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZED = (*ONE_KERNEL, "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZED += ("-fno-omit-frame-pointer",)
 # what register.cpp knows of CUDA devices
 ON_THE_HOST = {
     "(gpsa_cuda,": "(gpsa_emulated,",
@@ -37,22 +36,13 @@ ON_THE_HOST = {
     "TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));": "",
 }
 
-# ---- building --------------------------------------------------------------------------------------------------------
-
-
-def _run(command: Sequence[str | Path]) -> bytes:
-    done = subprocess.run([str(c) for c in command], capture_output=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr.decode()}")
-    return done.stdout
-
 
 def _made(command: Sequence[str | Path], key: bytes, suffix: str) -> Path:
     """What a command compiles or links: kept under a hash of all that it depends on, so that nothing stale is used."""
     target = KEPT / (hashlib.sha256(key).hexdigest()[:16] + suffix)
     if not target.exists():
         unfinished = KEPT / f"{os.getpid()}.{target.name}"
-        _run([*command, "-o", unfinished])
+        subprocess.run([*command, "-o", unfinished], check=True)
         unfinished.replace(target)
     return target
 
@@ -63,7 +53,7 @@ def built(sources: Sequence[Path], flags: Sequence[str], includes: Sequence[Path
     command = [*COMPILER, *flags, *(f"-I{path}" for path in includes)]
 
     def compiled(source: Path) -> Path:
-        text = _run([*command, "-x", "c++", "-E", "-P", source])
+        text = subprocess.check_output([*command, "-x", "c++", "-E", "-P", source])
         return _made([*command, "-x", "c++", "-c", source], " ".join([*COMPILER, *flags]).encode() + text, ".o")
 
     with ThreadPoolExecutor(2) as pool:
@@ -105,7 +95,7 @@ def _loose(text: str | None) -> str:
     return r"\s+".join(map(re.escape, re.split(r"\s+", text or "")))
 
 
-# ---- what the libraries take and give, as gpsa.h and tests/cuda/emulator say it --------------------------------------
+# What the libraries take and give, as gpsa.h and tests/cuda/emulator say it.
 
 
 class Problem(ctypes.Structure):
@@ -182,9 +172,6 @@ def operators() -> ctypes.CDLL:
     library = str(built(sources, flags, includes, link))
     torch.ops.load_library(library)
     return ctypes.CDLL(library)
-
-
-# ---- calling ---------------------------------------------------------------------------------------------------------
 
 
 def _set(library: ctypes.CDLL, device: Device, **settings: int) -> None:

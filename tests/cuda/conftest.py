@@ -4,8 +4,6 @@ Compiled without a GPU, for the default architectures or, every day, for one. Th
 what changed is compiled again.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -19,11 +17,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory, architectures) -> Path:
+def _compiler() -> None:
     if shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])) is None:
         pytest.skip("nvcc is not installed")
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA")
+
+
+@pytest.fixture(scope="session")
+def wheel(_compiler, tmp_path_factory, architectures) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     wanted = "9.0" if architectures == (90,) else ""  # empty: the default

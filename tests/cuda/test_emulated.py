@@ -1,7 +1,5 @@
 """What only the emulator shows of the kernels: schedules, row blocks, strides of outputs, traffic, bank conflicts."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import emulation

@@ -1,7 +1,5 @@
 """The library as users get it: built by pip into a wheel, installed into an empty folder, loaded there."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -22,19 +20,14 @@ SHIMS = ("csrc/stable/c/shim.h", "csrc/inductor/aoti_torch/c/shim.h")
 
 def run(site: Path, *arguments: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=site, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return subprocess.check_output([sys.executable, *arguments], text=True, cwd=site, env=environment)
 
 
 def test_the_wheel_serves_every_python_of_its_platform(wheel):
     assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name for name in names if "_cuda/" in name or name.endswith(".so")} == {
-        "gpsa_kernels/_cuda/gpsa_cuda.so",
-        "gpsa_kernels/_cuda/build.json",
-    }
+    built = {"gpsa_kernels/_cuda/gpsa_cuda.so", "gpsa_kernels/_cuda/build.json"}
+    assert {name for name in names if "_cuda/" in name or name.endswith(".so")} == built
     assert "gpsa_kernels/py.typed" in names
 
 
@@ -57,25 +50,21 @@ def test_the_metadata_says_how_it_was_built(site, codes):
 
 
 def test_machine_code_and_ptx_are_of_the_architectures_asked_for(library, codes):
-    options = "--list-elf", "--list-ptx"
-    listed = subprocess.run([machine_code.tool(), *options, library], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.check_output([machine_code.tool(), "--list-elf", "--list-ptx", library], text=True)
     expected = {(code, "cubin") if code[:2] == "sm" else ("sm_120", "ptx") for code in codes}
     assert set(re.findall(r"\.(sm_\w+)\.(\w+)$", listed, re.MULTILINE)) == expected
 
 
 def test_all_it_needs_is_the_stable_shims_and_the_system(library):
     """No Python, no CUDA runtime, none of torch's C++ symbols."""
-    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-    assert "RPATH" not in dynamic
-    assert "RUNPATH" not in dynamic
+    dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
+    assert not re.search("RPATH|RUNPATH", dynamic)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     system = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
-    assert needed - system - {name for name in needed if name.startswith("ld-linux")} == {
-        "libtorch_cpu.so",
-        "libtorch_cuda.so",
-    }
-    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-    symbols = re.findall(r"^\s+U (\S+)$", listed.stdout, re.MULTILINE)
+    system |= {name for name in needed if name.startswith("ld-linux")}
+    assert needed - system == {"libtorch_cpu.so", "libtorch_cuda.so"}
+    listed = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
+    symbols = re.findall(r"^\s+U (\S+)$", listed, re.MULTILINE)
     ours = {name for name in symbols if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$", name)}
     include = Path(torch.__file__).parent / "include" / "torch"
     stable = set(re.findall(r"\b(\w+)\(", "".join((include / shim).read_text() for shim in SHIMS)))

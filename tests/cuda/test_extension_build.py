@@ -1,7 +1,5 @@
 """setup.py: what it finds, what it says, and what it builds where something is missing."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -15,15 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
-needs_nvcc = pytest.mark.skipif(
-    shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])) is None,
-    reason="nvcc is not installed",
-)
-
-
 GOOD = {
     "ninja": "",
     "g++": "",
@@ -37,7 +28,6 @@ GOOD = {
 def machine(monkeypatch, tmp_path):
     """setup.py on a machine whose programs only say what the real ones would, and whose torch says its version and its
     CUDA; what is changed to None is not there."""
-
     for name in ("CUDA_PATH", "NVCC_CCBIN"):
         monkeypatch.delenv(name, raising=False)
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="build")
@@ -53,8 +43,7 @@ def machine(monkeypatch, tmp_path):
         if torch_is is not None:
             (tmp_path / "torch").mkdir()
             (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('the build imports torch')")
-            version, cuda = torch_is
-            (tmp_path / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+            (tmp_path / "torch" / "version.py").write_text("__version__ = {!r}\ncuda = {!r}\n".format(*torch_is))
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         monkeypatch.setenv("PATH", str(programs))
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -67,11 +56,8 @@ def machine(monkeypatch, tmp_path):
 OLD_NVCC = {"nvcc": "V13.0.88 " + " ".join(f"compute_{number}" for number in (70, 80, 89, 90))}
 NO_GPU, NO_NVCC, NO_CUDA = {"nvidia-smi": None}, {"nvcc": None}, {"torch": ("2.11.0", None)}
 NO_DRIVER = {"nvidia-smi": "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."}
-FOR, ASKED, HAS_GPU = (
-    "builds the CUDA library for ",
-    r" \(takes minutes\): GPSA_BUILD_CUDA=1",
-    ".*: this machine has a GPU",
-)
+FOR, ASKED = "builds the CUDA library for ", r" \(takes minutes\): GPSA_BUILD_CUDA=1"
+HAS_GPU = ".*: this machine has a GPU"
 WITHOUT = "built without the CUDA library: "
 CANNOT = "GPSA_BUILD_CUDA=1, but the CUDA library cannot be built: "
 
@@ -126,9 +112,6 @@ def test_one_line_says_what_is_built_and_why(machine, capsys, monkeypatch, wante
     assert re.match("gpsa_kernels: " + expected, line)
 
 
-# ---- pip -----------------------------------------------------------------------------------------------------------
-
-
 def pip_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """``pip wheel`` of a copy of the sources, with a library built in place before, and what it prints."""
     source = folder / "source"
@@ -163,8 +146,7 @@ const char* launch_backward(const Backward&, cudaStream_t) { return nullptr; }
 """
 
 
-@needs_nvcc
-@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+@pytest.mark.usefixtures("_compiler")
 def test_a_build_in_place_compiles_what_has_changed(tmp_path):
     source = tmp_path / "a folder with spaces"
     (source / "gpsa_kernels").mkdir(parents=True)
@@ -182,9 +164,8 @@ def test_a_build_in_place_compiles_what_has_changed(tmp_path):
 
     first, second = build_in_place(), build_in_place()
     assert first.returncode == 0, first.stderr
-    assert re.search(
-        r"^gpsa_kernels: \[\d/3, \d+\.\d+ s\] kernels.cu.o for sm_80, sm_90, compute_90$", first.stdout, re.M
-    )
+    progress = r"^gpsa_kernels: \[\d/3, \d+\.\d+ s\] kernels.cu.o for sm_80, sm_90, compute_90$"
+    assert re.search(progress, first.stdout, re.MULTILINE)
     assert "ninja: no work to do." in second.stdout
     built = source / "gpsa_kernels" / "_cuda"
     assert {path.name for path in built.iterdir()} == {"gpsa_cuda.so", "build.json"}

@@ -1,7 +1,5 @@
 """How kernels are launched: csrc/launch.h on a CUDA runtime that writes down what it is asked."""
 
-from __future__ import annotations
-
 import subprocess
 from collections import Counter
 from pathlib import Path

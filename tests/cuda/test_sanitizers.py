@@ -1,17 +1,13 @@
 """The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
 
-from __future__ import annotations
-
 import re
 
 import emulation
 import pytest
 
-FLAGS = (*emulation.ONE_KERNEL, *emulation.SANITIZERS)
-
 
 def test_the_kernels_are_clean():
-    done = emulation.run_exercise(emulation.CSRC, *FLAGS)
+    done = emulation.run_exercise(emulation.CSRC, *emulation.SANITIZED)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
@@ -26,7 +22,7 @@ def test_the_kernels_are_clean():
     ],
 )
 def test_an_accumulator_too_few_is_caught(tmp_path, file, change):
-    done = emulation.run_exercise(emulation.changed_sources(tmp_path, file, change), *FLAGS)
+    done = emulation.run_exercise(emulation.changed_sources(tmp_path, file, change), *emulation.SANITIZED)
     assert done.returncode != 0
     caught = re.search("AddressSanitizer: stack-buffer-overflow|index \\d+ out of bounds", done.stderr)
     assert caught, (done.returncode, done.stderr[-2000:])

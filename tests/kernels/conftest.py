@@ -5,8 +5,6 @@ and with ``TRITON_INTERPRET=1`` Triton's in its interpreter: Triton reads the va
 process either interprets or compiles. Of what is said about numbers the backends in plain PyTorch are targets, too.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import chain, product
 from typing import NamedTuple
@@ -53,9 +51,10 @@ class Target(NamedTuple):
         return tensors, torch.randn(tensors[0].shape).to(self.device, dtype)
 
     def run(self, tensors, grad_out, grid_size, **kwargs):
-        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept."""
+        """[out, dq, dk, dv, d pos_weight, d gate], the inputs' strides kept; to merge out's heads is a view."""
         leaves = [t.detach().requires_grad_() for t in tensors]
         out = gpsa_attention(*leaves, grid_size, backend=self.backend, **kwargs)
+        assert out.transpose(1, 2).is_contiguous()
         return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
     def check(self, tensors, grid_size, scale=None, dropout_p=0.0, saved=False, **kwargs):

@@ -1,7 +1,5 @@
 """Attention dropout in the kernels: one mask over both branches, replayed in the backward pass."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reference import NAMES, attention, inputs, with_gradients

@@ -1,7 +1,5 @@
 """What only a GPU can show: graphs, streams, schedules, sizes beyond 32-bit offsets and grid limits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from reference import NAMES, assert_same_bits, with_gradients

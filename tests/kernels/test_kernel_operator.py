@@ -1,7 +1,5 @@
 """The registered operator over the kernels: drawn calls, contract, compilation, autocast, refusals."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from fuzz import fuzz
