@@ -49,10 +49,6 @@ def test_a_scale_of_zero_is_the_default_as_in_the_original(kind):
     assert kind(16, 4, qk_scale=0.0).scale == kind(16, 4).scale == 0.5
 
 
-def sparse(name: str) -> dict[str, torch.Tensor]:
-    return {name: TENSORS[name].detach().to_sparse()}
-
-
 @pytest.mark.parametrize(
     ("function", "arguments", "error", "message"),
     [
@@ -86,7 +82,8 @@ def sparse(name: str) -> dict[str, torch.Tensor]:
         (operator, {"scale": 10**400}, ValueError, "scale must be a finite number, got inf"),
         *((f, {"backend": b}, ValueError, f"{BACKEND} {b!r}") for b in (["sdpa"], {}, None, "fastest")
           for f in (operator, gpsa, functools.partial(fuse, layer))),
-        *((operator, sparse(n), TypeError, f"{n} must be a dense tensor, got torch.sparse_coo") for n in TENSORS),
+        *((operator, {n: t.detach().to_sparse()}, TypeError, f"{n} must be a dense tensor, got torch.sparse_coo")
+          for n, t in TENSORS.items()),
         (operator, {"v": TENSORS["v"].detach().to_mkldnn()}, TypeError, "v must be a dense tensor, got torch._mkldnn"),
         (operator, {"q": torch.nested.nested_tensor([X])}, TypeError, "q must be a dense tensor, got nested"),
         *((f, {"x": x}, TypeError, f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -1,6 +1,7 @@
 """Differentiation: for any subset of inputs; once by every backend, in every way by eager."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -46,18 +47,14 @@ def test_backward_twice_with_a_retained_graph(backend):
     assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), tensors, retain_graph=True) for _ in range(2))))
 
 
-def saved(backend):
-    """Bytes kept for the backward pass, of two heads of 24 x 24 tokens and 48 channels in float32."""
-    *qkv, pos_weight, gate = inputs(1, 2, (24, 24), 48, torch.float32)
-    parameters = nn.ParameterList([pos_weight, gate])
-    return saved_for_backward(parameters, lambda: gpsa_attention(*qkv, *parameters, (24, 24), backend=backend))
-
-
 def test_saved_for_backward_is_far_less_than_eager_keeps():
     """What sdpa keeps grows with N; what eager keeps grows with N^2."""
-    sdpa = 4 * (4 * 2 * 576 * 48 + 2 * 576)  # q, k, v, the content branch's output; logsumexp
-    assert saved("sdpa") == sdpa
-    assert saved("eager") > 8 * sdpa
+    *qkv, pos_weight, gate = inputs(1, 2, (24, 24), 48, torch.float32)
+    parameters = nn.ParameterList([pos_weight, gate])
+    call = functools.partial(gpsa_attention, *qkv, *parameters, (24, 24))
+    sdpa, eager = (saved_for_backward(parameters, functools.partial(call, backend=name)) for name in ("sdpa", "eager"))
+    assert sdpa == 4 * (4 * 2 * 576 * 48 + 2 * 576)  # q, k, v, the content branch's output; logsumexp
+    assert eager > 8 * sdpa
 
 
 REFUSED = 'fused attention has first derivatives only.*backend="eager" has all derivatives'
