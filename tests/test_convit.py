@@ -21,10 +21,9 @@ def small(**kwargs) -> ConViT:
     return randomized(ConViT(**{**SIZES, **kwargs})).eval()
 
 
-def like(theirs: nn.Module, **kwargs) -> ConViT:
+def like(theirs: nn.Module, size: str = "tiny", **kwargs) -> ConViT:
     """Our model of the same size as one of timm's, holding its parameters."""
-    build = getattr(gpsa_kernels, {4: "convit_tiny", 9: "convit_small", 16: "convit_base"}[theirs.num_features // 48])
-    ours = build(image_size=64, device="meta", **kwargs)
+    ours = getattr(gpsa_kernels, f"convit_{size}")(image_size=64, device="meta", **kwargs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return ours
 
@@ -40,7 +39,7 @@ def like(theirs: nn.Module, **kwargs) -> ConViT:
 def test_every_output_and_gradient_equals_timms(size, sizes):
     """And parameters pass both ways, in the same order."""
     theirs = timm_convit(size, **sizes)
-    ours, x = like(theirs, **sizes), images(2, 64)
+    ours, x = like(theirs, size, **sizes), images(2, 64)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert_rounded(ours.forward_features(x), theirs.forward_features(x), ours)

@@ -1,7 +1,5 @@
 """torch's counter of floating-point operations counts the registered operators."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """The fused models in timm's registry, against timm's own; what timm's tests ask of every model."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch
@@ -83,16 +81,15 @@ def test_features_are_timms(kwargs):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """timm's model, and a checkpoint of it as timm's train.py writes one."""
-    stock = randomized(create()).float()
-    torch.save({"state_dict": stock.state_dict()}, tmp_path / "checkpoint.pth.tar")
-    return stock, str(tmp_path / "checkpoint.pth.tar")
+    """timm's model, a checkpoint of it as timm's train.py writes one, and what takes it for the pretrained weights."""
+    stock, path = randomized(create()).float(), str(tmp_path / "checkpoint.pth.tar")
+    torch.save({"state_dict": stock.state_dict()}, path)
+    return stock, path, {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5, "in_chans": 1}, {"features_only": True}])
 def test_pretrained_weights_are_loaded_as_timm_loads_them(checkpoint, kwargs):
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": checkpoint[1]}}
-    stock, fused = (create(name, **overlay, **kwargs) for name in ("convit_tiny", "fused_convit_tiny"))
+    stock, fused = (create(name, **checkpoint[2], **kwargs) for name in ("convit_tiny", "fused_convit_tiny"))
     torch.testing.assert_close(fused.state_dict(), stock.state_dict(), rtol=0, atol=0)
     modules = [type(module) for module in fused.modules()]
     assert (modules.count(FusedGPSA), modules.count(SelfAttention)) == (2, 1)
@@ -100,12 +97,9 @@ def test_pretrained_weights_are_loaded_as_timm_loads_them(checkpoint, kwargs):
 
 @pytest.mark.parametrize("how", ["pretrained", "checkpoint_path", "load_checkpoint"])
 def test_a_checkpoint_of_another_image_size_is_resampled(checkpoint, how):
-    stock, path = checkpoint
-    given = {
-        "pretrained": {"pretrained": True, "pretrained_cfg_overlay": {"file": path}},
-        "checkpoint_path": {how: path},
-    }
-    fused = create("fused_convit_tiny", img_size=(48, 80), **given.get(how, {}))
+    stock, path, pretrained = checkpoint
+    given = {"pretrained": pretrained, "checkpoint_path": {"checkpoint_path": path}, "load_checkpoint": {}}
+    fused = create("fused_convit_tiny", img_size=(48, 80), **given[how])
     if how == "load_checkpoint":
         load_checkpoint(fused, path)
     torch.testing.assert_close(fused.pos_embed, resample_abs_pos_embed(stock.pos_embed, [3, 5], num_prefix_tokens=0))
