@@ -167,6 +167,7 @@ def test_layer_like_the_originals(kwargs):
     assert_close(unfuse(original)(x), expected)
 
 
+RAISED = "a trial raised"
 DIFFERS = "the fused layer's output differs by .*, rounding explains"
 BYPASSED = "the fused layer does the work of"
 REPLACED = "its forward method was replaced on the instance"
@@ -177,11 +178,8 @@ REPLACED = "its forward method was replaced on the instance"
     [
         (OTHER_DIRECTION, DIFFERS),
         (changed(get_attention=lambda self, x: 1.001 * TimmGPSA.get_attention(self, x)), DIFFERS),
-        (
-            changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)),
-            "a trial raised RuntimeError: The",
-        ),
-        (changed(forward=lambda self, x, mask: x), "a trial raised TypeError: .* missing 1 .* argument: 'mask'"),
+        (changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)), f"{RAISED} RuntimeError: The"),
+        (changed(forward=lambda self, x, mask: x), f"{RAISED} TypeError: .* missing 1 .* argument: 'mask'"),
         (changed(forward=lambda self, x: x[:, :2]), r"its output has shape \(1, 2, 24\) instead of \(1, 4, 24\)"),
         (lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1))), "the fused layer does not know its gain"),
         (squashed, "the fused layer does not know its parametrizations"),
@@ -350,9 +348,7 @@ def results(model: nn.Module) -> dict[str, torch.Tensor]:
         for parameter in model.parameters():
             parameter *= 1.1
     x = tokens().requires_grad_()
-    out = model(x)
-    out.sin().sum().backward()
-    return {"out": out, "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    return {**outcome(model, x), "x": x.grad}
 
 
 @pytest.mark.parametrize("change", CHANGES_AFTER_FUSE.values(), ids=CHANGES_AFTER_FUSE)
