@@ -15,18 +15,14 @@ def architectures(pytestconfig: pytest.Config) -> tuple[int, ...]:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_and_seeded():
     """Every uninitialised tensor starts as NaN, so an element that is read before it is written shows."""
+    torch.manual_seed(0)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
 
 
 @pytest.fixture

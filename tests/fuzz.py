@@ -1,7 +1,5 @@
 """Calls drawn at random over shapes, layouts, dtypes, structure and extremes, held to the rule of exactness."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -87,31 +87,3 @@ def assert_what_backward_reads_is_exact(
     bound = (head_dim + 4) * summed * (abs(scale) * q.double().abs() @ k.double().abs().mT).max()
     error = (logsumexp.cpu().double() - scores.logsumexp(-1)).abs().max()
     assert error <= bound + tokens * summed * (1 + math.log(tokens))
-
-
-def assert_large_gradients_stay_finite(
-    function: Callable[..., Tensor], grid_size: tuple[int, int], logit: float, **kwargs: object
-) -> None:
-    """The rule of exactness where (Ay x Ax)^T dO overflows in float16, but dV and all of eager's steps do not.
-
-    The position looks at the corners of the grid alone, the content at all tokens alike.
-    """
-    q, k, v, pos_weight, gate = inputs(1, 2, grid_size, 16, torch.float16)
-    tensors = [q, k, v / 64, torch.full_like(pos_weight, 3), torch.full_like(gate, logit)]
-    assert_as_exact_as_eager(function, tensors, grid_size, scale=0.01, loss_scale=15000, **kwargs)
-
-
-def assert_a_small_share_keeps_its_digits(
-    function: Callable[..., Tensor], grid_size: tuple[int, int], device: str = "cpu", **kwargs: object
-) -> None:
-    """At g = 2e-9, where g dO is 0 in float16, float32 parameters get gradients as exact as their terms in float16."""
-    *tensors, gate = inputs(1, 2, grid_size, 16, torch.float16)
-    tensors[3:] = tensors[3].detach().float(), torch.full_like(gate, -20, dtype=torch.float32)
-    grad_out = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).half()
-    truth = with_gradients(literal, [t.double() for t in tensors], grad_out.double(), grid_size, 0.25)
-    there = [t.detach().to(device) for t in tensors]
-    ours = with_gradients(function, there, grad_out.to(device), grid_size, scale=0.25, **kwargs)
-    walks, eps = rounding_walks(tensors, grad_out, grid_size, 0.25), torch.finfo(torch.float16).eps
-    for name, expected, got in list(zip(NAMES, truth, ours, strict=True))[4:]:
-        error, allowed = (got.cpu().double() - expected).abs().max(), eps * (expected.abs().max() + walks[name])
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

@@ -1,9 +1,9 @@
 """Arguments: what is refused, in words that name the argument, what came and what was expected, and what is taken."""
 
-import functools
 import re
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,16 +15,13 @@ from gpsa_kernels import BACKENDS, ConViT, FusedGPSA, SelfAttention, fuse, gpsa_
 
 TENSORS = dict(zip(("q", "k", "v", "pos_weight", "gate"), inputs(2, 3, (2, 3), 8, torch.float32), strict=True))
 ONE, TWO = torch.tensor(0.5), torch.tensor([2.0, 3.0])
-operator = functools.partial(gpsa_attention, **TENSORS, grid_size=(2, 3))
-gpsa = functools.partial(FusedGPSA, dim=8, num_heads=2)
-convit = functools.partial(ConViT, embed_dim=8, num_heads=2, depth=1, image_size=32)
+operator = partial(gpsa_attention, **TENSORS, grid_size=(2, 3))
+gpsa = partial(FusedGPSA, dim=8, num_heads=2)
+convit = partial(ConViT, embed_dim=8, num_heads=2, depth=1, image_size=32)
 layer, plain = gpsa(), SelfAttention(8, 2)
 X = torch.randn(1, 9, 8)
-GRIDS = (
-    gpsa,
-    *(functools.partial(f, X) for f in (layer, layer.get_attention, layer.get_attention_map)),
-    functools.partial(fuse, layer),
-)  # what takes one for a layer
+# what takes one for a layer
+GRIDS = (gpsa, partial(fuse, layer), *(partial(f, X) for f in (layer, layer.get_attention, layer.get_attention_map)))
 NO_NUMBER = "must be a finite number, got "
 DTYPES = "must be float32, float64, float16 or bfloat16, got"
 BACKEND = f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got"
@@ -47,10 +44,6 @@ def test_what_timm_and_the_original_have_in_different_orders_goes_by_name(kind):
 @kinds
 def test_a_scale_of_zero_is_the_default_as_in_the_original(kind):
     assert kind(16, 4, qk_scale=0.0).scale == kind(16, 4).scale == 0.5
-
-
-def sparse(name: str) -> dict[str, torch.Tensor]:
-    return {name: TENSORS[name].detach().to_sparse()}
 
 
 @pytest.mark.parametrize(
@@ -85,8 +78,9 @@ def sparse(name: str) -> dict[str, torch.Tensor]:
         (operator, {"scale": 1e300}, ValueError, "a finite number of at most 3.4e+38, float32's largest, got 1e+300"),
         (operator, {"scale": 10**400}, ValueError, "scale must be a finite number, got inf"),
         *((f, {"backend": b}, ValueError, f"{BACKEND} {b!r}") for b in (["sdpa"], {}, None, "fastest")
-          for f in (operator, gpsa, functools.partial(fuse, layer))),
-        *((operator, sparse(n), TypeError, f"{n} must be a dense tensor, got torch.sparse_coo") for n in TENSORS),
+          for f in (operator, gpsa, partial(fuse, layer))),
+        *((operator, {n: t.detach().to_sparse()}, TypeError, f"{n} must be a dense tensor, got torch.sparse_coo")
+          for n, t in TENSORS.items()),
         (operator, {"v": TENSORS["v"].detach().to_mkldnn()}, TypeError, "v must be a dense tensor, got torch._mkldnn"),
         (operator, {"q": torch.nested.nested_tensor([X])}, TypeError, "q must be a dense tensor, got nested"),
         *((f, {"x": x}, TypeError, f"x must be a torch.Tensor, got {type(x).__name__}")

@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import timm
 import torch
-from models import assert_trains_like, gradients, randomized, timm_convit
+from models import SHALLOW, assert_same_outcome, images, outcome, randomized, timm_convit
 from timm.models import create_feature_extractor
 from timm.models.convit import GPSA as TimmGPSA
 from timm.models.convit import MHSA as TimmMHSA
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize, prune
 
 from gpsa_kernels import ConViT, FusedGPSA, SelfAttention, fuse, unfuse
 
-SMALL = {"depth": 3, "local_up_to_layer": 2}
+squashed = partial(parametrize.register_parametrization, tensor_name="gating_param", parametrization=nn.Tanh())
 
 
 class OriginalGPSA(TimmGPSA):
@@ -45,15 +46,6 @@ def changed(**methods):
     return change
 
 
-class Halved(nn.Module):
-    def forward(self, parameter):
-        return 0.5 * parameter
-
-
-def halved(layer: nn.Module) -> None:
-    parametrize.register_parametrization(layer, "gating_param", Halved())
-
-
 OTHER_DIRECTION = changed(get_rel_indices=lambda self, n: TimmGPSA.get_rel_indices(self, n) * torch.tensor([-1, 1, 1]))
 
 
@@ -73,23 +65,23 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_a_fused_timm_model_computes_the_same_and_holds_the_same():
-    model, x = timm_convit(qkv_bias=True), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    expected, state = (model(x), gradients(model, x)), list(model.state_dict())
+    model, x = timm_convit(qkv_bias=True), images(2, 64)
+    expected, state = outcome(model, x), list(model.state_dict())
     held = [*model.named_parameters(), *model.named_modules()]
     assert fuse(model) is model
     assert [type(block.attn) for block in model.blocks] == [FusedGPSA] * 10 + [SelfAttention] * 2
     assert list(model.state_dict()) == state
-    assert_trains_like(model, x, *expected)
+    assert_same_outcome(outcome(model, x), expected, model)
     for switched in (model, unfuse(model)):
         now = [*switched.named_parameters(), *switched.named_modules()]
         assert [(name, id(kept)) for name, kept in now] == [(name, id(kept)) for name, kept in held]
 
 
 def test_settings_reach_every_layer():
-    model = fuse(timm_convit(image_size=32, **SMALL), backend="eager", grid_size=(1, 4))
+    model = fuse(timm_convit(image_size=32, **SHALLOW), backend="eager", grid_size=(1, 4))
     assert {(b.attn.backend, b.attn.grid_size) for b in model.blocks[:2]} == {("eager", (1, 4))}
     assert model.blocks[2].attn.backend == "eager"
-    model = fuse(timm_convit(image_size=32, **SMALL), self_attention=False)
+    model = fuse(timm_convit(image_size=32, **SHALLOW), self_attention=False)
     assert [type(b.attn) for b in model.blocks] == [FusedGPSA, FusedGPSA, TimmMHSA]
 
 
@@ -110,8 +102,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("train", [False, True])
 def test_unfuse_restores_the_layers(change, train):
-    plain = timm_convit(image_size=48, **SMALL).float().train(train)
-    x = torch.randn(2, 3, 48, 48)
+    plain = timm_convit(image_size=48, **SHALLOW).float().train(train)
+    x = images(2, 48).float()
     plain(x)  # has cached offsets for 9 tokens, in float32
     expected, model = change(copy.deepcopy(plain)), change(fuse(copy.deepcopy(plain)))
     assert isinstance(model.blocks[0].attn, FusedGPSA)
@@ -153,8 +145,8 @@ def test_settings_win_over_attributes_of_their_names_which_unfuse_gives_back():
 
 @pytest.mark.filterwarnings("error")
 def test_a_second_call_changes_nothing():
-    timms = fuse(timm_convit(image_size=32, **SMALL), backend="eager"), [TimmGPSA, TimmGPSA, TimmMHSA]
-    own = ConViT(embed_dim=24, num_heads=3, image_size=32, **SMALL), [FusedGPSA, FusedGPSA, SelfAttention]
+    timms = fuse(timm_convit(image_size=32, **SHALLOW), backend="eager"), [TimmGPSA, TimmGPSA, TimmMHSA]
+    own = ConViT(embed_dim=24, num_heads=3, image_size=32, **SHALLOW), [FusedGPSA, FusedGPSA, SelfAttention]
     for model, unfused in (timms, own):
         before = [(m, dict(vars(m))) for m in model.modules()]
         assert [(m, dict(vars(m))) for m in fuse(model).modules()] == before
@@ -175,6 +167,7 @@ def test_layer_like_the_originals(kwargs):
     assert_close(unfuse(original)(x), expected)
 
 
+RAISED = "a trial raised"
 DIFFERS = "the fused layer's output differs by .*, rounding explains"
 BYPASSED = "the fused layer does the work of"
 REPLACED = "its forward method was replaced on the instance"
@@ -185,14 +178,11 @@ REPLACED = "its forward method was replaced on the instance"
     [
         (OTHER_DIRECTION, DIFFERS),
         (changed(get_attention=lambda self, x: 1.001 * TimmGPSA.get_attention(self, x)), DIFFERS),
-        (
-            changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)),
-            "a trial raised RuntimeError: The",
-        ),
-        (changed(forward=lambda self, x, mask: x), "a trial raised TypeError: .* missing 1 .* argument: 'mask'"),
+        (changed(get_rel_indices=lambda self, _: TimmGPSA.get_rel_indices(self, 16)), f"{RAISED} RuntimeError: The"),
+        (changed(forward=lambda self, x, mask: x), f"{RAISED} TypeError: .* missing 1 .* argument: 'mask'"),
         (changed(forward=lambda self, x: x[:, :2]), r"its output has shape \(1, 2, 24\) instead of \(1, 4, 24\)"),
         (lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1))), "the fused layer does not know its gain"),
-        (halved, "the fused layer does not know its parametrizations"),
+        (squashed, "the fused layer does not know its parametrizations"),
         (lambda layer: setattr(layer, "forward", layer.get_attention), REPLACED),
         # a hook or an adapter on a submodule that is never called would be silently without effect
         (lambda layer: layer.attn_drop.register_forward_hook(print), f"{BYPASSED} attn_drop itself"),
@@ -234,15 +224,14 @@ def test_hooks_and_adapters_keep_working():
         def __init__(self, base):
             super().__init__()
             self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
-            self.down = nn.Linear(base.in_features, 2, bias=False, dtype=torch.float64)
-            self.up = nn.Linear(2, base.out_features, bias=False, dtype=torch.float64)
+            self.added = nn.Sequential(nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)).double()
 
         @property
         def weight(self):  # which timm's layer looks at
             return self.base.weight
 
         def forward(self, x):
-            return self.base(x) + self.up(self.down(x))
+            return self.base(x) + self.added(x)
 
     model, called = layer(), []
     model.qk, model.v, model.proj = (LowRank(m) for m in (model.qk, model.v, model.proj))
@@ -312,10 +301,9 @@ def _one_rank():
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (halved, "ParametrizedFusedGPSA"),
+        (squashed, "ParametrizedFusedGPSA"),
         (lambda m: fully_shard(m, mesh=torch.distributed.init_device_mesh("cpu", (1,))), "FSDPFusedGPSA"),
     ],
-    ids=["parametrize", "fully_shard"],
 )
 def test_unfuse_leaves_a_layer_whose_class_was_changed(change, name):
     model = nn.Sequential(fuse(layer()), fuse(layer(TimmGPSA)))
@@ -342,11 +330,6 @@ def test_pruned_parameters_are_fused():
     torch.testing.assert_close(unfuse(model)(tokens()), out)
 
 
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 CHANGES_AFTER_FUSE = {
     "forward hook": lambda m: m.attn_drop.register_forward_hook(lambda _, x, out: out.square()),
     "backward hook": lambda m: m.attn_drop.register_full_backward_hook(lambda _, grads, __: (2 * grads[0],)),
@@ -354,7 +337,7 @@ CHANGES_AFTER_FUSE = {
     "another module": lambda m: setattr(m, "attn_drop", nn.Hardtanh(0.1, 0.5)),
     "forward pre-hook": lambda m: m.pos_proj.register_forward_pre_hook(lambda _, x: (2 * x[0],)),
     "prune": lambda m: prune.l1_unstructured(m.pos_proj, "weight", 0.5),
-    "another class": lambda m: setattr(m.pos_proj, "__class__", Doubled),
+    "another class": lambda m: changed(forward=lambda self, x: 2 * nn.Linear.forward(self, x))(m.pos_proj),
     "another forward": lambda m: setattr(m.pos_proj, "forward", lambda x: x.cos()),
     "not linear": lambda m: setattr(m, "pos_proj", nn.Sequential(m.pos_proj, nn.Tanh())),
 }
@@ -365,9 +348,7 @@ def results(model: nn.Module) -> dict[str, torch.Tensor]:
         for parameter in model.parameters():
             parameter *= 1.1
     x = tokens().requires_grad_()
-    out = model(x)
-    out.sin().sum().backward()
-    return {"out": out, "x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    return {**outcome(model, x), "x": x.grad}
 
 
 @pytest.mark.parametrize("change", CHANGES_AFTER_FUSE.values(), ids=CHANGES_AFTER_FUSE)
@@ -392,8 +373,7 @@ def test_changes_after_fuse_are_honoured(change):
 
 def test_quantized_linears_are_called():
     """int8 costs a fused model no more than twice what it costs timm's, one draw of rounding as much as the other."""
-    model = timm_convit(image_size=32, depth=3, local_up_to_layer=2).float().eval()
-    x = torch.randn(4, 3, 32, 32)
+    model, x = timm_convit(image_size=32, **SHALLOW).float().eval(), images().float()
     expected = model(x)
     quantize = torch.ao.quantization.quantize_dynamic
     quantized, fused = quantize(copy.deepcopy(model), {nn.Linear}), quantize(fuse(copy.deepcopy(model)), {nn.Linear})
@@ -408,13 +388,12 @@ class DyToxGPSA(TimmGPSA):
         return super().forward(x), self.get_attention(x), self.v(x)
 
 
-class DyTox(nn.Module):
+class DyTox(nn.ModuleList):
     def __init__(self):
-        super().__init__()
-        self.sabs = nn.ModuleList([DyToxGPSA(24, 3, attn_drop=0.1), DyToxGPSA(24, 3)])
+        super().__init__([DyToxGPSA(24, 3, attn_drop=0.1), DyToxGPSA(24, 3)])
 
     def forward(self, x):
-        for attention in self.sabs:
+        for attention in self:
             out, _, _ = attention(x)
             x = x + out
         return x
@@ -430,54 +409,41 @@ def test_layers_that_return_more_than_one_value(copied):
         fuse(model, outputs=2)
     with pytest.warns(UserWarning, match="its forward returns a Tensor, not 3 values"):
         assert type(fuse(TimmGPSA(24, 3), outputs=3)) is TimmGPSA
-    assert type(model.sabs[0]) is DyToxGPSA
+    assert type(model[0]) is DyToxGPSA
     fused = copied(fuse(model, outputs=3))
-    assert isinstance(fused.sabs[0], FusedGPSA)
-    assert fused.sabs[0](tokens())[1:] == (None, None)
+    assert isinstance(fused[0], FusedGPSA)
+    assert fused[0](tokens())[1:] == (None, None)
     actual = results(fused)
     for index in (0, 1):  # the bias cancels in the softmax: timm's gradient is rounding
-        expected[f"sabs.{index}.pos_proj.bias"] = actual[f"sabs.{index}.pos_proj.bias"]
+        expected[f"{index}.pos_proj.bias"] = actual[f"{index}.pos_proj.bias"]
     torch.testing.assert_close(actual, expected)
     names = [{name: vars(m).keys() for name, m in model.named_modules()} for model in (unfuse(fused), DyTox())]
     assert names[0] == names[1]
-    assert type(fused.sabs[0]) is DyToxGPSA
+    assert type(fused[0]) is DyToxGPSA
 
 
 # ---- torch.fx, for which a fused layer is a leaf --------------------------------------------------------------------
 
 
-def called_modules(graph: fx.Graph) -> list[str]:
-    return [str(node.target) for node in graph.nodes if node.op == "call_module"]
-
-
-class Residual(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
+class Residual(nn.ModuleList):
     def forward(self, x, grid_size):
-        return x + self.layers[1](self.layers[0](x, grid_size))
+        return x + self[1](self[0](x, grid_size))
 
 
 def test_symbolic_trace():
-    model = Residual(FusedGPSA(24, 3), SelfAttention(24, 3)).double()
-    traced = fx.symbolic_trace(model)
-    assert called_modules(traced.graph) == ["layers.0", "layers.1"]
-    assert torch.equal(traced(tokens(), (1, 9)), model(tokens(), (1, 9)))
-    assert not torch.equal(traced(tokens(), (1, 9)), traced(tokens(), (3, 3)))
-
-
-def test_symbolic_trace_of_layers_that_return_more_than_one_value():
-    model = fuse(DyTox().double().eval(), outputs=3)
-    traced = fx.symbolic_trace(model)
-    assert called_modules(traced.graph) == ["sabs.0", "sabs.1"]
-    assert torch.equal(traced(tokens()), model(tokens()))
+    grids, nothing = [((1, 9),), ((3, 3),)], [()]
+    own = Residual([FusedGPSA(24, 3), SelfAttention(24, 3)])
+    for model, calls in ((own, grids), (fuse(DyTox(), outputs=3), nothing)):
+        traced = fx.symbolic_trace(model.double().eval())
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+        for arguments in calls:
+            assert torch.equal(traced(tokens(), *arguments), model(tokens(), *arguments))
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_the_whole_of_a_fused_model_is_traced_and_differentiated(train):
-    model, x = fuse(timm_convit(image_size=32, **SMALL)).train(train), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = fuse(timm_convit(image_size=32, **SHALLOW)).train(train)
     node = timm.models.get_graph_node_names(model)[not train][-1]
     extractor = create_feature_extractor(model, [node]).train(train)
-    outcomes = [(f(x), gradients(model, x, f)) for f in (model, lambda x: extractor(x)[node])]
+    outcomes = [outcome(model, images(2), forward) for forward in (model, lambda x: extractor(x)[node])]
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)

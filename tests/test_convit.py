@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from models import assert_rounded, assert_trains_like, gradients, randomized, timm_convit
+from models import SHALLOW, assert_rounded, assert_same_outcome, images, outcome, randomized, timm_convit
 from timm.layers import resample_abs_pos_embed
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -14,7 +14,6 @@ from torch.export import Dim, export
 import gpsa_kernels
 from gpsa_kernels import ConViT, FusedGPSA, SelfAttention
 
-SHALLOW = {"depth": 3, "local_up_to_layer": 2}
 SIZES = {**SHALLOW, "embed_dim": 24, "num_heads": 3, "image_size": 32, "patch_size": 8, "num_classes": 5}
 
 
@@ -22,14 +21,9 @@ def small(**kwargs) -> ConViT:
     return randomized(ConViT(**{**SIZES, **kwargs})).eval()
 
 
-def images(batch: int, height: int, width: int | None = None) -> torch.Tensor:
-    return torch.randn(batch, 3, height, width or height, dtype=torch.float64)
-
-
-def like(theirs: nn.Module, **kwargs) -> ConViT:
+def like(theirs: nn.Module, size: str = "tiny", **kwargs) -> ConViT:
     """Our model of the same size as one of timm's, holding its parameters."""
-    build = getattr(gpsa_kernels, {4: "convit_tiny", 9: "convit_small", 16: "convit_base"}[theirs.num_features // 48])
-    ours = build(image_size=64, device="meta", **kwargs)
+    ours = getattr(gpsa_kernels, f"convit_{size}")(image_size=64, device="meta", **kwargs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return ours
 
@@ -45,11 +39,11 @@ def like(theirs: nn.Module, **kwargs) -> ConViT:
 def test_every_output_and_gradient_equals_timms(size, sizes):
     """And parameters pass both ways, in the same order."""
     theirs = timm_convit(size, **sizes)
-    ours, x = like(theirs, **sizes), images(2, 64)
+    ours, x = like(theirs, size, **sizes), images(2, 64)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert_rounded(ours.forward_features(x), theirs.forward_features(x), ours)
-    assert_trains_like(ours, x, theirs(x), gradients(theirs, x))
+    assert_same_outcome(outcome(ours, x), outcome(theirs, x), ours)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +151,7 @@ def test_gradient_checkpointing_changes_nothing():
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         torch.manual_seed(1)
-        results.append(gradients(model, x))
+        results.append(outcome(model, x))
     assert calls == [False, True, True]
     torch.testing.assert_close(*results, rtol=0, atol=0)
 

@@ -1,7 +1,5 @@
 """Ten thousand drawn calls of the backends that need no GPU; tests/kernels has the kernels'."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from fuzz import fuzz

@@ -1,6 +1,7 @@
 """Differentiation: for any subset of inputs; once by every backend, in every way by eager."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -14,8 +15,6 @@ from gpsa_kernels import BACKENDS, ConViT, FusedGPSA, SelfAttention, gpsa_attent
 from gpsa_kernels.backends.base import Forward, Gradients
 from gpsa_kernels.demo import saved_for_backward
 
-backends = pytest.mark.parametrize("backend", ["eager", "sdpa"])
-
 
 @pytest.fixture(params=["kernels", "composed"])
 def _sdpa(request, monkeypatch):
@@ -24,7 +23,7 @@ def _sdpa(request, monkeypatch):
         monkeypatch.setitem(BACKENDS, "sdpa", dataclasses.replace(BACKENDS["sdpa"], kernel_devices=frozenset()))
 
 
-@backends
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("trained", itertools.product((False, True), repeat=5))
 def test_any_subset_may_be_frozen(backend, trained):
     tensors, grad_out = inputs(2, 2, (2, 3), 4), torch.randn(2, 2, 6, 4, dtype=torch.float64)
@@ -39,25 +38,14 @@ def test_any_subset_may_be_frozen(backend, trained):
         torch.testing.assert_close(leaf.grad, gradient if train else None)
 
 
-@backends
-def test_backward_twice_with_a_retained_graph(backend):
-    tensors = inputs(1, 2, (2, 3), 4)
-    out = gpsa_attention(*tensors, (2, 3), backend=backend)
-    assert all(map(torch.equal, *(torch.autograd.grad(out.sum(), tensors, retain_graph=True) for _ in range(2))))
-
-
-def saved(backend):
-    """Bytes kept for the backward pass, of two heads of 24 x 24 tokens and 48 channels in float32."""
-    *qkv, pos_weight, gate = inputs(1, 2, (24, 24), 48, torch.float32)
-    parameters = nn.ParameterList([pos_weight, gate])
-    return saved_for_backward(parameters, lambda: gpsa_attention(*qkv, *parameters, (24, 24), backend=backend))
-
-
 def test_saved_for_backward_is_far_less_than_eager_keeps():
     """What sdpa keeps grows with N; what eager keeps grows with N^2."""
-    sdpa = 4 * (4 * 2 * 576 * 48 + 2 * 576)  # q, k, v, the content branch's output; logsumexp
-    assert saved("sdpa") == sdpa
-    assert saved("eager") > 8 * sdpa
+    *qkv, pos_weight, gate = inputs(1, 2, (24, 24), 48, torch.float32)
+    parameters = nn.ParameterList([pos_weight, gate])
+    call = functools.partial(gpsa_attention, *qkv, *parameters, (24, 24))
+    sdpa, eager = (saved_for_backward(parameters, functools.partial(call, backend=name)) for name in ("sdpa", "eager"))
+    assert sdpa == 4 * (4 * 2 * 576 * 48 + 2 * 576)  # q, k, v, the content branch's output; logsumexp
+    assert eager > 8 * sdpa
 
 
 REFUSED = 'fused attention has first derivatives only.*backend="eager" has all derivatives'
@@ -88,13 +76,8 @@ def _model(backend):
     return model, [torch.randn(1, 3, 8, 8, dtype=torch.float64)]
 
 
-CALLS = {
-    "operator": _attention,
-    "gate alone": _gate_alone,
-    "FusedGPSA": _layer(FusedGPSA),
-    "SelfAttention": _layer(SelfAttention),
-    "ConViT": _model,
-}
+CALLS = {"operator": _attention, "gate alone": _gate_alone, "ConViT": _model}
+CALLS |= {kind.__name__: _layer(kind) for kind in (FusedGPSA, SelfAttention)}
 calls = pytest.mark.parametrize("build", CALLS.values(), ids=CALLS)
 
 
@@ -191,7 +174,7 @@ def test_vmap_of_the_operators_does_without_torchs_slow_fallback(build):
 
 @pytest.mark.parametrize("kind", [FusedGPSA, SelfAttention])
 def test_per_sample_gradients(kind):
-    layer, (x,) = CALLS[kind.__name__]("auto")
+    layer, (x,) = _layer(kind)("auto")
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
     def loss(parameters, x):

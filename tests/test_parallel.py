@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import assert_rounded, assert_same_gradients, gradients
+from models import assert_rounded, assert_same_outcome, images, outcome
 from reference import inputs, with_gradients
-from test_lifecycle import images, own, timm_fused
+from test_lifecycle import both, own
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint import state_dict as states
@@ -35,8 +35,6 @@ DOCUMENT = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
 MANY_GPUS = DOCUMENT.split("## Many GPUs\n")[1].partition("\n## ")[0]
 SHARD_PARAMETERS, DIVIDE_HEADS = re.findall(r"(?s)```python\n(.*?)```", MANY_GPUS)
 FULL = states.StateDictOptions(full_state_dict=True)
-
-builds = pytest.mark.parametrize("build", [own, timm_fused])
 
 
 def join(rank: int, store: str) -> None:
@@ -84,12 +82,12 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def trained(model: nn.Module, batches: list[torch.Tensor], forward: nn.Module | None = None) -> tuple:
+def trained(model: nn.Module, batches: list[torch.Tensor], loss_of_batch=None) -> tuple:
     """The optimizer and the loss of each step."""
     optimizer, losses = sgd(model), []
     for x in batches:
         optimizer.zero_grad()
-        loss = loss_of((forward or model)(x))
+        loss = loss_of_batch(x) if loss_of_batch else loss_of(model(x))
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -131,7 +129,7 @@ def replicated(build, static_graph: bool) -> tuple:
     return torch.stack(losses), model.state_dict()
 
 
-@builds
+@both
 @pytest.mark.parametrize("static_graph", [False, True])
 def test_data_parallel_replicas_train_as_one_process(ranks, build, static_graph):
     """From rank 0's parameters, with gradients accumulated over micro-batches."""
@@ -149,18 +147,15 @@ def joined() -> dict:
     model = model_of(own)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     with Join([wrapped]):
-        trained(model, list(images(2 * WORLD + 1).split(1))[dist.get_rank() :: WORLD], wrapped)
+        trained(model, images(2 * WORLD + 1).split(1)[dist.get_rank() :: WORLD], lambda x: loss_of(wrapped(x)))
     return model.state_dict()
 
 
 def test_data_parallel_ranks_may_run_out_of_batches(ranks):
     """The ranks that have none left count as zeros in the mean."""
     model = model_of(own)
-    optimizer = sgd(model)
-    for x in images(2 * WORLD + 1).split(WORLD):
-        optimizer.zero_grad()
-        (sum(loss_of(model(part)) for part in x.split(1)) / WORLD).backward()
-        optimizer.step()
+    batches = images(2 * WORLD + 1).split(WORLD)
+    trained(model, batches, lambda x: sum(loss_of(model(part)) for part in x.split(1)) / WORLD)
     for state in ranks(joined):
         assert_same_state(state, model.state_dict(), model)
 
@@ -223,7 +218,7 @@ def divided(build, heads: bool, checkpoint: Path) -> tuple:
     return losses, load((in_parallel if heads else in_shards)(model_of(build, seed=9), mesh_of(4)), checkpoint)
 
 
-@builds
+@both
 @pytest.mark.parametrize("heads", [False, True])
 def test_divided_parameters_train_as_one_process_and_load_on_any_number(ranks, build, heads, tmp_path):
     losses, loaded = zip(*ranks(divided, build, heads, tmp_path), strict=True)
@@ -247,7 +242,7 @@ def mixed(build) -> torch.Tensor:
     return trained(model, my_half(images(4 * STEPS).float()))[1]
 
 
-@builds
+@both
 def test_sharded_parameters_in_mixed_precision(ranks, build):
     """As one process that runs a bfloat16 copy on each half of the batch and adds the gradients in float32."""
     model = model_of(build).float()
@@ -283,8 +278,7 @@ def headwise(build, *shape: int) -> tuple:
     in_parallel(model, mesh)
     assert model.blocks[0].attn.qk.weight.to_local().numel() * mesh.size() == 2 * model.num_features**2
     results = (
-        full(model(images())),
-        {name: as_packed(full(grad)) for name, grad in gradients(model, images()).items()},
+        {name: as_packed(full(value)) for name, value in outcome(model, images()).items()},
         copy.deepcopy(states.get_model_state_dict(model, options=FULL)),
         full(model.blocks[0].attn.get_attention(tokens(model))),
         with_input_gradient(model, distribute_tensor(tokens(model), mesh, [Shard(1)])),
@@ -293,19 +287,18 @@ def headwise(build, *shape: int) -> tuple:
     return *results, states.get_model_state_dict(model, options=FULL)
 
 
-@builds
+@both
 @pytest.mark.parametrize("shape", [(2, 2), (4,)])
 def test_heads_divided_among_ranks_are_those_of_one_process(ranks, build, shape):
     model = model_of(build)
-    expected, of_parameters = model(images()), gradients(model, images())
+    expected = outcome(model, images())
     maps = model.blocks[0].attn.get_attention(tokens(model)).chunk(shape[-1], 1)
-    for rank, (out, grads, state, attention, of_layer, loaded) in enumerate(ranks(headwise, build, *shape)):
-        assert_rounded(out, expected, model)
-        assert_same_gradients(grads, of_parameters, model)
+    for rank, (actual, state, attention, of_layer, loaded) in enumerate(ranks(headwise, build, *shape)):
+        assert_same_outcome(actual, expected, model)
         assert_equal(state, model.state_dict())
         assert_rounded(attention, maps[rank % shape[-1]], model)
-        for actual, wanted in zip(of_layer, with_input_gradient(model, tokens(model)), strict=True):
-            assert_rounded(actual, wanted, model)
+        for value, wanted in zip(of_layer, with_input_gradient(model, tokens(model)), strict=True):
+            assert_rounded(value, wanted, model)
         assert_equal(loaded, model_of(build, seed=9).state_dict())
 
 
@@ -364,10 +357,8 @@ def refuse() -> None:
     attention = functools.partial(gpsa_attention, grid_size=GRID)
     *tensors, gate, _ = placed(4, "-t")
     elsewhere = distribute_tensor(full(gate), line)
-    kinds, given = (
-        "HeadwiseParallel shards a FusedGPSA or SelfAttention",
-        "must be a DTensor, as another is, got Tensor",
-    )
+    kinds = "HeadwiseParallel shards a FusedGPSA or SelfAttention"
+    given = "must be a DTensor, as another is, got Tensor"
     later = "a layer that is sharded over heads cannot be initialised: do it before, or load parameters"
     for error, message, call in (
         (ValueError, "num_heads must be a multiple of the 2 ranks of the mesh, got 9",

@@ -1,30 +1,24 @@
 """The fused models in timm's registry, against timm's own; what timm's tests ask of every model."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch
-from models import assert_rounded, assert_trains_like, gradients, randomized
+from models import SHALLOW, assert_rounded, assert_same_outcome, images, outcome, randomized
 from timm.layers import resample_abs_pos_embed
 from timm.models import FeatureGraphNet, get_pretrained_cfg, load_checkpoint
-from torch import Tensor, nn
+from torch import nn
 
 import gpsa_kernels.timm
 from gpsa_kernels import FusedGPSA, SelfAttention, convit_tiny
 
 SIZES = ("tiny", "small", "base")
-SMALL = {"img_size": 32, "depth": 3, "local_up_to_layer": 2}
+SMALL = {"img_size": 32, **SHALLOW}
 
 
 def create(name: str = "convit_tiny", **kwargs) -> nn.Module:
     """One of timm's models or of ours; of both with the same seed, as its users would make it."""
     torch.manual_seed(0)
     return timm.create_model(name, **{**SMALL, **kwargs}).eval()
-
-
-def images(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32) -> Tensor:
-    return torch.randn(batch, channels, height, width)
 
 
 def test_names_and_settings():
@@ -61,12 +55,12 @@ def test_sizes_are_those_of_our_own_models(size):
 def test_every_output_and_gradient_is_timms(size, kwargs):
     stock, fused = (create(f"{prefix}convit_{size}", **kwargs) for prefix in ("", "fused_"))
     torch.testing.assert_close(fused.state_dict(), stock.state_dict(), rtol=0, atol=0)
-    stock, fused, x = randomized(stock), randomized(fused), images(channels=kwargs.get("in_chans", 3)).double()
-    assert_trains_like(fused, x, stock(x), gradients(stock, x))
+    stock, fused, x = randomized(stock), randomized(fused), images(channels=kwargs.get("in_chans", 3))
+    assert_same_outcome(outcome(fused, x), outcome(stock, x), fused)
 
 
 def test_the_head_is_taken_off():
-    model, x = create("fused_convit_tiny"), images()
+    model, x = create("fused_convit_tiny"), images().float()
     assert {f"{model.default_cfg[key]}.weight" for key in ("classifier", "first_conv")} <= model.state_dict().keys()
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(0)
@@ -81,22 +75,21 @@ def test_features_are_timms(kwargs):
     )
     assert isinstance(fused, FeatureGraphNet) == ("feature_cls" in kwargs)
     assert fused.feature_info.channels() == stock.feature_info.channels()
-    for actual, expected in zip(fused(x := images()), stock(x), strict=True):
+    for actual, expected in zip(fused(x := images().float()), stock(x), strict=True):
         assert_rounded(actual, expected, create())
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """timm's model, and a checkpoint of it as timm's train.py writes one."""
-    stock = randomized(create()).float()
-    torch.save({"state_dict": stock.state_dict()}, tmp_path / "checkpoint.pth.tar")
-    return stock, str(tmp_path / "checkpoint.pth.tar")
+    """timm's model, a checkpoint of it as timm's train.py writes one, and what takes it for the pretrained weights."""
+    stock, path = randomized(create()).float(), str(tmp_path / "checkpoint.pth.tar")
+    torch.save({"state_dict": stock.state_dict()}, path)
+    return stock, path, {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_classes": 5, "in_chans": 1}, {"features_only": True}])
 def test_pretrained_weights_are_loaded_as_timm_loads_them(checkpoint, kwargs):
-    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": checkpoint[1]}}
-    stock, fused = (create(name, **overlay, **kwargs) for name in ("convit_tiny", "fused_convit_tiny"))
+    stock, fused = (create(name, **checkpoint[2], **kwargs) for name in ("convit_tiny", "fused_convit_tiny"))
     torch.testing.assert_close(fused.state_dict(), stock.state_dict(), rtol=0, atol=0)
     modules = [type(module) for module in fused.modules()]
     assert (modules.count(FusedGPSA), modules.count(SelfAttention)) == (2, 1)
@@ -104,12 +97,9 @@ def test_pretrained_weights_are_loaded_as_timm_loads_them(checkpoint, kwargs):
 
 @pytest.mark.parametrize("how", ["pretrained", "checkpoint_path", "load_checkpoint"])
 def test_a_checkpoint_of_another_image_size_is_resampled(checkpoint, how):
-    stock, path = checkpoint
-    given = {
-        "pretrained": {"pretrained": True, "pretrained_cfg_overlay": {"file": path}},
-        "checkpoint_path": {how: path},
-    }
-    fused = create("fused_convit_tiny", img_size=(48, 80), **given.get(how, {}))
+    stock, path, pretrained = checkpoint
+    given = {"pretrained": pretrained, "checkpoint_path": {"checkpoint_path": path}, "load_checkpoint": {}}
+    fused = create("fused_convit_tiny", img_size=(48, 80), **given[how])
     if how == "load_checkpoint":
         load_checkpoint(fused, path)
     torch.testing.assert_close(fused.pos_embed, resample_abs_pos_embed(stock.pos_embed, [3, 5], num_prefix_tokens=0))
@@ -117,7 +107,7 @@ def test_a_checkpoint_of_another_image_size_is_resampled(checkpoint, how):
 
 
 def test_images_that_are_no_squares():
-    model, x = randomized(create("fused_convit_tiny", img_size=(32, 48))), images(width=48).double()
+    model, x = randomized(create("fused_convit_tiny", img_size=(32, 48))), images(width=48)
     ours = convit_tiny(**{**SMALL, "img_size": (32, 48)}).double().eval()
     ours.load_state_dict(model.state_dict())
     assert_rounded(model(x), ours(x), ours)
