@@ -28,7 +28,7 @@ def place_of_program(parts, heads):
 @triton.jit
 def base_of(x, strides, batch, head):
     """The first element of one pair."""
-    return x + (batch * strides.batch + head * strides.head)
+    return x + batch * strides.batch + head * strides.head
 
 
 @triton.jit
